@@ -1,0 +1,1 @@
+"""L3: the agreed record and the liveness of nodes."""

@@ -1,0 +1,1 @@
+"""L3: tensors to shard images in shared memory, and back."""

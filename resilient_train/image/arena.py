@@ -1,0 +1,147 @@
+"""Shared memory: image slots and the board, as anonymous files that vanish with the last process that holds them."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from resilient_train.errors import MemoryRefused
+from resilient_train.image.native import engine
+from resilient_train.spec.shard import PEEK, Stamp, peek
+from resilient_train.spec.world import Key
+
+
+def create_memory(name: str, size: int) -> int:
+    """A new anonymous shared file of ``size`` bytes, fully backed; returns its descriptor.
+
+    Backing it now turns a full cgroup into an error here instead of a SIGBUS in the middle of training.
+
+    Raises:
+        MemoryRefused: if the memory cannot be had.
+    """
+    fd = os.memfd_create(f"resilient_train:{name}", os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.close(fd)
+        raise MemoryRefused(
+            f"no shared memory for {name}: {size:,} bytes refused ({errno.errorcode.get(error.errno or 0, '?')});"
+            " raise the container's memory limit, or snapshot less state"
+        ) from error
+    return fd
+
+
+def reopen(fd: int) -> int:
+    """A second, independent open of the file behind ``fd``: file locks belong to opens, not to files."""
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+class Memory:
+    """A shared file mapped into this process, through an open of its own."""
+
+    def __init__(self, fd: int) -> None:
+        """Maps the file behind ``fd``, which stays the caller's."""
+        self.fd = reopen(fd)
+        self.size = os.fstat(self.fd).st_size
+        self.map = mmap.mmap(self.fd, self.size)
+        self._anchor = ctypes.c_char.from_buffer(self.map)
+        self.address = ctypes.addressof(self._anchor)
+        """Address of the first byte; page-aligned."""
+
+    def close(self) -> None:
+        """Unmap and close; the memory itself lives as long as any process holds it."""
+        del self._anchor
+        try:
+            self.map.close()
+        except BufferError:
+            # A view of an array is still alive somewhere; the mapping goes with it.
+            pass
+        os.close(self.fd)
+
+    def try_lock(self, *, exclusive: bool) -> bool:
+        """Take the file lock without waiting; False if somebody else's lock forbids it."""
+        try:
+            fcntl.flock(self.fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Let go of the file lock."""
+        fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+
+class Slot(Memory):
+    """Room for one shard image."""
+
+    def stamp(self) -> Stamp | None:
+        """Which image is published here; None while there is none or it is being written."""
+        if self.size < PEEK or engine.observe(self.address) == 0:
+            return None
+        return peek(self.map[:PEEK])
+
+    @contextmanager
+    def reading(self, key: Key) -> Iterator[memoryview | None]:
+        """The image's bytes under a shared lock, or None if it is not (or no longer) ``key``."""
+        if not self.try_lock(exclusive=False):
+            yield None
+            return
+        try:
+            stamp = self.stamp()
+            yield memoryview(self.map) if stamp is not None and stamp.key == key else None
+        finally:
+            self.unlock()
+
+
+LINE = 64
+"""Bytes of one worker's line on the board: a cache line, so that workers do not disturb each other."""
+_GENERATION, _STEP, _PUBLISHED = 0, 8, 16
+
+
+class Board(Memory):
+    """One line a worker: how far it is, readable by every process of the node without a message."""
+
+    @staticmethod
+    def create(lines: int) -> int:
+        """A new board's descriptor."""
+        return create_memory("board", lines * LINE)
+
+    def _word(self, index: int, offset: int) -> int:
+        if not 0 <= index < self.size // LINE:
+            raise IndexError(f"the board has {self.size // LINE} lines, not {index + 1}")
+        return self.address + index * LINE + offset
+
+    def progress(self, index: int) -> tuple[int, int]:
+        """(generation, number of finished steps) of the worker in slot ``index``; (0, 0) before its first boundary."""
+        return engine.observe(self._word(index, _GENERATION)), engine.observe(self._word(index, _STEP))
+
+    def report_progress(self, index: int, generation: int, step: int) -> None:
+        """Say that ``step`` steps are finished in ``generation``."""
+        engine.publish(self._word(index, _STEP), step)
+        engine.publish(self._word(index, _GENERATION), generation)
+
+    def published(self, index: int) -> Key | None:
+        """The newest image that the worker in slot ``index`` has published; None if none."""
+        word = engine.observe(self._word(index, _PUBLISHED))
+        return Key.unpack(word) if word else None
+
+    def report_published(self, index: int, key: Key) -> None:
+        """Say that the image of ``key`` is complete."""
+        engine.publish(self._word(index, _PUBLISHED), key.pack())
+
+    def clear(self, index: int) -> None:
+        """A new process in the slot begins with nothing."""
+        for offset in (_GENERATION, _STEP, _PUBLISHED):
+            engine.publish(self._word(index, offset), 0)
+
+    def watermark(self, lineage: int, slots: tuple[int, ...]) -> int:
+        """The newest step of ``lineage`` that the workers in all ``slots`` have published; -1 if there is none."""
+        keys = [self.published(slot) for slot in slots]
+        if not keys or any(key is None or key.lineage != lineage for key in keys):
+            return -1
+        return min(key.step for key in keys if key is not None)

@@ -1,0 +1,131 @@
+"""The native engine, or the same in Python where the extension is not built.
+
+Both take addresses and sizes.  The Python versions are as exact and far slower; `tests/image/test_native.py` holds one
+against the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+Words = npt.NDArray[np.uint32]
+
+
+class Engine(Protocol):
+    """What `csrc` exports."""
+
+    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
+        """CRC32C of ``size`` bytes at address ``data``, continuing ``crc``."""
+        ...
+
+    def copy_crc32c(self, target: int, source: int, size: int, crc: int = 0) -> int:
+        """Copy ``size`` bytes and return their CRC32C, continuing ``crc``."""
+        ...
+
+    def publish(self, word: int, value: int) -> None:
+        """Store a 64-bit word after everything written before."""
+        ...
+
+    def retract(self, word: int) -> None:
+        """Store 0 before everything written after."""
+        ...
+
+    def observe(self, word: int) -> int:
+        """Read a 64-bit word before everything read after."""
+        ...
+
+
+class PythonEngine:
+    """The fallback: numpy for checksums, plain stores for publication (enough on x86, which keeps store order)."""
+
+    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
+        buffer = (ctypes.c_char * size).from_address(data) if size else b""
+        return crc32c_numpy(np.frombuffer(buffer, dtype=np.uint8), crc)
+
+    def copy_crc32c(self, target: int, source: int, size: int, crc: int = 0) -> int:
+        ctypes.memmove(target, source, size)
+        return self.crc32c(target, size, crc)
+
+    def publish(self, word: int, value: int) -> None:
+        ctypes.c_uint64.from_address(word).value = value
+
+    def retract(self, word: int) -> None:
+        ctypes.c_uint64.from_address(word).value = 0
+
+    def observe(self, word: int) -> int:
+        return ctypes.c_uint64.from_address(word).value
+
+
+_POLYNOMIAL = 0x82F63B78
+_LANES = 1024
+
+
+@functools.cache
+def _table() -> Words:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
+    return table.astype(np.uint32)
+
+
+def _append_zeros(crc: Words, count: int) -> Words:
+    """The registers ``crc`` after ``count`` further zero bytes, by squaring the one-byte operator."""
+    columns = _zero_byte_operator()
+    while count:
+        if count & 1:
+            crc = _apply(columns, crc)
+        columns = _apply(columns, columns)
+        count >>= 1
+    return crc
+
+
+def _zero_byte_operator() -> Words:
+    basis = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    return ((basis >> 8) ^ _table()[basis & 0xFF]).astype(np.uint32)
+
+
+def _apply(columns: Words, vectors: Words) -> Words:
+    """A linear operator over GF(2), given by the images of the 32 basis vectors, applied to many vectors."""
+    result = np.zeros_like(vectors)
+    for bit in range(32):
+        result ^= np.where(vectors >> np.uint32(bit) & 1, columns[bit], np.uint32(0)).astype(np.uint32)
+    return result
+
+
+def crc32c_numpy(data: npt.NDArray[np.uint8], crc: int = 0) -> int:
+    """CRC32C by running 1,024 equal lanes side by side and joining their registers."""
+    register = np.array([crc ^ 0xFFFFFFFF], dtype=np.uint32)
+    length = len(data) // _LANES
+    if length:
+        lanes = data[: length * _LANES].reshape(_LANES, length)
+        registers: Words = np.zeros(_LANES, dtype=np.uint32)
+        registers[0] = register[0]
+        for column in lanes.T:
+            registers = (registers >> 8) ^ _table()[(registers ^ column) & 0xFF]
+        # Lane i still has (_LANES - 1 - i) lanes of bytes behind it: fold pairs of neighbours until one is left.
+        span = length
+        while len(registers) > 1:
+            registers = _append_zeros(registers[0::2], span) ^ registers[1::2]
+            span *= 2
+        register = registers
+    value = int(register[0])
+    for byte in data[length * _LANES :].tolist():
+        value = (value >> 8) ^ int(_table()[(value ^ byte) & 0xFF])
+    return value ^ 0xFFFFFFFF
+
+
+def load() -> Engine:
+    """The extension if it was built, else the fallback."""
+    try:
+        from resilient_train import _native
+    except ImportError:
+        return PythonEngine()
+    return cast(Engine, _native)
+
+
+engine: Engine = load()

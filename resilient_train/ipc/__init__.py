@@ -1,0 +1,1 @@
+"""L3: how the processes of one node talk to each other."""

@@ -1,0 +1,1 @@
+"""L2: decisions. Pure functions and state machines; time and randomness are arguments."""

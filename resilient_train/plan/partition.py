@@ -1,0 +1,29 @@
+"""Who writes what: state that several ranks hold alike is made durable once per job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from resilient_train.spec.shard import Entry
+
+PRIVATE = "rng/"
+"""Prefix of entries that belong to one rank even if their names and boxes look alike."""
+
+
+def assign(images: Mapping[int, Sequence[Entry]]) -> dict[int, tuple[Entry, ...]]:
+    """For every rank the entries that it is to persist, so that each distinct box is written exactly once.
+
+    Largest first, each to the least loaded of its holders (ties to the lowest rank): a deterministic function, so all
+    keepers that see the same images agree.
+    """
+    holders: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[tuple[int, Entry]]] = {}
+    for rank in sorted(images):
+        for entry in images[rank]:
+            holders.setdefault((entry.name, entry.offset, entry.shape), []).append((rank, entry))
+    load = dict.fromkeys(images, 0)
+    chosen: dict[int, list[Entry]] = {rank: [] for rank in images}
+    for _, candidates in sorted(holders.items(), key=lambda item: (-item[1][0][1].nbytes, item[0])):
+        rank, entry = min(candidates, key=lambda pair: (load[pair[0]], pair[0]))
+        load[rank] += entry.nbytes
+        chosen[rank].append(entry)
+    return {rank: tuple(entries) for rank, entries in chosen.items()}

@@ -1,0 +1,340 @@
+"""The next version of the world record: a pure function of what one agent knows.
+
+Every agent evaluates the same function.  The compare-and-swap on the record decides who was first; whoever loses reads
+the new record and evaluates again.  To keep them from all trying at once, an agent waits its turn: the node of the
+lowest-ranked surviving member proposes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
+from resilient_train.spec.world import (
+    Phase,
+    Planned,
+    Restore,
+    WorldRecord,
+    incarnation_of,
+    member_id,
+    node_of,
+    slot_of,
+)
+
+KEPT_RESTORES = 200
+"""Length of the log of restores in the record; older states are long gone from every tier that matters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long decisions wait, in seconds."""
+
+    coalesce: float = 0.02
+    """For further reasons of the same kind, before a change is proposed."""
+    turn: float = 0.05
+    """For each proposer whose turn comes before."""
+    acknowledge: float = 10.0
+    """For a member whose main thread does not come free while others are ready to form."""
+    promise: float = 2.0
+    """For all promises to a planned change."""
+    retry: float = 0.25
+    """Before another planned change is tried."""
+    no_boundary: float = 5.0
+    """For a script to step through boundaries before it is taken for one that does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What the job tolerates."""
+
+    min_nodes: int = 1
+    """Fewer nodes than this cannot form a world."""
+    max_nodes: int = 1
+    """More are not used."""
+    max_restarts: int = 0
+    """Restarts of the whole group of a script that is not elastic."""
+    last_call: float = 30.0
+    """Seconds to wait for further nodes once ``min_nodes`` are there."""
+    crashes_at_step: int = 3
+    """Losses in a row, by processes' own doing, without a step gained between, that end the job."""
+    kills_at_step: int = 6
+    """The same for processes killed from outside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Everything one agent knows."""
+
+    me: str
+    """This node."""
+    limits: Limits
+    """What the job tolerates."""
+    nodes: Mapping[str, NodeInfo] = field(default_factory=dict)
+    """All nodes that are alive, this one included."""
+    record: WorldRecord | None = None
+    """The agreed world, None before the first."""
+    since: Mapping[str, float] = field(default_factory=dict)
+    """When each standing reason was first seen."""
+    margin: int = 2
+    """How many steps ahead a boundary is planned; doubled when somebody declines."""
+    resume: Restore | None = None
+    """A restore that is not in the record yet."""
+    timing: Timing = field(default_factory=Timing)
+    """How long decisions wait."""
+
+    def workers(self) -> dict[str, WorkerInfo]:
+        """All living workers by id."""
+        return {worker.member: worker for node in self.nodes.values() for worker in node.workers}
+
+    def exits(self) -> dict[str, ExitInfo]:
+        """All ended workers by id."""
+        return {item.member: item for node in self.nodes.values() for item in node.exits}
+
+    def in_order(self, members: set[str]) -> tuple[str, ...]:
+        """Members in the order of their ranks: by node, then slot."""
+
+        def place(member: str) -> tuple[int, str, int]:
+            node = self.nodes.get(node_of(member))
+            return (node.order if node else 1 << 30, node_of(member), slot_of(member))
+
+        return tuple(sorted(members, key=place))
+
+    def elastic(self) -> bool:
+        """Whether the script is elastic: any of its workers ever said hello."""
+        return any(w.elastic for w in self.workers().values()) or any(e.elastic for e in self.exits().values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What to do about the record."""
+
+    record: WorldRecord | None = None
+    """The version to swap in, if any."""
+    reasons: frozenset[str] = frozenset()
+    """The reasons that stand; the caller remembers since when."""
+    wake_at: float | None = None
+    """When to ask again although nothing happened."""
+
+
+def propose(view: View, now: float) -> Proposal:
+    """The next version of the record, or what is being waited for."""
+    record = view.record
+    if record is None:
+        return _first_world(view, now)
+    if record.phase is not Phase.RUNNING:
+        return Proposal()
+    failed = next((node for node in view.nodes.values() if node.failed), None)
+    if failed is not None:
+        return Proposal(record=_failure(view, record, failed.failed, failed.culprit))
+    if view.resume is not None and view.resume.generation == record.generation and record.resumed() is None:
+        log = (*record.restores, view.resume)[-KEPT_RESTORES:]
+        return Proposal(record=record.successor(restores=log, proposer=view.me))
+    alive, exits = view.workers(), view.exits()
+    if all(_is_done(member, record, alive, exits) for member in record.members):
+        return Proposal(record=record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me))
+    lost = [member for member in record.members if member not in alive]
+    lost = [m for m in lost if not (m in exits and not exits[m].elastic and exits[m].code == 0)]
+    if lost:
+        return _after_loss(view, record, lost, now)
+    if not view.elastic():
+        return Proposal()
+    waits = _Waits(view, now)
+    change = _late(view, record, waits)
+    if change is None and record.planned is not None:
+        change = _planned_change(view, record, record.planned, waits)
+    elif change is None:
+        change = _growth(view, record, waits)
+    return waits.proposal(change)
+
+
+class _Waits:
+    """Collects the reasons that stand, and when the next of them has stood long enough."""
+
+    def __init__(self, view: View, now: float) -> None:
+        self._since = view.since
+        self._now = now
+        self._reasons: set[str] = set()
+        self._wake_at: float | None = None
+
+    def over(self, reason: str, seconds: float) -> bool:
+        """Whether ``reason`` has stood for ``seconds``."""
+        self._reasons.add(reason)
+        at = self._since.get(reason, self._now) + seconds
+        if self._now >= at:
+            return True
+        self._wake_at = at if self._wake_at is None else min(at, self._wake_at)
+        return False
+
+    def proposal(self, record: WorldRecord | None = None) -> Proposal:
+        """``record`` if there is one, and what is being waited for."""
+        return Proposal(record=record, reasons=frozenset(self._reasons), wake_at=self._wake_at)
+
+
+def _is_done(
+    member: str, record: WorldRecord, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]
+) -> bool:
+    if member in alive:
+        return alive[member].done == record.generation
+    ended = exits.get(member)
+    return ended is not None and (ended.done == record.generation or (not ended.elastic and ended.code == 0))
+
+
+def _turn(view: View, record: WorldRecord, alive: Mapping[str, WorkerInfo]) -> float:
+    """Seconds until it is this node's turn to propose."""
+    order = list(dict.fromkeys(node_of(m) for m in record.members if m in alive))
+    order += sorted(set(view.nodes) - set(order))
+    return view.timing.turn * order.index(view.me) if view.me in order else 0.0
+
+
+def _first_world(view: View, now: float) -> Proposal:
+    limits = view.limits
+    nodes = sorted(view.nodes.values(), key=lambda node: node.order)[: limits.max_nodes]
+    if not nodes or len(nodes) < limits.min_nodes or nodes[0].node != view.me:
+        return Proposal()
+    waits = _Waits(view, now)
+    if len(nodes) < limits.max_nodes and not waits.over("last call", limits.last_call):
+        return waits.proposal()
+    members = tuple(member_id(node.node, slot, 0) for node in nodes for slot in range(node.slots))
+    record = WorldRecord(
+        revision=1,
+        generation=1,
+        members=members,
+        bootstrap=nodes[0].endpoint,
+        reason="start",
+        proposer=view.me,
+    )
+    return Proposal(record=record)
+
+
+def _failure(view: View, record: WorldRecord, error: str, culprit: str) -> WorldRecord:
+    return record.successor(phase=Phase.FAILED, error=error, culprit=culprit, planned=None, proposer=view.me)
+
+
+def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, boundary: int | None) -> WorldRecord:
+    ordered = view.in_order(members)
+    host = view.nodes.get(node_of(ordered[0])) or view.nodes[view.me]
+    return record.successor(
+        generation=record.generation + 1,
+        members=ordered,
+        bootstrap=host.endpoint,
+        reason=reason,
+        boundary=boundary,
+        planned=None,
+        proposer=view.me,
+    )
+
+
+def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
+    waits = _Waits(view, now)
+    alive, exits = view.workers(), view.exits()
+    if not waits.over(f"lost in {record.generation}", view.timing.coalesce + _turn(view, record, alive)):
+        return waits.proposal()
+    ended = [exits[m] for m in lost if m in exits]
+    # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
+    broken = [e for e in ended if not e.elastic and not e.killed]
+    if broken or not view.elastic():
+        return Proposal(record=_restart_group(view, record, lost, broken or ended))
+    text = f"lost {_names(lost, record)}" + (f" ({ended[0].describe()})" if ended else "")
+    best, stalls = _stalls(view, record)
+    limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
+    if stalls >= limit:
+        error = f"no step was finished between {stalls} losses in a row at step {best}; the last: {text}"
+        return Proposal(record=_failure(view, record, error, lost[0]))
+    # Who is idle and warm takes a lost rank's place in the same transition.
+    members = {m for m in record.members if m in alive} | {m for m, w in alive.items() if w.idle}
+    if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
+        return waits.proposal()
+    after = _regroup(view, record, members, text, None)
+    return Proposal(record=replace(after, stalls=stalls, best_step=best))
+
+
+def _stalls(view: View, record: WorldRecord) -> tuple[int, int]:
+    """(most finished steps seen, losses in a row without more), this loss included."""
+    steps = [step for generation, step in (n.progress for n in view.nodes.values()) if generation == record.generation]
+    best = max(steps, default=-1)
+    if best > record.best_step:
+        return best, 1
+    return record.best_step, record.stalls + 1
+
+
+def _names(members: list[str], record: WorldRecord) -> str:
+    ranks = sorted(record.members.index(member) for member in members)
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo]) -> WorldRecord:
+    what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
+    culprit = ended[0].member if ended else lost[0]
+    if record.restarts >= view.limits.max_restarts:
+        return _failure(view, record, what, culprit)
+    newest: dict[tuple[str, int], int] = {}
+    for member in [*view.workers(), *view.exits(), *record.members]:
+        place = (node_of(member), slot_of(member))
+        newest[place] = max(newest.get(place, 0), incarnation_of(member))
+    members = {
+        member_id(node.node, slot, newest.get((node.node, slot), -1) + 1)
+        for node in view.nodes.values()
+        for slot in range(node.slots)
+    }
+    return replace(
+        _regroup(view, record, members, f"{what}; the group restarts", None),
+        restarts=record.restarts + 1,
+    )
+
+
+def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """Members whose main thread does not come free are left out, alive, and return when they are idle again."""
+    alive = view.workers()
+    ready = {m for m in record.members if alive[m].acknowledged == record.generation}
+    # Before a boundary only newcomers are ready; nobody is late until the first member has reached it.
+    waited_for = ready if record.boundary is None else {m for m in ready if alive[m].formed}
+    # Who has not entered the elastic function yet is still starting up, which takes as long as it takes.
+    late = [m for m in record.members if m not in ready and alive[m].elastic]
+    if not waited_for or not late:
+        return None
+    if not waits.over(f"late in {record.generation}", view.timing.acknowledge):
+        return None
+    text = f"{_names(late, record)} did not come free within {view.timing.acknowledge:g} s"
+    return _regroup(view, record, set(record.members) - set(late), text, None)
+
+
+def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """Take idle workers in, at a boundary if the script has boundaries."""
+    alive = view.workers()
+    generation = record.generation
+    joining = {m for m, worker in alive.items() if worker.idle and m not in record.members}
+    settled = all(alive[m].formed == generation and alive[m].done != generation for m in record.members)
+    if not joining or not settled:
+        return None
+    if not waits.over("joining", view.timing.coalesce + _turn(view, record, alive)):
+        return None
+    members = set(record.members) | joining
+    text = f"joined by {len(joining)} worker" + ("s" if len(joining) > 1 else "")
+    if not all(alive[m].stepping == generation for m in record.members):
+        if waits.over(f"no boundary in {generation}", view.timing.no_boundary):
+            return _regroup(view, record, members, text, None)
+        return None
+    steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == generation]
+    if not steps or not waits.over(f"margin {view.margin}", view.timing.retry if view.margin > 2 else 0.0):
+        return None
+    number = record.revision + 1
+    planned = Planned(
+        number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text
+    )
+    return record.successor(planned=planned, proposer=view.me)
+
+
+def _planned_change(view: View, record: WorldRecord, planned: Planned, waits: _Waits) -> WorldRecord | None:
+    """Carry out a planned change that everybody promised, or take it back."""
+    alive = view.workers()
+    gone = any(member not in alive for member in planned.members)
+    declined = any(
+        alive[m].declined >= planned.number or alive[m].done == record.generation for m in record.members
+    )
+    expired = waits.over(f"promises to {planned.number}", view.timing.promise)
+    if not gone and not declined and all(alive[m].promised == planned.number for m in record.members):
+        return _regroup(view, record, set(planned.members), planned.reason, planned.boundary)
+    if gone or declined or expired:
+        return record.successor(planned=None, proposer=view.me)
+    return None

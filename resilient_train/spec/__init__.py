@@ -1,0 +1,1 @@
+"""L1: values. No clock, IO, threads, torch or randomness."""

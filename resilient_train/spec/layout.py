@@ -1,0 +1,98 @@
+"""Boxes: which part of a tensor somebody holds, and whether parts cover the whole.
+
+A box is an axis-aligned block of a tensor's index space.  All questions about sharded state (who has what, what is
+missing, what to copy from where) are questions about boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """The block ``offset[d] <= index[d] < offset[d] + shape[d]``; () is the single element of a scalar."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements; 1 for a scalar's box, 0 for an empty shard."""
+        return prod(self.shape)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """First index behind the box in each dimension."""
+        return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box of a complete tensor."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common block, or None if there is none (boxes without elements have none)."""
+        offset = tuple(map(max, self.offset, other.offset))
+        shape = tuple(min(a, b) - o for a, b, o in zip(self.end, other.end, offset, strict=True))
+        return Box(offset, shape) if all(n > 0 for n in shape) else None
+
+    def slices_in(self, outer: Box) -> tuple[slice, ...]:
+        """This box as slices of a tensor that holds ``outer``."""
+        starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
+        return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
+
+    def minus(self, other: Box) -> list[Box]:
+        """What is left of this box without ``other``, as disjoint boxes."""
+        common = self.intersect(other)
+        if common is None:
+            return [self] if self.size else []
+        left: list[Box] = []
+        offset, shape = list(self.offset), list(self.shape)
+        for d in range(len(shape)):
+            before = common.offset[d] - offset[d]
+            after = offset[d] + shape[d] - common.end[d]
+            if before:
+                left.append(Box(tuple(offset), (*shape[:d], before, *shape[d + 1 :])))
+            if after:
+                start = (*offset[:d], common.end[d], *offset[d + 1 :])
+                left.append(Box(start, (*shape[:d], after, *shape[d + 1 :])))
+            offset[d], shape[d] = common.offset[d], common.shape[d]
+        return left
+
+
+def uncovered(target: Box, parts: Iterable[Box]) -> list[Box]:
+    """The parts of ``target`` that no box of ``parts`` holds, as disjoint boxes."""
+    left = [target] if target.size else []
+    for part in parts:
+        left = [piece for box in left for piece in box.minus(part)]
+        if not left:
+            break
+    return left
+
+
+def shard_box(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], dims: Sequence[int | None]
+) -> Box:
+    """The box that one rank holds of a tensor sharded as torch's ``DTensor`` does it.
+
+    Args:
+        shape: the tensor's global shape.
+        mesh_shape: number of ranks along each mesh dimension.
+        coordinate: this rank's position in the mesh.
+        dims: for each mesh dimension the tensor dimension that it shards, or None where it replicates.
+
+    Every mesh dimension, outermost first, cuts what the dimensions before it left into ``ceil(n / parts)`` sized
+    chunks (``torch.chunk``), the last ones shorter or empty.
+    """
+    offset, local = [0] * len(shape), list(shape)
+    for parts, position, dim in zip(mesh_shape, coordinate, dims, strict=True):
+        if dim is None:
+            continue
+        chunk = -(-local[dim] // parts) if local[dim] else 0
+        start = min(local[dim], chunk * position)
+        offset[dim] += start
+        local[dim] = min(local[dim], start + chunk) - start
+    return Box(tuple(offset), tuple(local))

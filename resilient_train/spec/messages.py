@@ -1,0 +1,322 @@
+"""What agent, worker and keeper say to each other on one node, and their encoding: one JSON object a message.
+
+A message is a frozen dataclass; its class name travels as ``type``.  Descriptors (shared-memory images) travel beside
+a message, never inside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from resilient_train.errors import FormatError
+
+MAX_MESSAGE = 64 << 20
+"""Longest message in bytes; a longer one is a malfunction, not a message."""
+
+
+class Message:
+    """Base of all messages."""
+
+    __slots__ = ()
+
+
+_message = dataclass(frozen=True, slots=True, kw_only=True)
+
+
+# ---- worker -> agent ------------------------------------------------------------------------------------------------
+
+
+@_message
+class Hello(Message):
+    """The worker runs an elastic function, is warm, its main thread is free, and it can be named in a world."""
+
+    member: str
+    pid: int
+
+
+@_message
+class Acknowledge(Message):
+    """The main thread is free and begins to form this generation."""
+
+    generation: int
+    at: float
+
+
+@_message
+class Stage(Message):
+    """A stage of recovery is behind this rank (``aborted``, ``formed``, ``restored``, ``first_step``)."""
+
+    generation: int
+    stage: str
+    at: float
+
+
+@_message
+class Resumed(Message):
+    """Rank 0: which state the generation resumes from; logged when the record has it."""
+
+    generation: int
+    lineage: int
+    source: tuple[int, int] | None
+    text: str
+
+
+@_message
+class Promise(Message):
+    """Answer to a planned change in the record: whether this rank will stop at its boundary."""
+
+    number: int
+    accepted: bool
+
+
+@_message
+class Done(Message):
+    """The elastic function returned in this generation."""
+
+    generation: int
+
+
+@_message
+class UserFailed(Message):
+    """The elastic function raised an error of its own; sent before any socket closes."""
+
+    generation: int
+    step: int
+    text: str
+
+
+@_message
+class Boundaries(Message):
+    """The script steps through ``Checkpointer.steps``, so planned changes can wait for a boundary."""
+
+    generation: int
+
+
+# ---- agent -> worker ------------------------------------------------------------------------------------------------
+
+
+@_message
+class Welcome(Message):
+    """Answer to `Hello`."""
+
+    job: str
+    keeper: str
+
+
+@_message
+class WorldIs(Message):
+    """The agreed world and the receiver's place in it."""
+
+    record: dict[str, Any]
+
+
+# ---- worker -> keeper -----------------------------------------------------------------------------------------------
+
+
+@_message
+class Attach(Message):
+    """First message of a worker; answered by `Attached` with the board's descriptor."""
+
+    member: str
+    slot: int
+
+
+@_message
+class Allocate(Message):
+    """Asks for one image slot; answered by `Allocated` with its descriptor, or by `Refused`."""
+
+    size: int
+
+
+@_message
+class Discard(Message):
+    """The worker will not use this slot any more and what it holds is superseded."""
+
+    slot: int
+
+
+@_message
+class Policy(Message):
+    """Where and when images are persisted; every local worker says the same."""
+
+    url: str
+    job: str
+    every_steps: int
+    every_seconds: float
+    keep_last: int
+    local_size: int
+
+
+@_message
+class Published(Message):
+    """A complete image that the keeper is to persist; the worker leaves the slot alone until `Persisted`."""
+
+    slot: int
+    lineage: int
+    step: int
+    rank: int
+    world: int
+    past: list[list[int | None]]
+
+
+@_message
+class ListImages(Message):
+    """Answered by `Images`."""
+
+
+@_message
+class OpenImages(Message):
+    """Answered by `Opened` with one descriptor for each slot still there, in order."""
+
+    slots: list[int]
+
+
+@_message
+class ReadBoxes(Message):
+    """Bytes of boxes of one image, gathered by the keeper; answered by `Boxes`."""
+
+    slot: int
+    lineage: int
+    step: int
+    boxes: list[list[Any]]
+
+
+@_message
+class Goodbye(Message):
+    """The worker ends in good order."""
+
+
+# ---- keeper -> worker -----------------------------------------------------------------------------------------------
+
+
+@_message
+class Attached(Message):
+    """The board's descriptor comes with it; ``index`` is the worker's line on the board."""
+
+    index: int
+
+
+@_message
+class Allocated(Message):
+    """The slot's descriptor comes with it."""
+
+    slot: int
+    size: int
+
+
+@_message
+class Refused(Message):
+    """What was asked for cannot be had."""
+
+    reason: str
+
+
+@_message
+class Persisted(Message):
+    """An image is durable, or, with an ``error``, will not be; either way the slot is free again."""
+
+    lineage: int
+    step: int
+    error: str
+
+
+@_message
+class Images(Message):
+    """Every complete image in memory: [slot, lineage, step, rank, world size, job's slot owner]."""
+
+    images: list[list[Any]]
+
+
+@_message
+class Opened(Message):
+    """Descriptors come with it, for these slots."""
+
+    slots: list[int]
+
+
+@_message
+class Boxes(Message):
+    """The requested bytes, in order, base64; or an ``error``."""
+
+    data: list[str]
+    error: str
+
+
+# ---- agent <-> keeper -----------------------------------------------------------------------------------------------
+
+
+@_message
+class Adopt(Message):
+    """Agent: take over these slots of a keeper that died; descriptors come with it, the board's first."""
+
+    slots: list[list[Any]]
+
+
+@_message
+class Deposit(Message):
+    """Keeper: hold this slot's descriptor as well, so that the image outlives me (slot -1 is the board)."""
+
+    slot: int
+    size: int
+    owner: str
+
+
+@_message
+class Withdraw(Message):
+    """Keeper: the slot is gone, drop its descriptor."""
+
+    slot: int
+
+
+@_message
+class Flush(Message):
+    """Agent: persist the last complete state and say so with `Flushed`."""
+
+
+@_message
+class Flushed(Message):
+    """Everything that can be durable is."""
+
+    text: str
+
+
+@_message
+class Notice(Message):
+    """Keeper: something worth an event."""
+
+    kind: str
+    text: str
+    at: float
+
+
+def _registry() -> dict[str, type[Message]]:
+    return {cls.__name__: cls for cls in Message.__subclasses__()}
+
+
+_TYPES = _registry()
+
+
+def encode(message: Message) -> bytes:
+    """A message as UTF-8 JSON."""
+    body = dataclasses.asdict(message)  # type: ignore[call-overload]
+    return json.dumps({"type": type(message).__name__, **body}).encode()
+
+
+def decode(data: bytes | memoryview) -> Message:
+    """The inverse of `encode`.
+
+    Raises:
+        FormatError: if ``data`` is no known message.
+    """
+    try:
+        body = json.loads(bytes(data))
+        if not isinstance(body, Mapping):
+            raise TypeError("not an object")
+        fields = dict(body)
+        return _TYPES[fields.pop("type")](**fields)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"not a message: {error!r}") from error

@@ -1,0 +1,102 @@
+"""What an agent announces about its node; together with the record, all that decisions are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from resilient_train.errors import FormatError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A living worker process."""
+
+    member: str
+    """Its id."""
+    elastic: bool = False
+    """It runs an elastic function (it has said hello)."""
+    idle: bool = False
+    """It waits to be named in a world: it is warm and its main thread is free."""
+    acknowledged: int = 0
+    """The newest generation that its main thread began to form."""
+    formed: int = 0
+    """The newest generation that it formed."""
+    stepping: int = 0
+    """The newest generation in which it steps through boundaries."""
+    promised: int = 0
+    """The newest planned change that it promised."""
+    declined: int = 0
+    """The newest planned change that it declined."""
+    done: int = 0
+    """The generation in which its function returned."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitInfo:
+    """A worker process that ended."""
+
+    member: str
+    """Its id."""
+    code: int
+    """Exit code; minus the signal's number if a signal ended it."""
+    elastic: bool
+    """Whether it had said hello."""
+    acknowledged: int
+    """The newest generation that it took part in."""
+    done: int
+    """The generation in which its function returned, 0 if it had not."""
+
+    @property
+    def killed(self) -> bool:
+        """Ended from outside (SIGKILL, SIGTERM), rather than by what the process itself did."""
+        return self.code in (-9, -15)
+
+    def describe(self) -> str:
+        """How it ended, for people."""
+        return f"was ended by signal {-self.code}" if self.code < 0 else f"exited with code {self.code}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeInfo:
+    """A node as its agent announces it."""
+
+    node: str
+    """The node's id."""
+    order: int
+    """Its place among the nodes; ranks follow it."""
+    endpoint: str
+    """host:port of the TCPStore that this agent serves."""
+    slots: int
+    """Number of workers it runs."""
+    workers: tuple[WorkerInfo, ...] = ()
+    """Its living workers."""
+    exits: tuple[ExitInfo, ...] = ()
+    """Its workers that ended."""
+    progress: tuple[int, int] = (0, 0)
+    """(generation, finished steps) of its furthest worker."""
+    failed: str = ""
+    """The error that a worker's own code raised, if one did."""
+    culprit: str = ""
+    """That worker."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """From what `to_json` made.
+
+        Raises:
+            FormatError: if a field is missing or malformed.
+        """
+        try:
+            fields = dict(data)
+            workers = tuple(WorkerInfo(**item) for item in fields.pop("workers"))
+            exits = tuple(ExitInfo(**item) for item in fields.pop("exits"))
+            generation, step = fields.pop("progress")
+            return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise FormatError(f"not a node's announcement: {error}") from error

@@ -1,0 +1,314 @@
+"""The shard image: one rank's part of the state at one step, as the bytes of a valid safetensors file.
+
+Theory of operation.  An image is laid out once and then filled again and again in place::
+
+    | 8 bytes: header length | header: JSON, padded with spaces to a 4 KiB boundary                            |
+    | tensors, by dtype size, largest first (so that each is aligned without holes) | __json__ | __crc__ | __pad__ |
+
+``__json__`` holds the state that is not tensors, in a fixed capacity.  ``__crc__`` holds the CRC32C of every 1 MiB
+block of what stands before it.  What changes from snapshot to snapshot (key, length of the JSON, CRC of ``__crc__``)
+stands in the header's metadata in fixed-width fields at fixed places, so publishing writes a few dozen bytes, and
+readers can tell an image's key without parsing its header.  The 8 bytes of header length are zero while the image is
+written, and are stored last: an image is complete or it is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from resilient_train.errors import FormatError
+from resilient_train.spec.layout import Box
+from resilient_train.spec.world import Key
+
+PAGE = 4096
+BLOCK = 1 << 20
+"""Bytes covered by one checksum."""
+MAX_HEADER = 100_000_000
+"""safetensors refuses longer headers."""
+JSON_NAME, CRC_NAME, PAD_NAME = "__json__", "__crc__", "__pad__"
+_RESERVED = (JSON_NAME, CRC_NAME, PAD_NAME)
+_SPARE = 512
+
+DTYPE_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
+}
+"""Bytes per element of the dtypes that safetensors knows."""
+
+# The metadata begins with these fields in this order, so that their places never depend on the tensors.
+_FIXED: tuple[tuple[str, int], ...] = (
+    ("resilient_train", 1),
+    ("lineage", 8),
+    ("step", 13),
+    ("rank", 6),
+    ("world", 6),
+    ("json", 10),
+    ("crc", 8),
+)
+
+
+def _field_offsets() -> dict[str, int]:
+    offsets, at = {}, 8 + len('{"__metadata__":{')
+    for name, width in _FIXED:
+        at += len(f'"{name}":"')
+        offsets[name] = at
+        at += width + len('",')
+    return offsets
+
+
+FIELD_AT = _field_offsets()
+PEEK = max(FIELD_AT.values()) + 16
+"""Number of leading bytes that `peek` needs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor (or one rank's box of it) in an image."""
+
+    name: str
+    """Canonical name."""
+    dtype: str
+    """safetensors dtype of the stored bytes."""
+    shape: tuple[int, ...]
+    """Shape of the stored part."""
+    global_shape: tuple[int, ...]
+    """Shape of the whole tensor."""
+    offset: tuple[int, ...]
+    """Where the part begins in the whole."""
+    real_dtype: str = ""
+    """torch's name of the dtype where safetensors lacks it and the bytes are stored as U8 along the last axis."""
+
+    @property
+    def box(self) -> Box:
+        """The part as a box."""
+        return Box(self.offset, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return prod(self.shape) * DTYPE_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLayout:
+    """Where everything stands in an image."""
+
+    entries: tuple[Entry, ...]
+    """The tensors in file order."""
+    starts: tuple[int, ...]
+    """Byte offset of each tensor from the beginning of the file."""
+    data_start: int
+    """First byte behind the header."""
+    json_start: int
+    """First byte of the non-tensor state."""
+    json_capacity: int
+    """Bytes reserved for it."""
+    crc_start: int
+    """First byte of the checksum table; checksummed blocks cover ``data_start`` up to here."""
+    total: int
+    """Length of the file."""
+    header: bytes
+    """The leading ``data_start`` bytes with the fixed-width fields zero and the header length in place."""
+
+    @property
+    def blocks(self) -> int:
+        """Number of checksummed blocks."""
+        return -(-(self.crc_start - self.data_start) // BLOCK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """The fields that change from snapshot to snapshot."""
+
+    key: Key
+    """Which state this is a part of."""
+    rank: int
+    """Whose part."""
+    world: int
+    """Of how many."""
+    json_length: int
+    """Used bytes of ``__json__``."""
+    crc: int
+    """CRC32C of the ``__crc__`` table."""
+
+    def fields(self) -> list[tuple[int, bytes]]:
+        """(byte offset in the file, bytes to put there) for every field."""
+        values = {
+            "lineage": f"{self.key.lineage:08d}",
+            "step": f"{self.key.step:013d}",
+            "rank": f"{self.rank:06d}",
+            "world": f"{self.world:06d}",
+            "json": f"{self.json_length:010d}",
+            "crc": f"{self.crc:08x}",
+        }
+        return [(FIELD_AT[name], value.encode()) for name, value in values.items()]
+
+
+def plan_image(entries: Sequence[Entry], json_capacity: int) -> ImageLayout:
+    """Lay out an image for ``entries`` and ``json_capacity`` bytes of non-tensor state.
+
+    Raises:
+        FormatError: if a name is used twice or reserved, or the header grows beyond what safetensors reads.
+    """
+    ordered = sorted(entries, key=lambda e: (-DTYPE_SIZES[e.dtype], e.name, e.offset))
+    names = _stored_names(ordered)
+    table: dict[str, Any] = {}
+    at = 0
+    begins = []
+    for entry, name in zip(ordered, names, strict=True):
+        begins.append(at)
+        table[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    json_begin = at
+    # The table of 32-bit checksums must be aligned, so the capacity is rounded up to what gets it there.
+    crc_begin = -(-(at + json_capacity) // PAGE) * PAGE
+    table[JSON_NAME] = {"dtype": "U8", "shape": [crc_begin - at], "data_offsets": [at, crc_begin]}
+    blocks = -(-crc_begin // BLOCK)
+    end = crc_begin + 4 * blocks
+    table[CRC_NAME] = {"dtype": "U32", "shape": [blocks], "data_offsets": [crc_begin, end]}
+    total = -(-end // PAGE) * PAGE
+    if total > end:
+        table[PAD_NAME] = {"dtype": "U8", "shape": [total - end], "data_offsets": [end, total]}
+    header = _header(ordered, names, table)
+    start = len(header)
+    return ImageLayout(
+        entries=tuple(ordered),
+        starts=tuple(start + begin for begin in begins),
+        data_start=start,
+        json_start=start + json_begin,
+        json_capacity=crc_begin - json_begin,
+        crc_start=start + crc_begin,
+        total=start + total,
+        header=header,
+    )
+
+
+def _stored_names(entries: Sequence[Entry]) -> list[str]:
+    """Names as they stand in the file: several boxes of one tensor get suffixes."""
+    seen: dict[str, int] = {}
+    names = []
+    for entry in entries:
+        count = seen.get(entry.name, 0)
+        seen[entry.name] = count + 1
+        names.append(entry.name if count == 0 else f"{entry.name}@{count}")
+    if len(set(names)) != len(names) or not set(names).isdisjoint((*_RESERVED, "__metadata__")):
+        raise FormatError(f"tensor names collide with each other or with {', '.join(_RESERVED)}")
+    return names
+
+
+def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any]) -> bytes:
+    boxes = {
+        name: [list(e.global_shape), list(e.offset)]
+        for name, e in zip(names, entries, strict=True)
+        if e.shape != e.global_shape or any(e.offset)
+    }
+    dtypes = {name: e.real_dtype for name, e in zip(names, entries, strict=True) if e.real_dtype}
+    aliases = {name: e.name for name, e in zip(names, entries, strict=True) if e.name != name}
+    metadata = {name: "0" * width for name, width in _FIXED}
+    metadata["resilient_train"] = "1"
+    for key, value in (("boxes", boxes), ("dtypes", dtypes), ("names", aliases)):
+        metadata[key] = json.dumps(value, separators=(",", ":"))
+    text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
+    length = -(-(8 + len(text) + _SPARE) // PAGE) * PAGE - 8
+    if length > MAX_HEADER:
+        raise FormatError(f"the header of the shard image needs {length} bytes, safetensors reads {MAX_HEADER}")
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def peek(prefix: bytes | memoryview) -> Stamp | None:
+    """The stamp of a published image from its first `PEEK` bytes; None if it is not published or not an image."""
+    data = bytes(prefix[:PEEK])
+    if len(data) < PEEK or not any(data[:8]):
+        return None
+    raw = {name: data[FIELD_AT[name] : FIELD_AT[name] + width] for name, width in _FIXED}
+    try:
+        if raw["resilient_train"] != b"1" or data[8:25] != b'{"__metadata__":{':
+            return None
+        return Stamp(
+            key=Key(int(raw["lineage"]), int(raw["step"])),
+            rank=int(raw["rank"]),
+            world=int(raw["world"]),
+            json_length=int(raw["json"]),
+            crc=int(raw["crc"], 16),
+        )
+    except ValueError:
+        return None
+
+
+def parse_header(header: bytes | memoryview, file_size: int) -> tuple[ImageLayout, Stamp]:
+    """Layout and stamp of an image from its leading bytes (at least the whole header).
+
+    Args:
+        header: the file's first bytes; ``8 + header length`` of them are used.
+        file_size: length of the whole file in bytes.
+
+    Raises:
+        FormatError: if anything is not exactly as `plan_image` makes it: lengths, offsets, overlaps, holes.
+    """
+    stamp = peek(header)
+    if stamp is None:
+        raise FormatError("not a published shard image")
+    start = 8 + int.from_bytes(bytes(header[:8]), "little")
+    if not PEEK <= start <= min(MAX_HEADER + 8, file_size) or start % PAGE or len(header) < start:
+        raise FormatError(f"header length {start - 8} does not fit a file of {file_size} bytes")
+    try:
+        return _parse_table(json.loads(bytes(header[8:start])), start, file_size, bytes(header[:start])), stamp
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"malformed header: {error!r}") from error
+
+
+def _parse_table(document: dict[str, Any], start: int, file_size: int, header: bytes) -> ImageLayout:
+    metadata = document.pop("__metadata__")
+    boxes, dtypes, aliases = (json.loads(metadata[name]) for name in ("boxes", "dtypes", "names"))
+    spans = {name: tuple(map(int, item["data_offsets"])) for name, item in document.items()}
+    at = 0
+    entries, starts = [], []
+    for name, item in sorted(document.items(), key=lambda pair: spans[pair[0]]):
+        begin, end = spans[name]
+        shape = tuple(map(int, item["shape"]))
+        if begin != at or any(n < 0 for n in shape) or end - begin != prod(shape) * DTYPE_SIZES[item["dtype"]]:
+            raise ValueError(f"{name!r} does not stand where it must")
+        at = end
+        if name in _RESERVED:
+            continue
+        whole, offset = boxes.get(name, (shape, (0,) * len(shape)))
+        entry = Entry(
+            name=aliases.get(name, name),
+            dtype=item["dtype"],
+            shape=shape,
+            global_shape=tuple(map(int, whole)),
+            offset=tuple(map(int, offset)),
+            real_dtype=dtypes.get(name, ""),
+        )
+        _check_box(entry)
+        entries.append(entry)
+        starts.append(start + begin)
+    json_begin, crc_begin = spans[JSON_NAME]
+    if start + at != file_size or spans[CRC_NAME][0] != crc_begin or crc_begin % 4:
+        raise ValueError(f"the file has {file_size} bytes, its header says {start + at}")
+    if spans[CRC_NAME][1] - crc_begin != 4 * -(-crc_begin // BLOCK):
+        raise ValueError("the checksum table has another length than the data needs")
+    return ImageLayout(
+        entries=tuple(entries),
+        starts=tuple(starts),
+        data_start=start,
+        json_start=start + json_begin,
+        json_capacity=crc_begin - json_begin,
+        crc_start=start + crc_begin,
+        total=file_size,
+        header=header,
+    )
+
+
+def _check_box(entry: Entry) -> None:
+    if not len(entry.shape) == len(entry.global_shape) == len(entry.offset):
+        raise ValueError(f"{entry.name!r}: box and shape differ in dimensions")
+    for n, whole, offset in zip(entry.shape, entry.global_shape, entry.offset, strict=True):
+        if offset < 0 or offset + n > whole:
+            raise ValueError(f"{entry.name!r}: box outside of the tensor")
