@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore
 
 from resilient_train.errors import FormatError, StoreLost
 from resilient_train.spec.node import NodeInfo
@@ -21,14 +22,14 @@ _KEPT_VERSIONS = 16
 _T = TypeVar("_T")
 
 
-def serve(host: str, port: int) -> dist.TCPStore:
+def serve(host: str, port: int) -> TCPStore:
     """Serve a TCPStore on ``host:port`` (0: any free port) in background threads of this process.
 
     Raises:
         StoreLost: if the address cannot be bound.
     """
     try:
-        return dist.TCPStore(host, port, None, True, timedelta(seconds=30), wait_for_workers=False)
+        return TCPStore(host, port, None, True, timedelta(seconds=30), wait_for_workers=False)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise StoreLost(f"cannot serve a store on {host}:{port}: {error}") from error
 
@@ -55,7 +56,7 @@ class TcpControlStore:
     def load(self) -> WorldRecord | None:
         return _mapped(lambda: self._load(self._calls))
 
-    def _load(self, store: dist.Store) -> WorldRecord | None:
+    def _load(self, store: Store) -> WorldRecord | None:
         head = self._prefix + "head"
         revision = int(store.get(head)) if store.check([head]) else 0
         while store.check([self._key(revision + 1)]):
@@ -120,9 +121,9 @@ class TcpControlStore:
         return self._prefix + f"record/{revision}"
 
 
-def _connect(host: str, port: int, timeout: float) -> dist.TCPStore:
+def _connect(host: str, port: int, timeout: float) -> TCPStore:
     try:
-        return dist.TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
+        return TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
 

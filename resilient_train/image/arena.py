@@ -104,17 +104,30 @@ _GENERATION, _STEP, _PUBLISHED = 0, 8, 16
 
 
 class Board(Memory):
-    """One line a worker: how far it is, readable by every process of the node without a message."""
+    """How far each worker is, a line each, and when to persist: readable by every process of the node at once."""
 
     @staticmethod
     def create(lines: int) -> int:
-        """A new board's descriptor."""
-        return create_memory("board", lines * LINE)
+        """A new board's descriptor, with room for workers in slots 0 to ``lines - 1``."""
+        return create_memory("board", (lines + 1) * LINE)
+
+    @property
+    def lines(self) -> int:
+        """Number of workers it has room for."""
+        return self.size // LINE - 1
 
     def _word(self, index: int, offset: int) -> int:
-        if not 0 <= index < self.size // LINE:
-            raise IndexError(f"the board has {self.size // LINE} lines, not {index + 1}")
-        return self.address + index * LINE + offset
+        if not 0 <= index < self.lines:
+            raise IndexError(f"the board has {self.lines} lines, not {index + 1}")
+        return self.address + (index + 1) * LINE + offset
+
+    def persist_at(self) -> int:
+        """The step whose snapshot is to be made durable; 0 for none."""
+        return engine.observe(self.address)
+
+    def ask_to_persist(self, step: int) -> None:
+        """Name the step whose snapshot every worker is to hand over."""
+        engine.publish(self.address, step)
 
     def progress(self, index: int) -> tuple[int, int]:
         """(generation, number of finished steps) of the worker in slot ``index``; (0, 0) before its first boundary."""

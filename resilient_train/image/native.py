@@ -129,3 +129,9 @@ def load() -> Engine:
 
 
 engine: Engine = load()
+
+
+def checksum(data: memoryview | bytes | bytearray, crc: int = 0) -> int:
+    """CRC32C of a buffer, continuing ``crc``."""
+    array = np.frombuffer(data, dtype=np.uint8)
+    return engine.crc32c(array.ctypes.data, len(array), crc)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from resilient_train.errors import CheckpointDamaged, FormatError
-from resilient_train.image.native import engine
+from resilient_train.image.native import checksum
 from resilient_train.image.snapshot import TORCH_DTYPES
 from resilient_train.spec.shard import BLOCK, Entry, parse_header
 
@@ -39,11 +39,13 @@ class ImageReader:
         try:
             prefix = read(0, min(size, 8))
             length = 8 + int.from_bytes(bytes(prefix), "little")
-            self.layout, self.stamp = parse_header(read(0, min(size, length)), size)
+            header = read(0, min(size, length))
+            self.layout, self.stamp = parse_header(header, size)
+            self.header_crc = checksum(header)
         except FormatError as error:
             raise CheckpointDamaged(f"{name}: {error}") from error
         table = bytes(read(self.layout.crc_start, 4 * self.layout.blocks))
-        if _crc(table) != self.stamp.crc:
+        if checksum(table) != self.stamp.crc:
             raise CheckpointDamaged(f"{name}: the checksum table is damaged")
         self._sums = np.frombuffer(table, dtype="<u4")
         self._checked = np.zeros(self.layout.blocks, dtype=bool)
@@ -51,6 +53,14 @@ class ImageReader:
             (entry.name, entry.offset): (entry, start)
             for entry, start in zip(self.layout.entries, self.layout.starts, strict=True)
         }
+
+    def release(self) -> None:
+        """Let go of the bytes behind the reader, so that mapped memory can be unmapped."""
+
+        def gone(offset: int, length: int) -> bytes:
+            raise CheckpointDamaged(f"{self.name}: read after it was closed ({length} bytes at {offset})")
+
+        self._read = gone
 
     def entries(self) -> tuple[Entry, ...]:
         """What the image holds."""
@@ -97,15 +107,10 @@ class ImageReader:
             if self._stable and self._checked[block]:
                 continue
             piece = data[(block - first) * BLOCK : (block - first + 1) * BLOCK]
-            if _crc(piece) != self._sums[block]:
+            if checksum(piece) != self._sums[block]:
                 raise CheckpointDamaged(f"{self.name}: block {block} (from byte {begin}) fails its checksum")
             self._checked[block] = True
         return data[start - begin : start - begin + size]
-
-
-def _crc(data: memoryview | bytes) -> int:
-    array = np.frombuffer(data, dtype=np.uint8)
-    return engine.crc32c(array.ctypes.data, len(array))
 
 
 def memory_reader(name: str, view: memoryview) -> ImageReader:

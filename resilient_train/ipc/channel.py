@@ -7,6 +7,7 @@ machine, so both ends check that the other runs as the same user.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -107,16 +108,13 @@ class Channel:
         return message, descriptors
 
     def _fill(self, timeout: float | None) -> bool:
-        self._socket.settimeout(timeout)
+        # The socket stays blocking, because another thread may be sending; only this read must not wait.
         try:
+            if timeout is not None and not select.select([self._socket], [], [], timeout)[0]:
+                return False
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, _MAX_DESCRIPTORS)
-        except (TimeoutError, BlockingIOError):
-            return False
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise LinkLost(f"the other end of a local connection is gone: {error}") from error
-        finally:
-            if self._socket.fileno() >= 0:
-                self._socket.settimeout(None)
         self._descriptors += descriptors
         if not data:
             raise LinkLost("the other end of a local connection is gone")

@@ -1,8 +1,8 @@
 """Which rank computes which samples of a global batch.
 
 The global batch of a step is cut into units of ``micro_batch`` samples.  Every rank makes the same number of passes
-``K = ceil(units / ranks)``; in pass k, rank r computes unit ``k * ranks + r``, or a filler of weight 0 where there is no
-such unit.  Which samples form a unit depends on seed and step only, so a change of the world moves work between ranks
+``K = ceil(units / ranks)``; in pass k, rank r computes unit ``k * ranks + r``, or a filler of weight 0 where there is
+no such unit.  Which samples form a unit depends on seed and step only, so a change of the world moves work between ranks
 and changes nothing else.
 """
 

@@ -12,7 +12,7 @@ def due(*, auto: bool, seconds: float, since_last: float, last_duration: float) 
     """Whether the next state is to be persisted.
 
     Args:
-        auto: keep the share of time spent on writing below `AUTO_SHARE`, and never write more often than `AUTO_SECONDS`.
+        auto: keep the share of time spent on writing below `AUTO_SHARE`, and at least `AUTO_SECONDS` between writes.
         seconds: otherwise, the interval.
         since_last: seconds since the last write began.
         last_duration: seconds it took.

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from resilient_train.errors import FormatError
 
@@ -24,7 +24,12 @@ class Message:
     __slots__ = ()
 
 
-_message = dataclass(frozen=True, slots=True, kw_only=True)
+_Class = TypeVar("_Class", bound=type)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _message(cls: _Class) -> _Class:
+    return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 # ---- worker -> agent ------------------------------------------------------------------------------------------------
@@ -144,22 +149,24 @@ class Policy(Message):
     """Where and when images are persisted; every local worker says the same."""
 
     url: str
-    job: str
     every_steps: int
     every_seconds: float
     keep_last: int
-    local_size: int
 
 
 @_message
 class Published(Message):
-    """A complete image that the keeper is to persist; the worker leaves the slot alone until `Persisted`."""
+    """A complete image that the keeper is to persist; the worker leaves the slot alone until `Persisted`.
+
+    ``local`` is the number of ranks on this node; ``past`` the job's ancestry as [lineage, last step or None] pairs.
+    """
 
     slot: int
     lineage: int
     step: int
     rank: int
     world: int
+    local: int
     past: list[list[int | None]]
 
 

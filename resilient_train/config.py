@@ -1,0 +1,77 @@
+"""What the environment says; the only module that reads ``os.environ``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from resilient_train.errors import ConfigError
+
+AGENT = "RESILIENT_TRAIN_AGENT"
+MEMBER = "RESILIENT_TRAIN_MEMBER"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """How this process was started."""
+
+    agent: str = ""
+    """Address of the agent (`rtrun`) that started this process; empty without one."""
+    member: str = ""
+    """This process's id in the agreed world; empty without an agent."""
+    rank: int = 0
+    """Rank, as torchrun or Slurm say it."""
+    world_size: int = 1
+    """World size, as torchrun or Slurm say it."""
+    local_rank: int = 0
+    """Rank on this node."""
+    local_world_size: int = 1
+    """Number of ranks on this node."""
+    master_addr: str = ""
+    """Where the ranks meet; empty if unknown."""
+    master_port: str = ""
+    """Its port."""
+    job: str = ""
+    """An id of the job that all of its processes share, if the launcher gave one."""
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """The settings in ``variables`` (default: this process's environment).
+
+    Raises:
+        ConfigError: if a number is none.
+    """
+    env = os.environ if variables is None else variables
+
+    def number(default: int, *names: str) -> int:
+        for name in names:
+            if name in env:
+                try:
+                    return int(env[name])
+                except ValueError:
+                    raise ConfigError(f"the environment variable {name} must be a number, it is {env[name]!r}") from None
+        return default
+
+    local_rank = number(0, "LOCAL_RANK", "SLURM_LOCALID")
+    return Environment(
+        agent=env.get(AGENT, ""),
+        member=env.get(MEMBER, ""),
+        rank=number(0, "RANK", "SLURM_PROCID"),
+        world_size=number(1, "WORLD_SIZE", "SLURM_NTASKS"),
+        local_rank=local_rank,
+        local_world_size=number(1, "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"),
+        master_addr=env.get("MASTER_ADDR", ""),
+        master_port=env.get("MASTER_PORT", ""),
+        job=env.get("TORCHELASTIC_RUN_ID") or env.get("SLURM_JOB_ID", ""),
+    )
+
+
+def process_environment() -> dict[str, str]:
+    """A copy of this process's environment, for children."""
+    return dict(os.environ)
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for this process and its children unless it is set."""
+    os.environ.setdefault(name, value)

@@ -1,0 +1,397 @@
+"""The keeper's event loop: slots, clients, what to persist and what to let go.
+
+Every method runs on one thread, which never waits for storage.  Writing happens in `resilient_train.keeper.persist`.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from resilient_train.errors import FormatError, LinkLost, MemoryRefused
+from resilient_train.image.arena import Board, Slot, create_memory
+from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.keeper.boxes import read_boxes
+from resilient_train.keeper.persist import Job, Outcome, Persister
+from resilient_train.plan.interval import due
+from resilient_train.plan.recovery import Found, complete_keys
+from resilient_train.spec.messages import (
+    Adopt,
+    Allocate,
+    Allocated,
+    Attach,
+    Attached,
+    Deposit,
+    Discard,
+    Flush,
+    Flushed,
+    Goodbye,
+    Images,
+    ListImages,
+    Message,
+    Notice,
+    Opened,
+    OpenImages,
+    Persisted,
+    Policy,
+    Published,
+    ReadBoxes,
+    Refused,
+    Withdraw,
+)
+from resilient_train.spec.world import Key
+
+_TICK = 0.25
+
+
+@dataclass
+class Kept:
+    """A slot this keeper holds."""
+
+    memory: Slot
+    owner: str
+
+
+@dataclass
+class Client:
+    """A connected worker."""
+
+    channel: Channel
+    member: str = ""
+    polite: bool = False
+    """It said goodbye."""
+
+
+@dataclass
+class Handover:
+    """A state that ranks are handing over to be persisted."""
+
+    world: int
+    local: int
+    past: dict[int, int | None]
+    slots: dict[int, int] = field(default_factory=dict)
+    """rank -> slot"""
+    givers: dict[int, Client] = field(default_factory=dict)
+    """rank -> who waits for the answer"""
+
+
+class Keeper:
+    """Owns the images of a node."""
+
+    def __init__(self, listener: Listener, lines: int, linger: float, clock: Callable[[], float]) -> None:
+        """Args:
+        listener: where workers and the agent connect.
+        lines: number of worker slots of the node.
+        linger: seconds to live on without agent and workers.
+        clock: monotonic seconds.
+        """
+        self._listener = listener
+        self._linger = linger
+        self._clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ, self._accept)
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._outcomes)
+        self._board_fd = Board.create(lines)
+        self.board = Board(self._board_fd)
+        self.slots: dict[int, Kept] = {}
+        self._next_slot = 1
+        self._clients: list[Client] = []
+        self._agent: Client | None = None
+        self._had_agent = False
+        self._policy: Policy | None = None
+        self._handovers: dict[Key, Handover] = {}
+        self._running: Key | None = None
+        self._finished: list[Outcome] = []
+        self._persister = Persister(self._finish)
+        self._persisted: Key | None = None
+        self._attempted_at = clock()
+        self._last_duration = 0.0
+        self._past: dict[int, int | None] = {}
+        self._flushing: list[Client] = []
+        self._alone_since = clock()
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until nobody needs this keeper any more."""
+        while not self._over():
+            for key, _ in self._selector.select(_TICK):
+                key.data()
+            self._tick()
+
+    def _over(self) -> bool:
+        if self._clients or self._agent or self._running:
+            return False
+        if self._had_agent:
+            return True  # The agent's end is the job's end; its Flush was answered or it is dead.
+        return self._clock() >= self._alone_since + self._linger
+
+    def _tick(self) -> None:
+        self._schedule()
+        self._drop_superseded()
+
+    def _accept(self) -> None:
+        channel = self._listener.accept()
+        if channel is None:
+            return
+        client = Client(channel)
+        self._clients.append(client)
+        self._selector.register(channel, selectors.EVENT_READ, lambda: self._read(client))
+
+    def _read(self, client: Client) -> None:
+        try:
+            for message, descriptors in client.channel.pending():
+                self._handle(client, message, descriptors)
+        except (LinkLost, FormatError):
+            self._forget(client)
+
+    def _forget(self, client: Client) -> None:
+        if client is self._agent:
+            self._agent = None
+            self._flush_alone()
+        elif client in self._clients:
+            self._clients.remove(client)
+        else:
+            return
+        self._selector.unregister(client.channel)
+        client.channel.close()
+        if not self._clients:
+            self._alone_since = self._clock()
+            if not self._had_agent and client.polite:
+                self._flush_alone()
+                self._linger = 0.0
+
+    def _answer(self, client: Client, message: Message, descriptors: list[int] | None = None) -> None:
+        try:
+            client.channel.send(message, descriptors or [])
+        except LinkLost:
+            self._forget(client)
+
+    # ---- messages ---------------------------------------------------------------------------------------------------
+
+    def _handle(self, client: Client, message: Message, descriptors: list[int]) -> None:
+        match message:
+            case Attach(member=member, slot=index):
+                client.member = member
+                if index >= self.board.lines:
+                    self._answer(client, Refused(reason=f"slot {index} of {self.board.lines}"))
+                    return
+                self._answer(client, Attached(index=index), [self._board_fd])
+            case Allocate(size=size):
+                self._allocate(client, size)
+            case Discard(slot=slot):
+                self._drop(slot)
+            case Policy():
+                self._policy = message
+            case Published():
+                self._published(client, message)
+            case ListImages():
+                self._answer(client, Images(images=self._list()))
+            case OpenImages(slots=wanted):
+                there = [slot for slot in wanted if slot in self.slots][:60]
+                self._answer(client, Opened(slots=there), [self.slots[slot].memory.fd for slot in there])
+            case ReadBoxes(slot=slot, lineage=lineage, step=step, boxes=boxes):
+                kept = self.slots.get(slot)
+                self._answer(client, read_boxes(kept.memory if kept else None, Key(lineage, step), boxes))
+            case Goodbye():
+                client.polite = True
+            case Adopt():
+                self._adopt(client, message, descriptors)
+            case Flush():
+                self._flushing.append(client)
+                self._persist_newest()
+                self._answer_flushes()
+            case _:
+                pass
+
+    def _allocate(self, client: Client, size: int) -> None:
+        try:
+            fd = create_memory(f"image of {client.member}", size)
+        except MemoryRefused as error:
+            self._answer(client, Refused(reason=str(error)))
+            return
+        slot = self._next_slot
+        self._next_slot += 1
+        self.slots[slot] = Kept(Slot(fd), client.member)
+        os.close(fd)
+        if self._agent is not None:
+            self._deposit(slot)
+        self._answer(client, Allocated(slot=slot, size=size), [self.slots[slot].memory.fd])
+
+    def _deposit(self, slot: int) -> None:
+        kept = self.slots[slot]
+        if self._agent is not None:
+            message = Deposit(slot=slot, size=kept.memory.size, owner=kept.owner)
+            self._answer(self._agent, message, [kept.memory.fd])
+
+    def _adopt(self, client: Client, message: Adopt, descriptors: list[int]) -> None:
+        """The agent introduces itself, with whatever an earlier keeper had left with it."""
+        self._clients.remove(client)
+        self._agent = client
+        self._had_agent = True
+        if descriptors:
+            self.board.close()
+            os.close(self._board_fd)
+            self._board_fd = descriptors[0]
+            self.board = Board(self._board_fd)
+            for (slot, owner), fd in zip(message.slots, descriptors[1:], strict=True):
+                self.slots[slot] = Kept(Slot(fd), owner)
+                os.close(fd)
+                self._next_slot = max(self._next_slot, slot + 1)
+        else:
+            self._answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
+
+    def _drop(self, slot: int) -> None:
+        kept = self.slots.pop(slot, None)
+        if kept is not None:
+            kept.memory.close()
+            if self._agent is not None:
+                self._answer(self._agent, Withdraw(slot=slot))
+
+    def _list(self) -> list[list[int]]:
+        found = []
+        for slot, kept in self.slots.items():
+            stamp = kept.memory.stamp()
+            if stamp is not None:
+                found.append([slot, stamp.key.lineage, stamp.key.step, stamp.rank, stamp.world])
+        return found
+
+    def _drop_superseded(self) -> None:
+        """Images of workers that are gone live until a newer state is complete."""
+        living = {client.member for client in self._clients}
+        orphans = [slot for slot, kept in self.slots.items() if kept.owner not in living]
+        if not orphans:
+            return
+        newest = self._newest_complete()
+        for slot in orphans:
+            stamp = self.slots[slot].memory.stamp()
+            busy = any(slot in handover.slots.values() for handover in self._handovers.values())
+            if not busy and newest is not None and (stamp is None or stamp.key < newest):
+                self._drop(slot)
+
+    def _newest_complete(self) -> Key | None:
+        found = [
+            Found(key=Key(lineage, step), rank=rank, world=world, place="memory")
+            for _, lineage, step, rank, world in self._list()
+        ]
+        keys = complete_keys(found, {})
+        return keys[0] if keys else None
+
+    # ---- persisting -------------------------------------------------------------------------------------------------
+
+    def _published(self, client: Client, message: Published) -> None:
+        key = Key(message.lineage, message.step)
+        past = {int(one or 0): bound for one, bound in message.past}
+        self._past = past
+        kept = self.slots.get(message.slot)
+        if kept is None or not kept.memory.try_lock(exclusive=False):
+            self._answer(client, Persisted(lineage=key.lineage, step=key.step, error="the slot is gone"))
+            return
+        handover = self._handovers.setdefault(key, Handover(message.world, message.local, past))
+        handover.slots[message.rank] = message.slot
+        handover.givers[message.rank] = client
+        if len(handover.slots) == handover.local:
+            # Whatever older state some rank never handed over (it died) will not be completed any more.
+            for other in [k for k in self._handovers if k < key and k != self._running]:
+                self._give_back(other, "not every rank handed it over")
+            self._start(key)
+
+    def _start(self, key: Key) -> None:
+        if self._running is not None or self._policy is None:
+            if self._policy is None:
+                self._give_back(key, "no location to persist to")
+            return
+        handover = self._handovers[key]
+        self._running = key
+        self._attempted_at = self._clock()
+        self._persister.submit(
+            Job(
+                key=key,
+                world=handover.world,
+                images={rank: self.slots[slot].memory for rank, slot in handover.slots.items()},
+                past=handover.past,
+                url=self._policy.url,
+                keep_last=self._policy.keep_last,
+            )
+        )
+
+    def _finish(self, outcome: Outcome) -> None:
+        """On the persister's thread."""
+        self._finished.append(outcome)
+        os.write(self._wake_write, b"x")
+
+    def _outcomes(self) -> None:
+        os.read(self._wake_read, 4096)
+        while self._finished:
+            outcome = self._finished.pop(0)
+            key = outcome.job.key
+            self._running = None
+            self._last_duration = outcome.seconds
+            if not outcome.error:
+                self._persisted = max(key, self._persisted or key)
+                text = f"{key} is durable in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
+                self._notice("persisted", text)
+            else:
+                self._notice("persist_failed", f"{key} is not durable: {outcome.error}")
+            self._give_back(key, outcome.error)
+        waiting = [key for key, handover in self._handovers.items() if len(handover.slots) == handover.local]
+        if waiting:
+            self._start(max(waiting))
+        self._answer_flushes()
+
+    def _give_back(self, key: Key, error: str) -> None:
+        handover = self._handovers.pop(key)
+        for rank, slot in handover.slots.items():
+            if slot in self.slots:
+                self.slots[slot].memory.unlock()
+            giver = handover.givers.get(rank)
+            if giver is not None and giver in self._clients:
+                self._answer(giver, Persisted(lineage=key.lineage, step=key.step, error=error))
+
+    def _schedule(self) -> None:
+        """When persisting goes by time, name a step shortly ahead at which all workers hand over their images."""
+        policy = self._policy
+        if policy is None or policy.every_steps or self._running or self._handovers:
+            return
+        since = self._clock() - self._attempted_at
+        auto = policy.every_seconds < 0
+        if due(auto=auto, seconds=policy.every_seconds, since_last=since, last_duration=self._last_duration):
+            furthest = max(self.board.progress(index)[1] for index in range(self.board.lines))
+            if furthest >= self.board.persist_at():
+                self.board.ask_to_persist(furthest + 2)
+
+    def _persist_newest(self) -> None:
+        """Persist the newest complete state unless that is already durable."""
+        newest = self._newest_complete()
+        if self._policy is None or newest is None or (self._persisted is not None and newest <= self._persisted):
+            return
+        if newest == self._running:
+            return
+        handover = self._handovers.setdefault(newest, Handover(0, 0, self._past))
+        for slot, lineage, step, rank, world in self._list():
+            if Key(lineage, step) == newest and self.slots[slot].memory.try_lock(exclusive=False):
+                handover.slots[rank] = slot
+                handover.world, handover.local = world, world
+        self._start(newest)
+
+    def _flush_alone(self) -> None:
+        """Nobody is left to ask for it, so make the last state durable unasked."""
+        self._persist_newest()
+
+    def _answer_flushes(self) -> None:
+        if self._running is not None:
+            return
+        newest = self._newest_complete()
+        behind = newest is not None and (self._persisted is None or self._persisted < newest)
+        text = f"the last state ({newest}) could not be made durable" if self._policy and behind else ""
+        for client in self._flushing:
+            self._answer(client, Flushed(text=text))
+        self._flushing = []
+
+    def _notice(self, kind: str, text: str) -> None:
+        if self._agent is not None:
+            self._answer(self._agent, Notice(kind=kind, text=text, at=time.monotonic()))

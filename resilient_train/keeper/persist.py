@@ -1,0 +1,181 @@
+"""Make images durable in the background: the same bytes, written once per job, manifest last."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from resilient_train.errors import OutsideError, ResilientError
+from resilient_train.image.arena import Slot
+from resilient_train.image.native import checksum, engine
+from resilient_train.plan.partition import assign
+from resilient_train.plan.retention import superseded
+from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
+from resilient_train.spec.world import Key
+from resilient_train.storage.catalogue import commit, listing
+from resilient_train.storage.commit import ImageFile, folder_of, image_name
+from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.storage.tier import Tier
+
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A state to persist."""
+
+    key: Key
+    """Which."""
+    world: int
+    """Of how many ranks."""
+    images: Mapping[int, Slot]
+    """The images of this node's ranks, locked against their writers by the caller."""
+    past: Mapping[int, int | None]
+    """The job's ancestry."""
+    url: str
+    """Where to."""
+    keep_last: int
+    """How many checkpoints to keep there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a `Job`."""
+
+    job: Job
+    """The job."""
+    error: str
+    """Why it failed; empty if the images are durable."""
+    committed: bool
+    """Whether the checkpoint is complete with this."""
+    seconds: float
+    """How long it took."""
+    nbytes: int
+    """Bytes written."""
+
+
+class Persister:
+    """One background thread; jobs one after the other."""
+
+    def __init__(self, done: Callable[[Outcome], None]) -> None:
+        """Args:
+        done: called from the thread with each outcome.
+        """
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._done = done
+        self._thread = threading.Thread(target=self._run, name="persist", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Persist ``job`` after those before it."""
+        self._queue.put(job)
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            began = time.monotonic()
+            written, committed, error = 0, False, ""
+            try:
+                written, committed = persist(FilesystemTier(job.url), job)
+            except ResilientError as failure:
+                error = str(failure)
+            seconds = time.monotonic() - began
+            self._done(Outcome(job=job, error=error, committed=committed, seconds=seconds, nbytes=written))
+
+
+def persist(tier: Tier, job: Job) -> tuple[int, bool]:
+    """Write a job's images, its part, the manifest if it is complete, and remove what is superseded.
+
+    Returns:
+        (bytes written, whether the checkpoint is committed).
+
+    Raises:
+        OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
+    """
+    headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
+    shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()})
+    files = []
+    for rank, slot in job.images.items():
+        layout, stamp = headers[rank]
+        files.append(_write(tier, slot, layout, stamp, shares[rank]))
+    committed = commit(tier, job.key, job.world, files, job.past)
+    if committed:
+        for key in superseded(*listing(tier), job.keep_last):
+            tier.delete(folder_of(key))
+    return sum(file.size for file in files), committed
+
+
+def _header(slot: Slot, key: Key) -> tuple[ImageLayout, Stamp]:
+    stamp = slot.stamp()
+    if stamp is None or stamp.key != key:
+        raise OutsideError(f"the image of {key} was overwritten before it was persisted")
+    length = 8 + int.from_bytes(slot.map[:8], "little")
+    return parse_header(slot.map[:length], slot.size)
+
+
+def _write(tier: Tier, slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> ImageFile:
+    path = f"{folder_of(stamp.key)}/{image_name(stamp.rank, stamp.world)}"
+    with memoryview(slot.map) as view:
+        if len(share) == len(layout.entries):
+            header_crc = engine.crc32c(slot.address, layout.data_start)
+            size = tier.put(path, (view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK)))
+            table_crc = stamp.crc
+        else:
+            chunks = _PartialImage(view, layout, stamp, share)
+            size = tier.put(path, chunks)
+            header_crc, table_crc = chunks.header_crc, chunks.table_crc
+    return ImageFile(
+        name=image_name(stamp.rank, stamp.world),
+        rank=stamp.rank,
+        size=size,
+        header_crc=header_crc,
+        table_crc=table_crc,
+    )
+
+
+class _PartialImage:
+    """The bytes of an image that holds a share of another image's entries: new header and checksums, same data."""
+
+    def __init__(self, view: memoryview, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> None:
+        self._view = view
+        starts = dict(zip(layout.entries, layout.starts, strict=True))
+        self._layout = plan_image(share, stamp.json_length)
+        ranges = [(starts[entry], entry.nbytes) for entry in self._layout.entries]
+        ranges.append((layout.json_start, stamp.json_length))
+        padding = b" " * (self._layout.json_capacity - stamp.json_length)
+        self._data = [view[at : at + size] for at, size in ranges if size] + [memoryview(padding)]
+        table = self._table()
+        self.table_crc = checksum(table)
+        header = bytearray(self._layout.header)
+        fields = Stamp(
+            key=stamp.key, rank=stamp.rank, world=stamp.world, json_length=stamp.json_length, crc=self.table_crc
+        ).fields()
+        for at, value in fields:
+            header[at : at + len(value)] = value
+        self.header_crc = checksum(header)
+        tail = self._layout.total - self._layout.crc_start - len(table)
+        self._pieces = [memoryview(header), *self._data, memoryview(table), memoryview(bytes(tail))]
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for piece in self._pieces:
+            for at in range(0, len(piece), _CHUNK):
+                yield piece[at : at + _CHUNK]
+
+    def _table(self) -> bytes:
+        sums, crc, filled = [], 0, 0
+        for piece in self._data:
+            at = 0
+            while at < len(piece):
+                n = min(BLOCK - filled, len(piece) - at)
+                crc = checksum(piece[at : at + n], crc)
+                at += n
+                filled += n
+                if filled == BLOCK:
+                    sums.append(crc)
+                    crc, filled = 0, 0
+        if filled:
+            sums.append(crc)
+        return b"".join(value.to_bytes(4, "little") for value in sums)
+

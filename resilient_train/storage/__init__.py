@@ -1,0 +1,1 @@
+"""L3: where images live when memory is gone."""

@@ -1,0 +1,65 @@
+"""The checkpoints of a tier: list, read, commit, thin out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from resilient_train.errors import CheckpointDamaged
+from resilient_train.spec.world import Key
+from resilient_train.storage.commit import (
+    MANIFEST,
+    ImageFile,
+    Manifest,
+    decode_part,
+    encode_part,
+    folder_of,
+    key_of,
+    merge,
+    part_name,
+)
+from resilient_train.storage.tier import Tier
+
+
+def listing(tier: Tier) -> tuple[list[Key], list[Key]]:
+    """(committed keys, unfinished keys), each oldest first."""
+    committed, unfinished = [], []
+    for folder, files in tier.folders().items():
+        key = key_of(folder)
+        if key is not None:
+            (committed if MANIFEST in files else unfinished).append(key)
+    return sorted(committed), sorted(unfinished)
+
+
+def read_manifest(tier: Tier, key: Key) -> Manifest:
+    """The manifest of a committed checkpoint.
+
+    Raises:
+        CheckpointDamaged: if it is missing, malformed, or another checkpoint's.
+    """
+    path = f"{folder_of(key)}/{MANIFEST}"
+    manifest = decode_part(tier.read(path, 0, tier.size(path)), f"{tier.name}: {path}")
+    if manifest.key != key or merge([manifest]) is None:
+        raise CheckpointDamaged(f"{tier.name}: {path}: does not describe this checkpoint")
+    return manifest
+
+
+def commit(
+    tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]
+) -> bool:
+    """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed."""
+    folder = folder_of(key)
+    part = Manifest(key=key, world=world, files=tuple(files), past=past)
+    tier.put(f"{folder}/{part_name(files)}", [encode_part(part)])
+    names = tier.folders().get(folder, set())
+    if MANIFEST in names:
+        return True
+    parts = []
+    for name in sorted(names):
+        if name.startswith("part-") and name.endswith(".json"):
+            path = f"{folder}/{name}"
+            parts.append(decode_part(tier.read(path, 0, tier.size(path)), path))
+    manifest = merge(parts)
+    if manifest is None:
+        return False
+    tier.put(f"{folder}/{MANIFEST}", [encode_part(manifest)])
+    return True

@@ -1,0 +1,129 @@
+"""What makes a checkpoint: the manifest, a pure function of the parts that the keepers put.
+
+A folder ``step-000000041.g3`` holds one image per rank and one part per keeper.  Whoever sees that the parts name every
+rank writes ``manifest.json``; all would write the same.  No manifest, no checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from resilient_train.errors import CheckpointDamaged
+from resilient_train.spec.world import Key
+
+MANIFEST = "manifest.json"
+_FOLDER = re.compile(r"step-(\d{9,13})\.g(\d+)")
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """One rank's image in a checkpoint."""
+
+    name: str
+    """File name within the folder."""
+    rank: int
+    """Whose part."""
+    size: int
+    """Length in bytes."""
+    header_crc: int
+    """CRC32C of everything before the data."""
+    table_crc: int
+    """CRC32C of the image's own checksum table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A committed checkpoint."""
+
+    key: Key
+    """Which state."""
+    world: int
+    """Number of ranks that it is the state of."""
+    files: tuple[ImageFile, ...]
+    """One image per rank, by rank."""
+    past: Mapping[int, int | None]
+    """The job's ancestry: lineage to the last step of it that belongs to the past (None: all)."""
+
+
+def folder_of(key: Key) -> str:
+    """The folder's name."""
+    return f"step-{key.step:09d}.g{key.lineage}"
+
+
+def key_of(folder: str) -> Key | None:
+    """The inverse of `folder_of`; None for other names."""
+    match = _FOLDER.fullmatch(folder)
+    return Key(int(match[2]), int(match[1])) if match else None
+
+
+def image_name(rank: int, world: int) -> str:
+    """File name of a rank's image."""
+    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+
+
+def part_name(files: Sequence[ImageFile]) -> str:
+    """File name of the part that lists ``files``."""
+    return f"part-{min(file.rank for file in files):05d}.json"
+
+
+def encode_part(manifest: Manifest) -> bytes:
+    """A part or a whole manifest as JSON."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "key": list(manifest.key),
+        "world": manifest.world,
+        "past": [[lineage, bound] for lineage, bound in sorted(manifest.past.items())],
+        "files": [asdict(file) for file in sorted(manifest.files, key=lambda file: file.rank)],
+    }
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def decode_part(data: bytes, path: str) -> Manifest:
+    """The inverse of `encode_part`.
+
+    Raises:
+        CheckpointDamaged: naming ``path``, if ``data`` is anything else.
+    """
+    try:
+        document = json.loads(data)
+        if document["format"] != FORMAT:
+            raise CheckpointDamaged(f"{path}: format {document['format']!r} is not known to this version")
+        files = tuple(_file(item) for item in document["files"])
+        lineage, step = map(int, document["key"])
+        past = {int(one): None if bound is None else int(bound) for one, bound in document["past"]}
+        return Manifest(key=Key(lineage, step), world=int(document["world"]), files=files, past=past)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path}: not a manifest: {error!r}") from error
+
+
+def _file(item: Mapping[str, Any]) -> ImageFile:
+    file = ImageFile(
+        name=str(item["name"]),
+        rank=int(item["rank"]),
+        size=int(item["size"]),
+        header_crc=int(item["header_crc"]),
+        table_crc=int(item["table_crc"]),
+    )
+    if "/" in file.name or file.name.startswith(".") or file.size < 0 or file.rank < 0:
+        raise ValueError(f"no image file: {file}")
+    return file
+
+
+def merge(parts: Iterable[Manifest]) -> Manifest | None:
+    """The manifest that the parts add up to; None while they do not name every rank once."""
+    parts = list(parts)
+    if not parts:
+        return None
+    first = parts[0]
+    if any((part.key, part.world) != (first.key, first.world) for part in parts):
+        return None
+    files = {file.rank: file for part in parts for file in part.files}
+    if set(files) != set(range(first.world)):
+        return None
+    ordered = tuple(files[rank] for rank in range(first.world))
+    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past)

@@ -1,0 +1,43 @@
+"""The contract of a durable tier; `resilient_train.testing.tier` holds the suite that every implementation passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+Chunk = bytes | memoryview
+
+
+class Tier(Protocol):
+    """A place with folders of immutable files.
+
+    Names are relative: ``step-000000041.g3/manifest.json``.  All methods raise
+    `resilient_train.errors.StorageError` naming the place and the file.
+    """
+
+    name: str
+    """The place, for people."""
+
+    def folders(self) -> dict[str, set[str]]:
+        """The names of all folders, with the names of the files in each."""
+        ...
+
+    def size(self, path: str) -> int:
+        """Length of a file in bytes."""
+        ...
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """Exactly these bytes of a file; fewer is an error."""
+        ...
+
+    def put(self, path: str, chunks: Iterable[Chunk]) -> int:
+        """Write a file that becomes visible whole or not at all, durable when this returns; its length."""
+        ...
+
+    def delete(self, folder: str) -> None:
+        """Remove a folder, its manifest first; one that is not there is no error."""
+        ...
+
+    def check_writable(self) -> None:
+        """Raise `StorageError` now if nothing can be written here."""
+        ...

@@ -1,0 +1,1 @@
+"""L4: what the user's script imports."""

@@ -1,0 +1,374 @@
+"""``Checkpointer``: the state of a training, kept safe at step boundaries and found again after anything."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from resilient_train.errors import CheckpointDamaged, ConfigError, LinkLost, StorageError, UnsupportedState
+from resilient_train.image.reader import ImageReader
+from resilient_train.image.snapshot import SlotWriter
+from resilient_train.plan.interval import parse_interval
+from resilient_train.spec.messages import Policy, Published
+from resilient_train.spec.shard import Entry, plan_image
+from resilient_train.spec.world import Key, Restore, ancestry
+from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.worker import host
+from resilient_train.worker.fill import fill
+from resilient_train.worker.sources import MemorySource, TierSource
+from resilient_train.worker.state import Capture, State
+from resilient_train.worker.world import World
+
+logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where states can be restored from."""
+
+    name: str
+
+    def keys(self, past: dict[int, int | None]) -> list[Key]:
+        """Complete states of the past, newest first."""
+        ...
+
+    def open(self, key: Key) -> AbstractContextManager[list[ImageReader]]:
+        """Readers of all images of a state."""
+        ...
+
+
+class Checkpointer:
+    """Snapshots to shared memory at step boundaries, persists them in the background, restores the newest.
+
+    Args:
+        state: what to save.
+        url: where to make it durable: a path or any URL that fsspec knows. None: memory only.
+        world: the elastic function's `World`; None outside of one.
+        snapshot_every: steps between snapshots to memory.
+        persist_every: steps between durable checkpoints, or seconds (``"300s"``), or ``"auto"``: every 30 s, less
+            often where writing takes more than a tenth of the time. The last state is made durable in any case when
+            the job ends.
+        keep_last: durable checkpoints to keep.
+
+    Raises:
+        ConfigError: for a malformed argument.
+        StorageError: if nothing can be written at ``url``.
+
+    Example::
+
+        ckpt = rt.Checkpointer(rt.State(model=model, optim=optim), "s3://bucket/run-1", world=world)
+        for step in ckpt.steps(10_000):
+            ...
+    """
+
+    def __init__(
+        self,
+        state: State,
+        url: str | None = None,
+        *,
+        world: World | None = None,
+        snapshot_every: int = 1,
+        persist_every: int | str = "auto",
+        keep_last: int = 3,
+    ) -> None:
+        if not isinstance(state, State):
+            raise ConfigError(f"Checkpointer needs an rt.State, got {type(state).__name__}")
+        if snapshot_every < 1 or keep_last < 1:
+            raise ConfigError("snapshot_every and keep_last must be at least 1")
+        try:
+            self._every_steps, self._every_seconds = parse_interval(persist_every)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self._state = state
+        self._snapshot_every = snapshot_every
+        self._host = host.connect(world)
+        self._tier = FilesystemTier(url) if url is not None else None
+        if self._tier is not None:
+            self._tier.check_writable()
+            assert url is not None
+            self._host.keeper.set_policy(
+                Policy(
+                    url=url,
+                    every_steps=self._every_steps,
+                    every_seconds=self._every_seconds,
+                    keep_last=keep_last,
+                )
+            )
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._size = dist.get_world_size() if dist.is_initialized() else 1
+        self._writer: SlotWriter | None = None
+        self._planned: tuple[Entry, ...] = ()
+        self._lineage = 0
+        self._restores: list[Restore] = []
+        self._base: Key | None = None
+        self._newest: Key | None = None
+        self._handed_over: Key | None = None
+        self._pending: set[Key] = set()
+        self._skipped = 0
+        self._rounds = 0
+        self._step: int | None = None
+        self._host.on_leave(self._detach)
+
+    # ---- stepping ---------------------------------------------------------------------------------------------------
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Restore, then count the steps that are left: from the number of finished steps up to ``total - 1``.
+
+        Between two steps the state is snapshotted, and planned changes of the world take place.
+        """
+        first = self.restore()
+        self._host.begin_steps(first, total)
+        for step in range(first, total + 1):
+            if step > first:
+                self._host.stage("first_step")
+            self._boundary(step, total)
+            if step < total:
+                yield step
+
+    def _boundary(self, step: int, total: int) -> None:
+        self._step = step
+        stopping = self._host.reach(step)
+        due = step % self._snapshot_every == 0 or self._newest is None or step == total
+        if due or stopping:
+            self.snapshot()
+        if stopping:
+            self._host.leave_at_boundary()
+
+    # ---- saving -----------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bool:
+        """Copy the state to shared memory now; whether that was possible without waiting.
+
+        Must be called by all ranks at the same step.
+
+        Raises:
+            UnsupportedState: naming what cannot be saved.
+            MemoryRefused: if there is no memory for the image.
+        """
+        key = Key(self._lineage, self._current_step())
+        self._hear_keeper()
+        capture = self._state.capture(self._rank)
+        document = capture.document_bytes()
+        writer = self._layout(capture, document)
+        order = {(entry.name, entry.offset): i for i, entry in enumerate(capture.entries)}
+        tensors = [capture.tensors[order[entry.name, entry.offset]] for entry in writer.layout.entries]
+        for slot in self._host.slots.writable(writer.layout.total, self._safe(), self._past()):
+            slot.key = None
+            if writer.write(slot.memory, key, tensors, document):
+                slot.key = self._newest = key
+                self._host.board.report_published(self._host.index, key)
+                if self._to_persist(key.step):
+                    self._hand_over(slot.number, key)
+                    slot.held = True
+                return True
+        self._skipped += 1
+        if self._skipped & (self._skipped - 1) == 0:
+            logger.warning(
+                "no free slot for the snapshot of %s: %d skipped so far; a slow write to storage holds the others",
+                key,
+                self._skipped,
+            )
+        return False
+
+    def persist(self) -> bool:
+        """Make the state of the last snapshot durable in the background; whether there is something to wait for.
+
+        Must be called by all ranks at the same step.
+
+        Raises:
+            ConfigError: without a URL.
+        """
+        if self._tier is None:
+            raise ConfigError("this Checkpointer has no URL to persist to")
+        self._hear_keeper()
+        slot = next((s for s in self._host.slots.all() if s.key is not None and s.key == self._newest), None)
+        if slot is None or slot.key is None or self._handed_over == slot.key:
+            return False
+        self._hand_over(slot.number, slot.key)
+        slot.held = True
+        return True
+
+    def wait(self, timeout: float = 600.0) -> None:
+        """Wait until everything that was handed over to be persisted is durable.
+
+        Raises:
+            StorageError: if it cannot be made durable, or not within ``timeout`` seconds.
+        """
+        while self._pending:
+            failures = self._hear_keeper(timeout)
+            if failures:
+                raise StorageError("; ".join(failures))
+            if not self._pending:
+                return
+
+    def close(self) -> None:
+        """Let go of the keeper; it makes the last state durable and ends."""
+        self._host.close()
+
+    def _current_step(self) -> int:
+        if self._step is None:
+            raise ConfigError("snapshot() works between the steps of steps(), or after restore()")
+        return self._step
+
+    def _layout(self, capture: Capture, document: bytes) -> SlotWriter:
+        entries = tuple(capture.entries)
+        writer = self._writer
+        if writer is None or entries != self._planned or len(document) > writer.layout.json_capacity:
+            if len({entry.name for entry in entries}) != len(entries):
+                raise UnsupportedState("two parts of the state have the same name")
+            layout = plan_image(entries, len(document) + max(4096, len(document) // 4))
+            writer = self._writer = SlotWriter(layout, self._rank, self._size)
+            self._planned = entries
+        return writer
+
+    def _safe(self) -> Key | None:
+        """The newest state that every rank has published: what is older may be overwritten."""
+        step = self._host.board.watermark(self._lineage, self._host.local_slots)
+        return Key(self._lineage, step) if step >= 0 else self._base
+
+    def _past(self) -> dict[int, int | None]:
+        return ancestry(self._restores)
+
+    def _to_persist(self, step: int) -> bool:
+        if self._tier is None:
+            return False
+        if self._every_steps:
+            return step % self._every_steps == 0 and step > 0
+        return step > 0 and step == self._host.board.persist_at()
+
+    def _hand_over(self, slot: int, key: Key) -> None:
+        self._handed_over = key
+        self._pending.add(key)
+        past = [[lineage, bound] for lineage, bound in self._past().items()]
+        self._host.keeper.hand_over(
+            Published(
+                slot=slot,
+                lineage=key.lineage,
+                step=key.step,
+                rank=self._rank,
+                world=self._size,
+                local=len(self._host.local_slots),
+                past=past,
+            )
+        )
+
+    def _hear_keeper(self, timeout: float = 0.0) -> list[str]:
+        """Take in what the keeper reports; why something is not durable, if so."""
+        failures = []
+        try:
+            news = self._host.keeper.news(timeout)
+        except LinkLost:
+            self._host.keeper.reconnect()
+            self._host.slots.release_all()
+            self._pending.clear()
+            return ["the keeper died before it had persisted everything; its successor goes on with the next state"]
+        if timeout and not news:
+            failures.append(f"nothing became durable within {timeout:g} s")
+        for item in news:
+            key = Key(item.lineage, item.step)
+            self._host.slots.released(key)
+            self._pending.discard(key)
+            if item.error:
+                failures.append(item.error)
+                if self._rank == 0:
+                    logger.warning("%s is not durable: %s", key, item.error)
+        return failures
+
+    # ---- restoring --------------------------------------------------------------------------------------------------
+
+    def restore(self) -> int:
+        """Fill the state from the newest complete copy left anywhere; the number of finished steps in it.
+
+        Must be called by all ranks. A fresh start leaves the state as it is and returns 0.
+
+        Raises:
+            StateMismatch: if the newest state is of another model.
+            StorageError: if the location cannot be read.
+        """
+        self._restores = self._host.restores()
+        past = self._past()
+        damaged: list[Key] = []
+        while True:
+            choice = self._choose(past, damaged)
+            key = None if choice["key"] is None else Key(*choice["key"])
+            problem = self._try(choice["place"], key) if key is not None else None
+            if self._all_well(problem is None):
+                break
+            assert key is not None
+            if problem is not None:
+                logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
+            damaged.append(key)
+        self._lineage, self._base, self._step = choice["lineage"], key, key.step if key else 0
+        restore = Restore(generation=self._host.generation, lineage=self._lineage, source=key)
+        self._restores = [*self._restores, restore]
+        text = f"{key} from {choice['place']}" if key else "a fresh start"
+        if self._rank == 0:
+            logger.info("generation %d resumes %s", self._host.generation, text)
+            self._host.resumed(restore, text)
+        self._host.stage("restored")
+        return self._step
+
+    def _sources(self) -> list[Source]:
+        sources: list[Source] = [MemorySource(self._host.keeper)]
+        return sources + ([TierSource(self._tier)] if self._tier is not None else [])
+
+    def _choose(self, past: dict[int, int | None], damaged: list[Key]) -> dict[str, Any]:
+        """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
+        if self._rank != 0:
+            return self._exchange(None)
+        place, key = "", None
+        for source in self._sources():
+            keys = [key for key in source.keys(past) if key not in damaged]
+            if keys:
+                place, key = source.name, keys[0]
+                break
+        return self._exchange({"place": place, "key": key, "lineage": self._next_lineage(key)})
+
+    def _next_lineage(self, key: Key | None) -> int:
+        """A number that no state at the URL and none of this job was computed under."""
+        generation = self._host.generation
+        if self._restores:
+            last = self._restores[-1]
+            return generation + last.lineage - last.generation
+        older = TierSource(self._tier).newest_lineage() if self._tier is not None else 0
+        return generation + max(older, key.lineage if key else 0)
+
+    def _exchange(self, value: dict[str, Any] | None) -> dict[str, Any]:
+        """What rank 0 passes, on every rank."""
+        if self._size == 1:
+            assert value is not None
+            return value
+        self._rounds += 1
+        name = f"resilient_train/choice/{self._rounds}"
+        store = c10d._get_default_store()
+        if value is not None:
+            store.set(name, json.dumps(value))
+        received: dict[str, Any] = json.loads(store.get(name))
+        return received
+
+    def _try(self, place: str, key: Key) -> str | None:
+        """Fill the state; what is damaged, if something is."""
+        source = next(source for source in self._sources() if source.name == place)
+        try:
+            with source.open(key) as readers:
+                fill(self._state, readers, self._rank, self._size)
+        except CheckpointDamaged as error:
+            return str(error)
+        return None
+
+    def _all_well(self, well: bool) -> bool:
+        if self._size == 1:
+            return well
+        flag = torch.tensor([int(well)], dtype=torch.int32, device=self._host.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _detach(self) -> None:
+        """The generation is over: let go of the model."""
+        del self._state

@@ -1,0 +1,81 @@
+"""Fill the training state from the images of one key: what `plan.recovery` planned, carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.image.reader import ImageReader
+from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
+from resilient_train.spec.shard import Entry
+from resilient_train.worker.state import State, restore_rng, rng_name
+from resilient_train.worker.tensors import as_bytes, local_part, stored
+
+
+def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) -> None:
+    """Write the images' state into ``state``; nothing of it refers to the images afterwards.
+
+    Raises:
+        StateMismatch: if the images are of another model; every tensor that differs is named.
+        CheckpointDamaged: if a block fails its checksum or the images do not cover the state.
+    """
+    images = [reader.entries() for reader in readers]
+    holes = missing(images)
+    if holes:
+        raise CheckpointDamaged(f"{readers[0].name} and its siblings do not cover {', '.join(holes[:10])}")
+    entries = {entry.name: entry for image in images for entry in image}
+    # A rank's document differs from the others' only in its generators; any rank's will do for the rest.
+    own = next((r for r in readers if (r.stamp.rank, r.stamp.world) == (rank, world)), None)
+    document = (own or readers[0]).json()
+    if not isinstance(document, dict):
+        raise CheckpointDamaged(f"{readers[0].name}: the document is not an object")
+    try:
+        targets = state.targets(document, entries)
+    except FormatError as error:
+        raise CheckpointDamaged(f"{readers[0].name}: {error}") from error
+    wants, places = [], {}
+    for name, tensor in targets.tensors.items():
+        entry, _ = stored(name, tensor)
+        wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
+        places[name] = (tensor, entry)
+    with torch.no_grad():
+        for copy in plan_copies(wants, images):
+            tensor, entry = places[copy.name]
+            _copy(readers[copy.image], copy, tensor, entry)
+        for action in targets.after:
+            action()
+    if own is not None and "rng" in document:
+        _restore_rng(own, document, rank)
+
+
+def _dtype(entry: Entry) -> str:
+    return entry.real_dtype or entry.dtype
+
+
+def _copy(reader: ImageReader, copy: Copy, tensor: torch.Tensor, entry: Entry) -> None:
+    source = reader.tensor(copy.entry)[copy.box.slices_in(copy.entry.box)]
+    local, _, _ = local_part(copy.name, tensor)
+    if not entry.real_dtype:
+        local[copy.box.slices_in(entry.box)].copy_(source)
+        return
+    # Stored as bytes: a view of the target's bytes where it is contiguous, else through a copy.
+    data = as_bytes(local)
+    data[copy.box.slices_in(entry.box)].copy_(source)
+    if not local.is_contiguous():
+        local.copy_(data.view(-1).view(local.dtype).view(local.shape))
+
+
+def _restore_rng(reader: ImageReader, document: dict[str, object], rank: int) -> None:
+    held = {entry.name: entry for entry in reader.entries()}
+    tensors = {
+        which: reader.tensor(held[rng_name(rank, which)])
+        for which in ("torch", "cuda")
+        if rng_name(rank, which) in held
+    }
+    recorded = document["rng"]
+    if "torch" in tensors and isinstance(recorded, dict):
+        restore_rng(recorded, tensors)
+
+

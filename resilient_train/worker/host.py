@@ -1,0 +1,164 @@
+"""What surrounds a `Checkpointer`: under ``rtrun`` the agent's session and keeper, elsewhere a keeper of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from resilient_train import config
+from resilient_train.image.arena import Board
+from resilient_train.spec.world import Restore, node_of, slot_of
+from resilient_train.worker import session as sessions
+from resilient_train.worker.keeper_link import KeeperLink
+from resilient_train.worker.session import Session
+from resilient_train.worker.slots import Slots
+from resilient_train.worker.world import World
+
+LINGER = 60.0
+"""Seconds that a keeper without an agent waits for workers to come back."""
+
+
+class Host:
+    """One process's surroundings; `Checkpointer` objects come and go with generations, this stays."""
+
+    def __init__(self, keeper: KeeperLink, index: int, session: Session | None) -> None:
+        self.keeper = keeper
+        self.slots = Slots(keeper)
+        self.index = index
+        self._session = session
+        self._local: tuple[int, ...] = (index,)
+
+    @property
+    def board(self) -> Board:
+        """Everybody's progress on this node."""
+        return self.keeper.board
+
+    @property
+    def generation(self) -> int:
+        """The current generation's number."""
+        record = self._session.record if self._session else None
+        return record.generation if record else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives on small tensors run."""
+        if self._session is not None and self._session.world is not None:
+            return self._session.world.device
+        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    @property
+    def local_slots(self) -> tuple[int, ...]:
+        """The slots of this node's members."""
+        record = self._session.record if self._session else None
+        if record is None or self._session is None:
+            return self._local
+        node = node_of(self._session.link.member)
+        return tuple(slot_of(member) for member in record.members if node_of(member) == node)
+
+    def set_local(self, count: int) -> None:
+        """Without an agent: the number of ranks on this node."""
+        self._local = tuple(range(count))
+
+    def restores(self) -> list[Restore]:
+        """The job's log of restores."""
+        record = self._session.record if self._session else None
+        return list(record.restores) if record else []
+
+    def on_leave(self, action: Callable[[], None]) -> None:
+        """Have ``action`` called when the generation ends."""
+        if self._session is not None:
+            self._session.on_leave(action)
+
+    def begin_steps(self, first: int, last: int) -> None:
+        """The script steps through boundaries from now on."""
+        if self._session is not None:
+            self._session.begin_steps(first, last)
+
+    def reach(self, step: int) -> bool:
+        """At the boundary before ``step``; whether a planned change takes place here."""
+        stopping = self._session.reach(step) if self._session is not None else False
+        self.board.report_progress(self.index, self.generation, step)
+        return stopping
+
+    def leave_at_boundary(self) -> None:
+        """Carry out the planned change, or go on if it was taken back."""
+        if self._session is not None:
+            self._session.leave_at_boundary()
+
+    def stage(self, name: str) -> None:
+        """Report a stage of recovery."""
+        if self._session is not None:
+            self._session.stage(name)
+
+    def resumed(self, restore: Restore, text: str) -> None:
+        """Rank 0: have the restore logged."""
+        if self._session is not None:
+            self._session.resumed(restore.lineage, restore.source, text)
+
+    def close(self) -> None:
+        """Take leave of a keeper that was started for this job alone."""
+        global _host
+        if self._session is None:
+            self.keeper.close()
+            _host = None
+
+
+_host: Host | None = None
+
+
+def connect(world: World | None) -> Host:
+    """This process's host, made at the first call.
+
+    Raises:
+        LinkLost: if no keeper answers.
+    """
+    global _host
+    if _host is not None:
+        return _host
+    settings = config.environment()
+    session = sessions.current()
+    if session is not None:
+        _host = Host(KeeperLink(session.link.keeper, session.link.member, session.slot), session.slot, session)
+        _host.board.clear(session.slot)
+        return _host
+    if settings.agent and settings.member:
+        # Under rtrun, but the script is not elastic: the node's keeper serves it all the same.
+        slot = slot_of(settings.member)
+        _host = Host(KeeperLink(f"{settings.agent}/keeper", settings.member, slot), slot, None)
+    else:
+        local_rank = settings.local_rank if dist.is_initialized() else 0
+        address = _own_keeper(settings, local_rank)
+        _host = Host(KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank), local_rank, None)
+    if dist.is_initialized():
+        _host.set_local(settings.local_world_size if settings.world_size > 1 else 1)
+    _host.board.clear(_host.index)
+    return _host
+
+
+def _own_keeper(settings: config.Environment, local_rank: int) -> str:
+    """The address of the keeper that the first rank of this node starts, and finds again after a restart."""
+    job = settings.job if settings.job and settings.job != "none" else f"port-{settings.master_port}"
+    name = f"{job}/keeper" if dist.is_initialized() and settings.world_size > 1 else f"process-{os.getpid()}/keeper"
+    if local_rank == 0:
+        # Whoever is second at the same address finds it taken and ends, so a keeper that is still there is found again.
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "resilient_train.keeper",
+                name,
+                str(max(1, settings.local_world_size)),
+                str(LINGER),
+            ],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return name
+
+

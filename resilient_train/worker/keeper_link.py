@@ -1,0 +1,171 @@
+"""This worker's line to the keeper of its node."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+from resilient_train.errors import LinkLost, MemoryRefused
+from resilient_train.image.arena import Board, Slot
+from resilient_train.ipc.channel import Channel, connect
+from resilient_train.plan.recovery import Found
+from resilient_train.spec.messages import (
+    Allocate,
+    Allocated,
+    Attach,
+    Attached,
+    Discard,
+    Goodbye,
+    Images,
+    ListImages,
+    Message,
+    Opened,
+    OpenImages,
+    Persisted,
+    Policy,
+    Published,
+    Refused,
+)
+from resilient_train.spec.world import Key
+
+_TIMEOUT = 30.0
+_M = TypeVar("_M", bound=Message)
+
+
+class KeeperLink:
+    """Requests to the keeper, one at a time, from the main thread.
+
+    A keeper that dies is replaced by the agent, which holds its memory; the next request then goes to the new one.
+    """
+
+    def __init__(self, address: str, member: str, index: int) -> None:
+        """Connects and attaches.
+
+        Raises:
+            LinkLost: if no keeper answers.
+        """
+        self._address = address
+        self._member = member
+        self._index = index
+        self._policy: Policy | None = None
+        self._news: list[Persisted] = []
+        self._channel: Channel | None = None
+        self.board = self._attach()
+
+    def _attach(self) -> Board:
+        self._channel = connect(self._address, _TIMEOUT)
+        _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
+        board = Board(descriptors[0])
+        os.close(descriptors[0])
+        if self._policy is not None:
+            self._channel.send(self._policy)
+        return board
+
+    def _ask(self, request: Message, kind: type[_M]) -> tuple[_M, list[int]]:
+        """Send a request and wait for its answer; what the keeper says meanwhile is kept for `news`."""
+        channel = self._channel
+        if channel is None:
+            raise LinkLost("not connected to the keeper")
+        channel.send(request)
+        while True:
+            received = channel.receive(_TIMEOUT)
+            if received is None:
+                raise LinkLost(f"the keeper did not answer within {_TIMEOUT:g} s")
+            message, descriptors = received
+            if isinstance(message, kind):
+                return message, descriptors
+            if isinstance(message, Refused):
+                raise MemoryRefused(message.reason)
+            if isinstance(message, Persisted):
+                self._news.append(message)
+
+    def _ask_any(self, request: Message, kind: type[_M]) -> tuple[_M, list[int]]:
+        """The same, to the keeper's successor if the keeper has died."""
+        try:
+            return self._ask(request, kind)
+        except LinkLost:
+            self.board = self._attach()
+            return self._ask(request, kind)
+
+    def _tell(self, message: Message) -> None:
+        try:
+            if self._channel is None:
+                raise LinkLost("not connected to the keeper")
+            self._channel.send(message)
+        except LinkLost:
+            self.board = self._attach()
+            assert self._channel is not None
+            self._channel.send(message)
+
+    def allocate(self, size: int) -> tuple[int, Slot]:
+        """A new slot of ``size`` bytes: (its id, its memory).
+
+        Raises:
+            MemoryRefused: if there is no memory.
+        """
+        answer, descriptors = self._ask_any(Allocate(size=size), Allocated)
+        slot = Slot(descriptors[0])
+        os.close(descriptors[0])
+        return answer.slot, slot
+
+    def discard(self, slot: int) -> None:
+        """Give a slot back."""
+        self._tell(Discard(slot=slot))
+
+    def set_policy(self, policy: Policy) -> None:
+        """Say where and when to persist."""
+        self._policy = policy
+        self._tell(policy)
+
+    def hand_over(self, message: Published) -> None:
+        """Hand a published image over to be persisted."""
+        self._tell(message)
+
+    def news(self, timeout: float = 0.0) -> list[Persisted]:
+        """What became of images that were handed over, waiting up to ``timeout`` seconds if there is no news yet.
+
+        Raises:
+            LinkLost: if the keeper has died; what it had not persisted is not going to be.
+        """
+        assert self._channel is not None
+        if timeout and not self._news:
+            received = self._channel.receive(timeout)
+            arrived = [received] if received is not None else []
+        else:
+            arrived = self._channel.pending()
+        self._news += [message for message, _ in arrived if isinstance(message, Persisted)]
+        news, self._news = self._news, []
+        return news
+
+    def reconnect(self) -> None:
+        """Attach to the keeper's successor."""
+        self.board = self._attach()
+
+    def images(self) -> list[tuple[int, Found]]:
+        """(slot id, image) of every complete image in this node's memory."""
+        answer, _ = self._ask_any(ListImages(), Images)
+        return [
+            (int(slot), Found(key=Key(int(lineage), int(step)), rank=int(rank), world=int(world), place="memory"))
+            for slot, lineage, step, rank, world in answer.images
+        ]
+
+    def open(self, slots: list[int]) -> dict[int, Slot]:
+        """The memory of slots, as far as they are still there."""
+        opened: dict[int, Slot] = {}
+        for begin in range(0, len(slots), 32):
+            answer, descriptors = self._ask_any(OpenImages(slots=slots[begin : begin + 32]), Opened)
+            for slot, descriptor in zip(answer.slots, descriptors, strict=True):
+                opened[slot] = Slot(descriptor)
+                os.close(descriptor)
+        return opened
+
+    def close(self) -> None:
+        """Take leave."""
+        if self._channel is None:
+            return
+        try:
+            self._channel.send(Goodbye())
+        except LinkLost:
+            pass
+        self._channel.close()
+        self._channel = None

@@ -1,0 +1,197 @@
+"""Form, abort and dissolve a generation's process groups inside one process.
+
+What abort takes differs by backend.  NCCL has an abort.  Gloo's does nothing to a blocked collective (torch 2.7 to
+2.13); what frees one is shutting down the TCP connections that the group opened.  So this module remembers which
+sockets came into being while groups were formed, and shuts those down: established ones only, because shutting down
+gloo's listener ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+
+class ProcessGroups:
+    """The process groups of one generation after another."""
+
+    def __init__(self, timeout: float) -> None:
+        """Args:
+        timeout: seconds after which a collective fails by itself, the last resort if an abort is missed.
+        """
+        self._timeout = timedelta(seconds=timeout)
+        self._lock = threading.Lock()
+        self._ours: set[int] = set()
+        self._before: set[int] | None = None
+        self._nccl_aborted = False
+        _observe_new_groups(self)
+
+    def form(self, *, generation: int, rank: int, size: int, host: str, port: int, backend: str | None) -> None:
+        """Initialise ``torch.distributed`` for a generation; blocks until all of its members are here.
+
+        Raises:
+            RuntimeError, torch.distributed.DistError: if that fails or `abort` is called meanwhile.
+        """
+        hook = sys.excepthook
+        self._nccl_aborted = False
+        with self._tracking():
+            store = dist.TCPStore(host, port, None, False, self._timeout, wait_for_workers=False)
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore(f"generation/{generation}", store),
+                rank=rank,
+                world_size=size,
+                timeout=self._timeout,
+            )
+        # Every initialisation wraps the hook once more.
+        sys.excepthook = hook
+
+    @contextlib.contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Take the sockets that appear meanwhile for ours."""
+        with self._lock:
+            nested = self._before is not None
+            if not nested:
+                self._before = set(_sockets())
+        try:
+            yield
+        finally:
+            if not nested:
+                with self._lock:
+                    assert self._before is not None
+                    self._ours |= _sockets().keys() - self._before
+                    self._before = None
+
+    def abort(self) -> int:
+        """Free every thread of this process that is blocked in these groups; may be called often, from any thread.
+
+        Returns:
+            Number of connections that were shut down.
+        """
+        with self._lock:
+            now = _sockets()
+            ours = now.keys() - self._before if self._before is not None else set()
+            count = sum(_shut_down(now[inode], inode) for inode in (ours | self._ours) & now.keys())
+        self._abort_nccl()
+        return count
+
+    def _abort_nccl(self) -> None:
+        if self._nccl_aborted or not (torch.cuda.is_available() and dist.is_nccl_available()):
+            return
+        self._nccl_aborted = True
+        for group in list(c10d._world.pg_map):
+            with contextlib.suppress(RuntimeError):
+                backend: Any = group._get_backend(torch.device("cuda"))
+                if hasattr(backend, "abort"):
+                    backend.abort()
+
+    def dissolve(self) -> None:
+        """Forget the groups; afterwards `form` can be called again.
+
+        The caches that DTensor keeps for the whole process are cleared: they are keyed by the *equality* of meshes, so
+        after a change of ranks they would hand out the old mesh and silently give wrong data.
+        """
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError, dist.DistError):
+                dist.destroy_process_group()
+        _clear_dtensor_caches()
+        with self._lock:
+            self._ours = set()
+
+
+def _sockets() -> dict[int, int]:
+    """inode -> descriptor of this process's sockets."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            found[int(target[8:-1])] = int(name)
+    return found
+
+
+def _shut_down(descriptor: int, inode: int) -> bool:
+    """Shut down an established TCP connection, making sure that the descriptor still is the socket we mean."""
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return False
+    try:
+        if os.fstat(copy).st_ino != inode:
+            return False
+        with socket.socket(fileno=copy) as sock:
+            copy = -1
+            tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+            if not tcp or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return False
+            sock.shutdown(socket.SHUT_RDWR)
+            return True
+    except OSError:
+        return False
+    finally:
+        if copy >= 0:
+            os.close(copy)
+
+
+_create_group = c10d._new_process_group_helper
+
+
+def _observe_new_groups(groups: ProcessGroups) -> None:
+    """Sub-groups, a mesh's or the user's own, open sockets too: all are made by this one function of torch."""
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        with groups._tracking():
+            return _create_group(*args, **kwargs)
+
+    c10d._new_process_group_helper = observed
+
+
+def _clear_dtensor_caches() -> None:
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    transform_infos = getattr(_redistribute, "_gen_transform_infos", None)
+    if hasattr(transform_infos, "cache_clear"):
+        transform_infos.cache_clear()
+    clear_planner = getattr(_redistribute, "clear_redistribute_planner_cache", None)
+    if clear_planner is not None:
+        clear_planner()
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether ``error``, or what it was raised from, says that communication with other ranks failed."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        if isinstance(current, dist.DistError):
+            return True
+        if isinstance(current, RuntimeError) and any(mark in str(current) for mark in _MARKS):
+            return True
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return False
+
+
+# Gloo raises plain RuntimeErrors; these are the words of its transport, of the store and of NCCL.
+_MARKS = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "NCCL",
+    "ProcessGroup",
+)

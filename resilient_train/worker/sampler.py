@@ -1,0 +1,95 @@
+"""``ElasticSampler``: the same global batches in the same order, whatever the world does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from resilient_train.errors import ConfigError
+from resilient_train.plan.batch import Pass, mix, passes, sample
+from resilient_train.worker.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward of this rank."""
+
+    indices: torch.Tensor
+    """int64, shape [n]: which samples of the data set. One sample for a filler."""
+    weight: float
+    """Factor for their mean loss, such that gradients summed over passes and averaged over ranks are the mean over
+    the global batch; 0 for a filler."""
+    last: bool
+    """Whether gradients are to be synchronised after this pass (``no_sync`` before)."""
+
+
+class ElasticSampler:
+    """Cuts each step's global batch over the ranks there are.
+
+    The order is a pure function of ``seed`` and step number: sample ``step * global_batch + i`` of concatenated,
+    reshuffled epochs. Nothing is lost or seen twice when the world changes, and there is no state to save.
+
+    Args:
+        length: number of samples in the data set.
+        global_batch: samples per step, over all ranks.
+        micro_batch: samples per forward and backward.
+        world: who takes part.
+        seed: chooses the order and seeds the generators of every unit of work.
+        shuffle: whether to shuffle each epoch.
+
+    Raises:
+        ConfigError: for sizes below 1.
+
+    The loss of a micro-batch must be a *mean* over its samples. Where samples differ in what they count (losses
+    averaged over tokens of sequences of different lengths), multiply with token counts instead of ``weight``.
+    """
+
+    def __init__(
+        self, length: int, *, global_batch: int, micro_batch: int, world: World, seed: int, shuffle: bool = True
+    ) -> None:
+        if min(length, global_batch, micro_batch) < 1:
+            raise ConfigError(
+                f"length, global_batch and micro_batch must be at least 1, got {length}, {global_batch}, {micro_batch}"
+            )
+        self._length = length
+        self._global_batch = global_batch
+        self._seed = seed
+        self._shuffle = shuffle
+        self._passes = passes(global_batch, micro_batch, world.data_rank, world.data_size)
+        self._rank = world.data_rank
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """This rank's share of global batch number ``step``; equally many micro-batches on every rank.
+
+        Before each one, torch's generators are seeded from (seed, step, unit), so that dropout does not depend on
+        which rank computes a unit either.
+        """
+        for each in self._passes:
+            torch.manual_seed(mix(self._seed, step, each.unit if each.unit >= 0 else -1 - self._rank) & (2**63 - 1))
+            indices = torch.tensor(self._indices(step, each), dtype=torch.int64)
+            yield MicroBatch(indices=indices, weight=each.weight, last=each.last)
+
+    def batches_from(self, step: int) -> Iterator[list[int]]:
+        """A batch sampler for ``torch.utils.data.DataLoader``: the indices of every micro-batch from ``step`` on.
+
+        It has no end; weights come from `micro_batches`' order, which is the same.
+        """
+        while True:
+            for each in self._passes:
+                yield self._indices(step, each)
+            step += 1
+
+    def _indices(self, step: int, each: Pass) -> list[int]:
+        return [
+            sample(
+                step,
+                within,
+                length=self._length,
+                global_batch=self._global_batch,
+                seed=self._seed,
+                shuffle=self._shuffle,
+            )
+            for within in range(each.begin, each.begin + each.count)
+        ]

@@ -1,0 +1,81 @@
+"""This worker's image slots: which may be overwritten now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from resilient_train.image.arena import Slot
+from resilient_train.spec.world import Key, in_ancestry
+from resilient_train.worker.keeper_link import KeeperLink
+
+SLOTS = 3
+"""One being written, one that is complete on all ranks, one being persisted."""
+
+
+@dataclass
+class OwnSlot:
+    """A slot and what it holds."""
+
+    number: int
+    """The keeper's id of it."""
+    memory: Slot
+    """The memory."""
+    key: Key | None = None
+    """The state whose image it holds, None while it holds none."""
+    held: bool = False
+    """Handed over to be persisted."""
+
+
+class Slots:
+    """The slots of one worker process; they live on when the world changes."""
+
+    def __init__(self, keeper: KeeperLink) -> None:
+        self._keeper = keeper
+        self._slots: list[OwnSlot] = []
+
+    def writable(self, size: int, safe: Key | None, past: Mapping[int, int | None]) -> Iterator[OwnSlot]:
+        """Slots of ``size`` bytes that may be overwritten, best first; a new one if there are too few.
+
+        Args:
+            size: bytes of the image.
+            safe: the newest state that *all* ranks have published; what is older may go.
+            past: the job's ancestry; what is not of it may go too.
+
+        Raises:
+            MemoryRefused: if a new slot is needed and there is no memory.
+        """
+        for slot in [slot for slot in self._slots if slot.memory.size != size and _free(slot, safe, past)]:
+            self._slots.remove(slot)
+            slot.memory.close()
+            self._keeper.discard(slot.number)
+        fitting = [slot for slot in self._slots if slot.memory.size == size]
+        yield from sorted((slot for slot in fitting if _free(slot, safe, past)), key=lambda s: s.key or Key(0, 0))
+        if len(fitting) < SLOTS:
+            number, memory = self._keeper.allocate(size)
+            slot = OwnSlot(number, memory)
+            self._slots.append(slot)
+            yield slot
+
+    def all(self) -> list[OwnSlot]:
+        """Every slot of this worker."""
+        return list(self._slots)
+
+    def released(self, key: Key) -> None:
+        """The keeper is done with the image of ``key``."""
+        for slot in self._slots:
+            if slot.key == key:
+                slot.held = False
+
+    def release_all(self) -> None:
+        """The keeper that held images is gone."""
+        for slot in self._slots:
+            slot.held = False
+
+
+def _free(slot: OwnSlot, safe: Key | None, past: Mapping[int, int | None]) -> bool:
+    if slot.held:
+        return False
+    if slot.key is None:
+        return True
+    return (safe is not None and slot.key < safe) or not in_ancestry(slot.key, past)

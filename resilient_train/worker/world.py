@@ -1,0 +1,79 @@
+"""The world as a training function sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from resilient_train.errors import ConfigError
+
+MODEL_DIMS = frozenset({"tensor", "tp", "pipeline", "pp", "context", "cp", "expert", "ep"})
+"""Mesh dimensions along which ranks share their samples instead of having their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Who takes part in this generation; a new object for every generation."""
+
+    rank: int
+    """This process's rank, 0 to ``size - 1``."""
+    size: int
+    """Number of ranks."""
+    local_rank: int
+    """This process's place among the ranks of its node, 0 to ``local_size - 1``."""
+    local_size: int
+    """Number of ranks on this node."""
+    generation: int
+    """Number of this world; grows with every change."""
+    device: torch.device
+    """Where this rank computes; it stays the same while the process lives."""
+    mesh: DeviceMesh
+    """All ranks, in the dimensions that ``elastic(mesh=...)`` names."""
+    reason: str
+    """Why this generation began."""
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks with samples of their own: the product of the mesh's data dimensions."""
+        return prod(n for _, n in self._data_dims())
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among them."""
+        rank = 0
+        for name, n in self._data_dims():
+            rank = rank * n + self.mesh.get_local_rank(name)
+        return rank
+
+    def _data_dims(self) -> list[tuple[str, int]]:
+        names = self.mesh.mesh_dim_names or ()
+        return [(name, self.mesh.size(i)) for i, name in enumerate(names) if name not in MODEL_DIMS]
+
+
+def check_mesh(mesh: Mapping[str, int]) -> int:
+    """The number that the world size must be a multiple of.
+
+    Raises:
+        ConfigError: unless there is at most one -1 and all other sizes are positive.
+    """
+    elastic = [name for name, n in mesh.items() if n == -1]
+    if len(elastic) > 1 or any(n < 1 and n != -1 for n in mesh.values()) or not mesh:
+        raise ConfigError(f"a mesh has at most one elastic dimension (-1) and positive sizes, got {dict(mesh)}")
+    return prod(n for n in mesh.values() if n != -1)
+
+
+def mesh_shape(mesh: Mapping[str, int], size: int) -> tuple[int, ...]:
+    """The mesh's shape in a world of ``size`` ranks.
+
+    Raises:
+        ConfigError: if it does not fit.
+    """
+    fixed = check_mesh(mesh)
+    shape = tuple(size // fixed if n == -1 else n for n in mesh.values())
+    if prod(shape) != size:
+        raise ConfigError(f"the mesh {dict(mesh)} does not fit {size} ranks")
+    return shape
