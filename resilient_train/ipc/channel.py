@@ -18,7 +18,8 @@ from resilient_train.errors import LinkLost
 from resilient_train.spec.messages import MAX_MESSAGE, Message, decode, encode
 
 _HEADER = struct.Struct("<I")
-_MAX_DESCRIPTORS = 64
+_MAX_DESCRIPTORS = 250
+# The kernel takes at most 253 in one message.
 
 
 class Channel:

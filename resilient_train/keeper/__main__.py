@@ -1,4 +1,7 @@
-"""``python -m resilient_train.keeper NAME LINES LINGER``: started by an agent or a `Checkpointer`, not by hand."""
+"""``python -m resilient_train.keeper NAME LINES LINGER``: started by an agent or a `Checkpointer`, not by hand.
+
+LINGER is the number of seconds to live on without workers, or ``agent``: wait for an agent and end with it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import signal
 import sys
 import time
 
+from resilient_train.errors import LinkLost
 from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.keeper import Keeper
 
@@ -16,7 +20,12 @@ def main() -> None:
     # Ctrl-C and a launcher's SIGTERM reach the whole group; the keeper still has to save the last state.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    Keeper(Listener(name), int(lines), float(linger), time.monotonic).run()
+    try:
+        listener = Listener(name)
+    except LinkLost:
+        # Another keeper serves this job on this node already.
+        return
+    Keeper(listener, int(lines), None if linger == "agent" else float(linger), time.monotonic).run()
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ from resilient_train.spec.messages import (
 from resilient_train.spec.world import Key
 
 _TICK = 0.25
+_AGENT_TIMEOUT = 60.0
+"""Seconds to wait for the agent that started this keeper."""
 
 
 @dataclass
@@ -81,15 +83,16 @@ class Handover:
 class Keeper:
     """Owns the images of a node."""
 
-    def __init__(self, listener: Listener, lines: int, linger: float, clock: Callable[[], float]) -> None:
+    def __init__(self, listener: Listener, lines: int, linger: float | None, clock: Callable[[], float]) -> None:
         """Args:
         listener: where workers and the agent connect.
         lines: number of worker slots of the node.
-        linger: seconds to live on without agent and workers.
+        linger: seconds to live on without workers; None: an agent will come first, and this keeper ends after it.
         clock: monotonic seconds.
         """
         self._listener = listener
-        self._linger = linger
+        self._linger = _AGENT_TIMEOUT if linger is None else linger
+        self._early: list[tuple[Client, Message, list[int]]] | None = [] if linger is None else None
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
@@ -174,6 +177,10 @@ class Keeper:
     # ---- messages ---------------------------------------------------------------------------------------------------
 
     def _handle(self, client: Client, message: Message, descriptors: list[int]) -> None:
+        if self._early is not None and not isinstance(message, Adopt):
+            # The agent may still hand over an earlier keeper's memory; nobody is served before that.
+            self._early.append((client, message, descriptors))
+            return
         match message:
             case Attach(member=member, slot=index):
                 client.member = member
@@ -244,6 +251,9 @@ class Keeper:
                 self._next_slot = max(self._next_slot, slot + 1)
         else:
             self._answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
+        early, self._early = self._early or [], None
+        for item in early:
+            self._handle(*item)
 
     def _drop(self, slot: int) -> None:
         kept = self.slots.pop(slot, None)

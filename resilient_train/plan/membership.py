@@ -93,6 +93,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointReady:
+    """This agent serves a fresh TCPStore for the next generation at host:port."""
+
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """The agent got a signal that asks it to end the job."""
 
@@ -104,7 +111,7 @@ class Tick:
     """Time has passed."""
 
 
-Event = RecordSeen | NodesSeen | WorkerSpawned | WorkerSaid | WorkerExited | Progress | StopAsked | Tick
+Event = RecordSeen | NodesSeen | WorkerSpawned | WorkerSaid | WorkerExited | Progress | EndpointReady | StopAsked | Tick
 
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -239,6 +246,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _worker_said(state, member, message)
         case Progress(generation, finished):
             return _with_info(state, progress=(generation, finished))
+        case EndpointReady(endpoint):
+            return _with_info(state, endpoint=endpoint)
         case StopAsked(text):
             return _with_info(replace(state, stop_asked=True), failed=text)
         case Tick():

@@ -1,0 +1,440 @@
+"""The agent's event loop: it feeds what happens to `resilient_train.plan.membership` and carries out what that decides.
+
+One thread, the process's main thread (children must be spawned from it).  Exits arrive through pidfds, words through
+Unix sockets, results of store calls through a pipe from the thread that makes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import queue
+import selectors
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from resilient_train.agent.keeper_process import KeeperProcess
+from resilient_train.agent.timeline import Timeline
+from resilient_train.agent.workers import Workers
+from resilient_train.control.store import ControlStore
+from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError, StoreLost
+from resilient_train.events import Event as LogEvent
+from resilient_train.events import Sink
+from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.plan import membership as m
+from resilient_train.plan.proposal import Limits, View
+from resilient_train.spec.messages import Flushed, Hello, Notice, Welcome
+from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.world import Phase, WorldRecord, slot_of
+
+_KEEPER_RESTARTS = 5
+_FLUSH_TIMEOUT = 600.0
+_KEEPER_STOP = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """Who this agent is and what it tolerates."""
+
+    node: str
+    """This node's id."""
+    order: int
+    """Its place among the nodes."""
+    slots: int
+    """Number of workers."""
+    limits: Limits
+    """What the job tolerates."""
+    address: str
+    """Abstract address at which workers reach it."""
+    stop_timeout: float = 30.0
+    """Seconds between SIGTERM and SIGKILL for a worker that is to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How the job ended, on this node."""
+
+    code: ExitCode
+    """The exit code."""
+    text: str = ""
+    """Why, for people."""
+    culprit: str = ""
+    """The member whose failure ended it."""
+    unsaved: str = ""
+    """What could not be made durable."""
+
+
+@dataclass
+class _Timers:
+    heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
+    counter: Iterator[int] = field(default_factory=itertools.count)
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.heap, (when, next(self.counter), action))
+
+    def due(self, now: float) -> list[Callable[[], None]]:
+        actions = []
+        while self.heap and self.heap[0][0] <= now:
+            actions.append(heapq.heappop(self.heap)[2])
+        return actions
+
+
+class Agent:
+    """One node's part in a job."""
+
+    def __init__(
+        self,
+        settings: AgentConfig,
+        workers: Workers,
+        keeper: KeeperProcess,
+        store: ControlStore,
+        new_bootstrap: Callable[[], str],
+        sink: Sink,
+        say: Callable[[str], None],
+    ) -> None:
+        """Args:
+        settings: who this agent is.
+        workers: how to run processes.
+        keeper: this node's keeper.
+        store: the agreed record.
+        new_bootstrap: serves a fresh TCPStore for a generation and returns its host:port.
+        sink: where events go.
+        say: prints a line for people.
+        """
+        self._settings = settings
+        self._workers = workers
+        self._keeper = keeper
+        self._store = store
+        self._new_bootstrap = new_bootstrap
+        self._sink = sink
+        self._say = say
+        self._timeline = Timeline(sink)
+        self._selector = selectors.DefaultSelector()
+        self._listener = Listener(settings.address)
+        self._channels: dict[str, Channel] = {}
+        self._timers = _Timers()
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outcome: Outcome | None = None
+        self._progress = (0, 0)
+        info = NodeInfo(node=settings.node, order=settings.order, endpoint=new_bootstrap(), slots=settings.slots)
+        view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info})
+        self._state = m.State(view=view)
+        self._interrupts = 0
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Run the job to its end on this node."""
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain)
+        threading.Thread(target=self._make_calls, name="control store", daemon=True).start()
+        with self._signals():
+            self._start_keeper()
+            self._call(self._store.load, m.RecordSeen)
+            self._every(1.0, self._watch_board)
+            while self._outcome is None:
+                self._once()
+            return self._wind_up(self._outcome)
+
+    def _once(self) -> None:
+        now = time.monotonic()
+        timeout = max(0.0, self._timers.heap[0][0] - now) if self._timers.heap else None
+        for key, _ in self._selector.select(timeout):
+            key.data()
+        for action in self._timers.due(time.monotonic()):
+            action()
+
+    def _every(self, seconds: float, action: Callable[[], None]) -> None:
+        def again() -> None:
+            action()
+            self._timers.at(time.monotonic() + seconds, again)
+
+        again()
+
+    def _feed(self, event: m.Event) -> None:
+        """Hand one event to the state machine and carry out what follows."""
+        before = self._state.view.record
+        self._state, effects = m.step(self._state, event, time.monotonic())
+        record = self._state.view.record
+        if record is not None and record is not before:
+            self._record_changed(before, record)
+        for effect in effects:
+            self._carry_out(effect)
+
+    def _carry_out(self, effect: m.Effect) -> None:
+        match effect:
+            case m.Swap(record):
+                self._call(lambda: self._store.swap(record), m.RecordSeen)
+            case m.Announce(info):
+                if self._settings.limits.max_nodes > 1:
+                    self._call(lambda: self._store.announce(info), None)
+            case m.Spawn(member):
+                self._spawn(member)
+            case m.Stop(member, _):
+                self._stop(member)
+            case m.Tell(member, message):
+                channel = self._channels.get(member)
+                if channel is not None:
+                    with contextlib.suppress(LinkLost):
+                        channel.send(message)
+            case m.Wake(at):
+                self._timers.at(at, self._tick)
+            case m.End(code, text):
+                record = self._state.view.record
+                culprit = record.culprit if record is not None else ""
+                self._outcome = Outcome(code=code, text=text, culprit=culprit)
+
+    def _tick(self) -> None:
+        self._watch_board()
+        self._feed(m.Tick())
+
+    def _record_changed(self, before: WorldRecord | None, record: WorldRecord) -> None:
+        now = time.monotonic()
+        if before is None or record.generation != before.generation:
+            self._timeline.agreed(record, now)
+            if before is not None:
+                self._say(f"generation {record.generation}: {record.reason}; {record.size} ranks")
+            if record.bootstrap == self._state.info.endpoint:
+                # Every generation meets in a store that no other has ever written to.
+                self._timers.at(now, lambda: self._feed(m.EndpointReady(self._new_bootstrap())))
+        if before is not None and record.planned is not None and record.planned != before.planned:
+            text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
+            self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
+        if record.phase is not Phase.RUNNING and (before is None or before.phase is Phase.RUNNING):
+            self._sink.put(LogEvent(at=now, kind=record.phase, generation=record.generation, text=record.error))
+
+    # ---- store calls ------------------------------------------------------------------------------------------------
+
+    def _call(self, call: Callable[[], Any], event: Callable[[Any], m.Event] | None) -> None:
+        """Make a store call on its own thread and feed what it returned as ``event``."""
+
+        def work() -> None:
+            try:
+                result = call()
+            except (StoreLost, FormatError) as error:
+                text = str(error)
+                self._post(lambda: self._store_lost(text))
+                return
+            if event is not None:
+                self._post(lambda: self._feed(event(result)))
+
+        self._calls.put(work)
+
+    def _make_calls(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._posted.put(action)
+        os.write(self._wake_write, b"x")
+
+    def _drain(self) -> None:
+        os.read(self._wake_read, 4096)
+        while not self._posted.empty():
+            self._posted.get()()
+
+    def _store_lost(self, text: str) -> None:
+        self._say(text)
+        for worker in self._workers.running():
+            self._workers.signal(worker.member, signal.SIGTERM)
+        self._outcome = Outcome(code=ExitCode.STORE_LOST, text=text)
+
+    # ---- workers ----------------------------------------------------------------------------------------------------
+
+    def _spawn(self, member: str) -> None:
+        record = self._state.view.record
+        assert record is not None
+        try:
+            worker = self._workers.spawn(member, record)
+        except OutsideError as error:
+            self._feed(m.StopAsked(str(error)))
+            self._feed(m.WorkerExited(member, 1))
+            return
+        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
+        self._feed(m.WorkerSpawned(member))
+
+    def _exited(self, member: str, pidfd: int) -> None:
+        at = time.monotonic()
+        self._selector.unregister(pidfd)
+        code = self._workers.reap(member)
+        record = self._state.view.record
+        if record is not None and member in record.members and record.phase is Phase.RUNNING:
+            how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+            rank = record.members.index(member)
+            self._timeline.detected(at, f"rank {rank} {how}", member)
+        self._watch_board()
+        channel = self._channels.get(member)
+        if channel is not None:
+            # Its last words (a user's error, done) may still be in the socket.
+            self._read(channel)
+        self._hang_up(member)
+        self._feed(m.WorkerExited(member, code))
+
+    def _stop(self, member: str) -> None:
+        self._workers.signal(member, signal.SIGTERM)
+        self._timers.at(
+            time.monotonic() + self._settings.stop_timeout, lambda: self._workers.signal(member, signal.SIGKILL)
+        )
+
+    def _accept(self) -> None:
+        channel = self._listener.accept()
+        if channel is not None:
+            self._selector.register(channel, selectors.EVENT_READ, lambda: self._read(channel))
+
+    def _read(self, channel: Channel) -> None:
+        if channel.fileno() < 0:
+            return
+        try:
+            messages = channel.pending()
+        except (LinkLost, FormatError):
+            member = next((name for name, known in self._channels.items() if known is channel), "")
+            self._hang_up(member, channel)
+            return
+        for message, _ in messages:
+            if isinstance(message, Hello) and message.member not in self._channels:
+                self._channels[message.member] = channel
+                channel.send(Welcome(job=self._settings.address, keeper=self._keeper.address))
+            member = next((name for name, known in self._channels.items() if known is channel), "")
+            if not member:
+                continue
+            line = self._timeline.heard(member, message, time.monotonic())
+            if line:
+                self._say(line)
+            self._feed(m.WorkerSaid(member, message))
+
+    def _hang_up(self, member: str, channel: Channel | None = None) -> None:
+        channel = self._channels.pop(member, channel)
+        if channel is not None and channel.fileno() >= 0:
+            self._selector.unregister(channel)
+            channel.close()
+
+    def _watch_board(self) -> None:
+        """How far the local members of the current generation are."""
+        board, record = self._keeper.board, self._state.view.record
+        if board is None or record is None:
+            return
+        slots = [slot_of(worker.member) for worker in self._state.info.workers if worker.member in record.members]
+        now = [board.progress(slot) for slot in slots]
+        steps = [step for generation, step in now if generation == record.generation]
+        progress = (record.generation, max(steps)) if steps else self._progress
+        if progress != self._progress:
+            self._progress = progress
+            self._feed(m.Progress(*progress))
+
+    # ---- the keeper -------------------------------------------------------------------------------------------------
+
+    def _start_keeper(self) -> None:
+        self._keeper.start()
+        pidfd = self._keeper.pidfd
+        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._keeper_died(pidfd))
+        self._reach_keeper()
+
+    def _reach_keeper(self) -> None:
+        if self._keeper.channel is not None or self._keeper.pidfd < 0:
+            return
+        if not self._keeper.try_connect():
+            self._timers.at(time.monotonic() + 0.02, self._reach_keeper)
+            return
+        assert self._keeper.channel is not None
+        self._selector.register(self._keeper.channel, selectors.EVENT_READ, self._read_keeper)
+
+    def _read_keeper(self) -> None:
+        channel = self._keeper.channel
+        if channel is None:
+            return
+        try:
+            for message, descriptors in channel.pending():
+                if self._keeper.take_in(message, descriptors):
+                    continue
+                if isinstance(message, Notice):
+                    self._say(message.text)
+                    self._sink.put(LogEvent(at=message.at, kind=message.kind, text=message.text))
+                if isinstance(message, Flushed):
+                    self._flushed = message.text
+        except (LinkLost, FormatError):
+            # Its pidfd tells the rest.
+            self._selector.unregister(channel)
+            channel.close()
+            self._keeper.channel = None
+
+    def _keeper_died(self, pidfd: int) -> None:
+        self._selector.unregister(pidfd)
+        if self._keeper.channel is not None:
+            self._read_keeper()
+        if self._keeper.channel is not None:
+            self._selector.unregister(self._keeper.channel)
+        code = self._keeper.died()
+        self._sink.put(LogEvent(at=time.monotonic(), kind="keeper_died", text=f"exit code {code}"))
+        if self._keeper.starts > _KEEPER_RESTARTS:
+            self._feed(m.StopAsked(f"the keeper of this node died {self._keeper.starts} times (exit code {code})"))
+            return
+        self._say(f"the keeper died (exit code {code}); another takes over its images")
+        self._start_keeper()
+
+    _flushed: str | None = None
+
+    def _wind_up(self, outcome: Outcome) -> Outcome:
+        """The workers are gone: wait for the last state to become durable, then end the keeper."""
+        deadline = time.monotonic() + _FLUSH_TIMEOUT
+        while self._keeper.channel is None and self._keeper.pidfd >= 0 and time.monotonic() < deadline:
+            self._once()
+        self._flushed = None
+        if self._keeper.flush():
+            hint = time.monotonic() + 1.0
+            while self._flushed is None and self._keeper.channel is not None and time.monotonic() < deadline:
+                self._timers.at(time.monotonic() + 0.5, lambda: None)
+                self._once()
+                if self._flushed is None and time.monotonic() > hint:
+                    self._say("waiting for the last state to become durable")
+                    hint = time.monotonic() + 10.0
+        unsaved = self._flushed or ""
+        if self._keeper.pidfd >= 0:
+            self._selector.unregister(self._keeper.pidfd)
+        self._keeper.stop(_KEEPER_STOP)
+        self._listener.close()
+        self._calls.put(None)
+        return Outcome(code=outcome.code, text=outcome.text, culprit=outcome.culprit, unsaved=unsaved)
+
+    # ---- signals ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the job in good order; the third one ends it at once."""
+
+        def asked(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._interrupts += 1
+            name = signal.Signals(number).name
+            self._post(lambda: self._interrupted(name))
+
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, asked) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self, name: str) -> None:
+        if self._interrupts >= 3:
+            for worker in self._workers.running():
+                self._workers.signal(worker.member, signal.SIGKILL)
+        self._say(f"got {name}, ending the job")
+        self._feed(m.StopAsked(f"the agent got {name}"))
+        if self._state.view.record is None:
+            self._outcome = Outcome(code=ExitCode.INTERRUPTED, text=f"the agent got {name}")
+
+
+def print_line(text: str) -> None:
+    """A line for people, on stderr."""
+    print(f"[rtrun] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""The keeper as the agent's child: started, watched, replaced without losing what it held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from resilient_train.errors import LinkLost
+from resilient_train.image.arena import Board
+from resilient_train.ipc.channel import Channel, connect
+from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Withdraw
+
+_START_TIMEOUT = 60.0
+
+
+class KeeperProcess:
+    """One node's keeper and the agent's copies of its memory."""
+
+    def __init__(self, address: str, slots: int) -> None:
+        self.address = address
+        self._slots = slots
+        self._deposits: dict[int, tuple[int, str]] = {}
+        self._board_fd = -1
+        self.board: Board | None = None
+        self.channel: Channel | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.pidfd = -1
+        self.starts = 0
+
+    def start(self) -> None:
+        """Start the process (from the main thread). It outlives this agent long enough to save the last state."""
+        self.starts += 1
+        command = [sys.executable, "-m", "resilient_train.keeper", self.address, str(self._slots), "agent"]
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        self.pidfd = os.pidfd_open(self._process.pid)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid if self._process else -1
+
+    def try_connect(self) -> bool:
+        """Connect if it listens already, and hand over what an earlier keeper had deposited."""
+        try:
+            self.channel = connect(self.address, 0.0)
+        except LinkLost:
+            return False
+        kept = sorted(self._deposits.items())
+        descriptors = [self._board_fd, *(fd for _, (fd, _) in kept)] if self._board_fd >= 0 else []
+        self.channel.send(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept]), descriptors)
+        return True
+
+    def take_in(self, message: Message, descriptors: list[int]) -> bool:
+        """Handle deposits and withdrawals; whether ``message`` was one."""
+        if isinstance(message, Deposit) and descriptors:
+            if message.slot < 0:
+                self._board_fd = descriptors[0]
+                self.board = Board(descriptors[0])
+            else:
+                self._deposits[message.slot] = (descriptors[0], message.owner)
+            return True
+        if isinstance(message, Withdraw):
+            fd, _ = self._deposits.pop(message.slot, (-1, ""))
+            if fd >= 0:
+                os.close(fd)
+            return True
+        return False
+
+    def flush(self) -> bool:
+        """Ask it to make the last state durable; whether it could be asked."""
+        try:
+            if self.channel is None:
+                return False
+            self.channel.send(Flush())
+        except LinkLost:
+            return False
+        return True
+
+    def died(self) -> int:
+        """Reap it; its exit code."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        assert self._process is not None
+        code = self._process.wait()
+        os.close(self.pidfd)
+        self.pidfd = -1
+        return code
+
+    def stop(self, timeout: float) -> None:
+        """Let it end, which it does when the agent hangs up; end it after ``timeout`` seconds."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self._process is not None and self.pidfd >= 0:
+            try:
+                self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            os.close(self.pidfd)
+            self.pidfd = -1
+        for fd, _ in self._deposits.values():
+            os.close(fd)
+        self._deposits = {}
+        if self.board is not None:
+            self.board.close()
+            os.close(self._board_fd)
+            self.board = None

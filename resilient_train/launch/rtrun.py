@@ -1,0 +1,175 @@
+"""``rtrun``: torchrun's command line, with an agent that keeps a job alive."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
+from resilient_train.agent.keeper_process import KeeperProcess
+from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
+from resilient_train.control.tcp import TcpControlStore, serve
+from resilient_train.errors import ConfigError, ExitCode, ResilientError
+from resilient_train.events import JsonLinesSink, ListSink, Sink
+from resilient_train.plan.proposal import Limits
+
+_EPILOG = """
+rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are
+not restarted when a worker dies: the others go on in their processes, and a replacement joins at a step boundary.
+--max-restarts counts restarts of the whole group and concerns other scripts. With --log-dir DIR, everything that
+happened to the job is written to DIR/events.jsonl. This version runs one node (--nnodes=1).
+
+exit codes: 0 success; 1 an error of the script; 2 a wrong command line; 66 ranks died again and again without a step
+finished between; 67 the control store was lost; 130 ended by a signal.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """torchrun's parser under our name."""
+    made: argparse.ArgumentParser = torchrun.get_args_parser()
+    made.prog = "rtrun"
+    made.description = "Run a PyTorch training so that it survives the loss of its processes."
+    made.epilog = _EPILOG
+    made.formatter_class = _Formatter
+    return made
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the epilog's lines, and shows torchrun's own help texts as they are."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with the job's exit code."""
+    args = parser().parse_args(argv)
+    try:
+        code = run(args)
+    except ConfigError as error:
+        print(f"rtrun: error: {error}", file=sys.stderr)
+        code = ExitCode.USAGE
+    except ResilientError as error:
+        print(f"rtrun: {error}", file=sys.stderr)
+        code = ExitCode.STORE_LOST
+    sys.exit(int(code))
+
+
+def run(args: argparse.Namespace) -> ExitCode:
+    """Run a job from parsed arguments.
+
+    Raises:
+        ConfigError: for arguments that contradict each other or name nothing.
+    """
+    _check_script(args)
+    args.rdzv_id = args.rdzv_id if args.rdzv_id not in (None, "", "none") else uuid.uuid4().hex
+    scratch = None if args.log_dir else ScratchLogs()
+    if scratch is not None:
+        args.log_dir = scratch.path
+    try:
+        return _run(args, write_events=scratch is None)
+    finally:
+        if scratch is not None:
+            scratch.remove()
+
+
+def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
+    launch, entrypoint, worker_args = _launch_config(args)
+    host = launch.local_addr or "127.0.0.1"
+    address = f"job-{uuid.uuid4().hex}"
+    control = serve(host, 0)
+    bootstraps: list[Any] = []
+
+    def new_bootstrap() -> str:
+        bootstraps.append(serve(host, 0))
+        # Members of the generation before may still be connected; nobody needs those before it.
+        del bootstraps[:-3]
+        return f"{host}:{bootstraps[-1].port}"
+
+    spec = WorkerSpec(
+        entrypoint=entrypoint,
+        args=tuple(map(str, worker_args)),
+        slots=launch.nproc_per_node,
+        run_id=launch.run_id,
+        role=launch.role,
+        max_restarts=launch.max_restarts,
+        logs=launch.logs_specs,
+        log_line_prefix=launch.log_line_prefix_template,
+        virtual_local_rank=getattr(launch, "virtual_local_rank", False),
+        numa_options=getattr(launch, "numa_options", None),
+        stdout_filters=tuple(getattr(launch, "duplicate_stdout_filters", None) or ()),
+        stderr_filters=tuple(getattr(launch, "duplicate_stderr_filters", None) or ()),
+    )
+    settings = AgentConfig(
+        node="n0",
+        order=0,
+        slots=launch.nproc_per_node,
+        limits=Limits(max_restarts=launch.max_restarts),
+        address=address,
+        stop_timeout=float(getattr(launch, "shutdown_timeout", 30)),
+    )
+    workers = Workers(spec, address)
+    sink: Sink = JsonLinesSink(Path(args.log_dir) / "events.jsonl") if write_events else ListSink()
+    agent = Agent(
+        settings,
+        workers,
+        KeeperProcess(f"{address}/keeper", launch.nproc_per_node),
+        TcpControlStore(host, control.port, launch.run_id),
+        new_bootstrap,
+        sink,
+        print_line,
+    )
+    outcome = agent.run()
+    _report(outcome, workers, args.training_script)
+    return outcome.code
+
+
+def _check_script(args: argparse.Namespace) -> None:
+    script = args.training_script
+    if not args.module and not args.no_python and not os.path.isfile(script):
+        raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")
+
+
+def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
+    """torchrun's own reading of its flags."""
+    try:
+        min_nodes, max_nodes = torchrun.parse_min_max_nnodes(args.nnodes)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"--nnodes must be a number or MIN:MAX, it is {args.nnodes!r}") from error
+    if not 0 < min_nodes <= max_nodes:
+        raise ConfigError(f"--nnodes must be at least 1 and MIN at most MAX, it is {args.nnodes!r}")
+    if min_nodes > 1:
+        raise ConfigError(f"this version of rtrun runs one node; --nnodes={args.nnodes} needs at least {min_nodes}")
+    if args.master_port is None:
+        args.master_port = 29500
+    try:
+        launch, entrypoint, worker_args = torchrun.config_from_args(args)
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if callable(entrypoint):
+        # --run-path runs the script inside of a process that has torch imported already.
+        code = "import sys; from torch.distributed.run import run_script_path as run; run(*sys.argv[1:])"
+        return launch, sys.executable, ["-u", "-c", code, *worker_args]
+    return launch, str(entrypoint), list(worker_args)
+
+
+def _report(outcome: Outcome, workers: Workers, script: str) -> None:
+    """What the user has to know about the end."""
+    failure = workers.failure(outcome.culprit) if outcome.culprit else None
+    if failure is not None:
+        print(ChildFailedError(script, {failure.local_rank: failure}).format_msg(), file=sys.stderr)
+    if outcome.text:
+        print_line(f"the job failed: {outcome.text}" if outcome.code else outcome.text)
+    if outcome.unsaved:
+        print_line(outcome.unsaved)
+    if outcome.code and outcome.code.requeue:
+        print_line(f"exit code {int(outcome.code)}: starting the same command again resumes the job")
+
+
+if __name__ == "__main__":
+    main()
