@@ -50,7 +50,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
                 try:
                     return int(env[name])
                 except ValueError:
-                    raise ConfigError(f"the environment variable {name} must be a number, it is {env[name]!r}") from None
+                    raise ConfigError(f"{name} in the environment must be a number, it is {env[name]!r}") from None
         return default
 
     local_rank = number(0, "LOCAL_RANK", "SLURM_LOCALID")

@@ -173,8 +173,8 @@ class Agent:
 
     def _carry_out(self, effect: m.Effect) -> None:
         match effect:
-            case m.Swap(record):
-                self._call(lambda: self._store.swap(record), m.RecordSeen)
+            case m.Swap(proposed):
+                self._call(lambda: self._store.swap(proposed), m.RecordSeen)
             case m.Announce(info):
                 if self._settings.limits.max_nodes > 1:
                     self._call(lambda: self._store.announce(info), None)

@@ -194,7 +194,7 @@ class Workers:
         for filters, name in ((self._spec.stdout_filters, "stdout"), (self._spec.stderr_filters, "stderr")):
             if filters and paths[name]:
                 target = open(getattr(destination, f"filtered_{name}"), "a", buffering=1)  # noqa: SIM115
-                keep: Callable[[str], bool] = lambda line, filters=filters: any(f in line for f in filters)  # noqa: E731
+                keep = _contains_any(filters)
                 tails.append(
                     TailLog(self._spec.role, {slot: paths[name]}, target, prefixes, log_line_filter=keep).start()
                 )
@@ -227,6 +227,10 @@ class Workers:
     def running(self) -> Sequence[Worker]:
         """All processes that have not been reaped."""
         return list(self._running.values())
+
+
+def _contains_any(filters: Sequence[str]) -> Callable[[str], bool]:
+    return lambda line: any(text in line for text in filters)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:

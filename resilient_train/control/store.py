@@ -1,4 +1,4 @@
-"""The contract of a control store; `resilient_train.testing.control` holds the suite that every implementation passes."""
+"""The contract of a control store; `resilient_train.testing.control` holds the suite that every one passes."""
 
 from __future__ import annotations
 

@@ -44,8 +44,10 @@ class PythonEngine:
     """The fallback: numpy for checksums, plain stores for publication (enough on x86, which keeps store order)."""
 
     def crc32c(self, data: int, size: int, crc: int = 0) -> int:
-        buffer = (ctypes.c_char * size).from_address(data) if size else b""
-        return crc32c_numpy(np.frombuffer(buffer, dtype=np.uint8), crc)
+        if size == 0:
+            return crc
+        buffer = (ctypes.c_ubyte * size).from_address(data)
+        return crc32c_numpy(np.frombuffer(memoryview(buffer), dtype=np.uint8), crc)
 
     def copy_crc32c(self, target: int, source: int, size: int, crc: int = 0) -> int:
         ctypes.memmove(target, source, size)
@@ -67,10 +69,10 @@ _LANES = 1024
 
 @functools.cache
 def _table() -> Words:
-    table = np.arange(256, dtype=np.uint32)
+    table: Words = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))
-    return table.astype(np.uint32)
+        table = ((table >> 1) ^ np.where(table & 1, np.uint32(_POLYNOMIAL), np.uint32(0))).astype(np.uint32)
+    return table
 
 
 def _append_zeros(crc: Words, count: int) -> Words:
@@ -86,7 +88,8 @@ def _append_zeros(crc: Words, count: int) -> Words:
 
 def _zero_byte_operator() -> Words:
     basis = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    return ((basis >> 8) ^ _table()[basis & 0xFF]).astype(np.uint32)
+    operator: Words = ((basis >> 8) ^ _table()[basis & 0xFF]).astype(np.uint32)
+    return operator
 
 
 def _apply(columns: Words, vectors: Words) -> Words:

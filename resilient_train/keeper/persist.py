@@ -178,4 +178,3 @@ class _PartialImage:
         if filled:
             sums.append(crc)
         return b"".join(value.to_bytes(4, "little") for value in sums)
-

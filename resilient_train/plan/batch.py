@@ -2,8 +2,8 @@
 
 The global batch of a step is cut into units of ``micro_batch`` samples.  Every rank makes the same number of passes
 ``K = ceil(units / ranks)``; in pass k, rank r computes unit ``k * ranks + r``, or a filler of weight 0 where there is
-no such unit.  Which samples form a unit depends on seed and step only, so a change of the world moves work between ranks
-and changes nothing else.
+no such unit.  Which samples form a unit depends on seed and step only, so a change of the world moves work between
+ranks and changes nothing else.
 """
 
 from __future__ import annotations

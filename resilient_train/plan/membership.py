@@ -404,9 +404,7 @@ def _replacements(state: State, record: WorldRecord, now: float) -> tuple[list[s
     alive = state.view.workers()
     members_alive = [m for m in record.members if m in alive]
     if members_alive:
-        settled = len(members_alive) == record.size and all(
-            alive[m].formed == record.generation for m in members_alive
-        )
+        settled = len(members_alive) == record.size and all(alive[m].formed == record.generation for m in members_alive)
         if not settled:
             return [], None
         if now < state.seen_at + RESPAWN_AFTER:

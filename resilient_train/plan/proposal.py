@@ -84,8 +84,15 @@ class View:
     """How long decisions wait."""
 
     def workers(self) -> dict[str, WorkerInfo]:
-        """All living workers by id."""
-        return {worker.member: worker for node in self.nodes.values() for worker in node.workers}
+        """All living workers by id, and members whose process is about to be started."""
+        about_to_start = {m: WorkerInfo(member=m) for m in (self.record.members if self.record else ())}
+        ended = self.exits()
+        known = {worker.member: worker for node in self.nodes.values() for worker in node.workers}
+        return known | {
+            m: worker
+            for m, worker in about_to_start.items()
+            if m not in known and m not in ended and node_of(m) in self.nodes
+        }
 
     def exits(self) -> dict[str, ExitInfo]:
         """All ended workers by id."""
@@ -133,8 +140,7 @@ def propose(view: View, now: float) -> Proposal:
     alive, exits = view.workers(), view.exits()
     if all(_is_done(member, record, alive, exits) for member in record.members):
         return Proposal(record=record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me))
-    lost = [member for member in record.members if member not in alive]
-    lost = [m for m in lost if not (m in exits and not exits[m].elastic and exits[m].code == 0)]
+    lost = [member for member in record.members if _is_lost(member, alive, exits)]
     if lost:
         return _after_loss(view, record, lost, now)
     if not view.elastic():
@@ -146,6 +152,12 @@ def propose(view: View, now: float) -> Proposal:
     elif change is None:
         change = _growth(view, record, waits)
     return waits.proposal(change)
+
+
+def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
+    """Its process ended, or its node is gone; success of a process of its own is no loss."""
+    ended = exits.get(member)
+    return member not in alive and (ended is None or ended.elastic or ended.code != 0)
 
 
 class _Waits:
@@ -171,9 +183,7 @@ class _Waits:
         return Proposal(record=record, reasons=frozenset(self._reasons), wake_at=self._wake_at)
 
 
-def _is_done(
-    member: str, record: WorldRecord, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]
-) -> bool:
+def _is_done(member: str, record: WorldRecord, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
     if member in alive:
         return alive[member].done == record.generation
     ended = exits.get(member)
@@ -319,9 +329,7 @@ def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | Non
     if not steps or not waits.over(f"margin {view.margin}", view.timing.retry if view.margin > 2 else 0.0):
         return None
     number = record.revision + 1
-    planned = Planned(
-        number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text
-    )
+    planned = Planned(number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text)
     return record.successor(planned=planned, proposer=view.me)
 
 
@@ -329,9 +337,7 @@ def _planned_change(view: View, record: WorldRecord, planned: Planned, waits: _W
     """Carry out a planned change that everybody promised, or take it back."""
     alive = view.workers()
     gone = any(member not in alive for member in planned.members)
-    declined = any(
-        alive[m].declined >= planned.number or alive[m].done == record.generation for m in record.members
-    )
+    declined = any(alive[m].declined >= planned.number or alive[m].done == record.generation for m in record.members)
     expired = waits.over(f"promises to {planned.number}", view.timing.promise)
     if not gone and not declined and all(alive[m].promised == planned.number for m in record.members):
         return _regroup(view, record, set(planned.members), planned.reason, planned.boundary)

@@ -24,11 +24,11 @@ class Message:
     __slots__ = ()
 
 
-_Class = TypeVar("_Class", bound=type)
+_Class = TypeVar("_Class")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def _message(cls: _Class) -> _Class:
+def _message(cls: type[_Class]) -> type[_Class]:
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 

@@ -22,7 +22,8 @@ from resilient_train.storage.tier import Tier
 
 def listing(tier: Tier) -> tuple[list[Key], list[Key]]:
     """(committed keys, unfinished keys), each oldest first."""
-    committed, unfinished = [], []
+    committed: list[Key] = []
+    unfinished: list[Key] = []
     for folder, files in tier.folders().items():
         key = key_of(folder)
         if key is not None:
@@ -43,9 +44,7 @@ def read_manifest(tier: Tier, key: Key) -> Manifest:
     return manifest
 
 
-def commit(
-    tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]
-) -> bool:
+def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
     """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed."""
     folder = folder_of(key)
     part = Manifest(key=key, world=world, files=tuple(files), past=past)

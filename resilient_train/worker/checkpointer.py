@@ -87,7 +87,7 @@ class Checkpointer:
             raise ConfigError(str(error)) from error
         self._state = state
         self._snapshot_every = snapshot_every
-        self._host = host.connect(world)
+        self._host = host.connect()
         self._tier = FilesystemTier(url) if url is not None else None
         if self._tier is not None:
             self._tier.check_writable()
@@ -100,8 +100,9 @@ class Checkpointer:
                     keep_last=keep_last,
                 )
             )
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._size = dist.get_world_size() if dist.is_initialized() else 1
+        alone = world is None and not dist.is_initialized()
+        self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()
+        self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
         self._writer: SlotWriter | None = None
         self._planned: tuple[Entry, ...] = ()
         self._lineage = 0
@@ -122,7 +123,7 @@ class Checkpointer:
 
         Between two steps the state is snapshotted, and planned changes of the world take place.
         """
-        first = self.restore()
+        first = self._step if self._step is not None and self._newest is None else self.restore()
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
             if step > first:

@@ -77,5 +77,3 @@ def _restore_rng(reader: ImageReader, document: dict[str, object], rank: int) ->
     recorded = document["rng"]
     if "torch" in tensors and isinstance(recorded, dict):
         restore_rng(recorded, tensors)
-
-

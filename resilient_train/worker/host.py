@@ -17,7 +17,6 @@ from resilient_train.worker import session as sessions
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.session import Session
 from resilient_train.worker.slots import Slots
-from resilient_train.worker.world import World
 
 LINGER = 60.0
 """Seconds that a keeper without an agent waits for workers to come back."""
@@ -112,7 +111,7 @@ class Host:
 _host: Host | None = None
 
 
-def connect(world: World | None) -> Host:
+def connect() -> Host:
     """This process's host, made at the first call.
 
     Raises:
@@ -160,5 +159,3 @@ def _own_keeper(settings: config.Environment, local_rank: int) -> str:
             start_new_session=True,
         )
     return name
-
-

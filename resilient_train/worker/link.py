@@ -1,4 +1,4 @@
-"""This worker's line to its agent: a monitor thread hears the agreed world and frees the main thread when it changes."""
+"""This worker's line to its agent: a monitor thread hears of a new world and frees the main thread."""
 
 from __future__ import annotations
 
@@ -190,4 +190,3 @@ class AgentLink:
         with self._changed:
             finished = self._record is not None and self._record.phase is Phase.FINISHED
             return self._busy and self._over() and not finished and not self._leaving_later()
-

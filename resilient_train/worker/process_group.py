@@ -162,12 +162,11 @@ def _clear_dtensor_caches() -> None:
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()
-    transform_infos = getattr(_redistribute, "_gen_transform_infos", None)
-    if hasattr(transform_infos, "cache_clear"):
-        transform_infos.cache_clear()
-    clear_planner = getattr(_redistribute, "clear_redistribute_planner_cache", None)
-    if clear_planner is not None:
-        clear_planner()
+    transform_infos: Any = getattr(_redistribute, "_gen_transform_infos", None)
+    clear_planner: Any = getattr(_redistribute, "clear_redistribute_planner_cache", None)
+    for clear in (getattr(transform_infos, "cache_clear", None), clear_planner):
+        if clear is not None:
+            clear()
 
 
 def is_communication_error(error: BaseException) -> bool:

@@ -201,7 +201,8 @@ class Session:
         while self._on_leave:
             self._on_leave.pop()()
         self.world = None
-        sys.last_exc = sys.last_value = sys.last_traceback = None  # type: ignore[assignment]
+        for name in ("last_exc", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
         self.groups.dissolve()
         gc.collect()
 

@@ -97,5 +97,3 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
     if (reader.stamp.key, reader.stamp.rank, reader.stamp.world) != (manifest.key, file.rank, manifest.world):
         raise CheckpointDamaged(f"{name}: is an image of another state or rank")
     return reader
-
-

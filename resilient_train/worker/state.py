@@ -7,6 +7,7 @@ optimizer state directly.  What is missing is allocated in the recorded dtype, n
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -165,7 +166,7 @@ def _module_targets(name: str, module: torch.nn.Module, document: Mapping[str, A
         targets.tensors[f"{name}/{path}"] = tensor
     for path, part in names.extra_states(module).items():
         value = jsontree.decode(document["extra"][path])
-        targets.after.append(lambda part=part, value=value: part.set_extra_state(value))  # type: ignore[misc]
+        targets.after.append(functools.partial(part.set_extra_state, value))
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
@@ -257,10 +258,13 @@ def _optimizer_targets(
                 targets.after.append(_copy_scalar(scalar, pack, int(item["packed"])))
             else:
                 targets.tensors[item["tensor"]] = _state_tensor(state, key, parameter, item, entries)
-    for index, (group, options) in enumerate(zip(optimizer.param_groups, document["groups"], strict=True)):
+    for group, options in zip(optimizer.param_groups, document["groups"], strict=True):
         restored = _put_tensors(jsontree.decode(options), entries, targets)
-        targets.after.append(lambda g=group, r=restored: g.update(r()))  # type: ignore[misc]
-        del index
+        targets.after.append(functools.partial(_update, group, restored))
+
+
+def _update(group: dict[str, Any], options: Callable[[], Any]) -> None:
+    group.update(options())
 
 
 def _pack(
@@ -373,7 +377,7 @@ def _capture_rng(rank: int, capture: Capture) -> dict[str, Any]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         capture.add(rng_name(rank, "cuda"), torch.cuda.get_rng_state())
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, np.array(words, dtype=np.uint32).tobytes().hex(), gauss],
         "numpy": [np.asarray(keys, dtype=np.uint32).tobytes().hex(), int(position), int(has_gauss), float(cached)],

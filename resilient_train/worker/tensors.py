@@ -31,7 +31,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tupl
         with torch.no_grad():
             local = tensor.to_local().detach()
         if tuple(local.shape) != box.shape:
-            raise UnsupportedState(f"{name}: torch holds {tuple(local.shape)} of it here, its placements say {box.shape}")
+            raise UnsupportedState(f"{name}: torch holds {tuple(local.shape)} here, its placements say {box.shape}")
         return local, box, shape
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
         raise UnsupportedState(

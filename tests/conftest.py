@@ -1,0 +1,1 @@
+"""Nothing a test starts may outlive it."""

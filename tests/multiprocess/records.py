@@ -1,0 +1,51 @@
+"""What `scripts/train.py` wrote down, put together again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from resilient_train.events import Event
+from resilient_train.spec.world import Key, Restore, ancestry, in_ancestry
+
+
+def read(folder: Path) -> list[dict]:
+    """Every record of every process; a line that a kill cut short is left out."""
+    records = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                continue
+    return records
+
+
+def restores(events: list[Event]) -> list[Restore]:
+    """The job's log of restores, from its events."""
+    log = []
+    for event in events:
+        if event.kind == "resumed":
+            fresh = event.text == "a fresh start"
+            step = event.fields["step"]
+            source = None if fresh else Key(int(event.text.split("lineage ")[1].split(")")[0]), step)
+            log.append(Restore(generation=event.generation, lineage=event.fields["lineage"], source=source))
+    return log
+
+
+def surviving(records: list[dict], log: list[Restore]) -> dict[int, list[dict]]:
+    """step -> records of the world whose computation of the step belongs to the job's final history.
+
+    A step s computed in generation g counts if the state with s + 1 finished steps, keyed by g's lineage, is in the
+    ancestry of the last generation.
+    """
+    lineage = {restore.generation: restore.lineage for restore in log}
+    past = ancestry(log)
+    found: dict[int, list[dict]] = {}
+    for record in records:
+        if "step" not in record or record["generation"] not in lineage:
+            continue
+        key = Key(lineage[record["generation"]], record["step"] + 1)
+        if key.lineage in past and in_ancestry(key, past):
+            found.setdefault(record["step"], []).append(record)
+    return found
