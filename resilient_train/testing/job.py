@@ -93,6 +93,14 @@ class Job:
                 found[member] = pid
         return found
 
+    def slots(self) -> list[int]:
+        """Slots with a running worker."""
+        return sorted(slot_of(member) for member in self.workers())
+
+    def running(self) -> bool:
+        """Whether the launcher still runs."""
+        return self._process.poll() is None
+
     def keepers(self) -> list[int]:
         """Process ids of the keepers that run now."""
         return [pid for pid in self._processes() if "resilient_train.keeper" in _command(pid)]

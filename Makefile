@@ -1,0 +1,31 @@
+# Two commands are all a fresh machine needs: `make demo` and `make test`. Each makes .venv and installs into it.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(PYTHON) examples/demo.py
+
+test: $(STAMP) lint
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(PYTHON) benchmarks/bench_recovery.py
+
+# torch comes first and pinned: the CPU build is enough here, and a newer one would bring gigabytes of CUDA.
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) requirements-dev.txt
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,dev]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

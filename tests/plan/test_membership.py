@@ -1,0 +1,438 @@
+"""The agent's state machine under a manual clock: one node, no processes, every transition by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from resilient_train.errors import ExitCode
+from resilient_train.plan import membership as m
+from resilient_train.plan.proposal import Limits, View
+from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Promise, Resumed, Stage, UserFailed
+from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.world import Key, Phase, Restore, WorldRecord, slot_of
+
+
+@dataclass
+class Bench:
+    """Runs one machine: swaps succeed at once, spawned processes run at once, the clock moves by hand."""
+
+    slots: int = 4
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        self.now = 100.0
+        info = NodeInfo(node="n", order=0, endpoint="h:1", slots=self.slots)
+        self.state = m.State(view=View(me="n", limits=self.limits, nodes={"n": info}))
+        self.effects: list[m.Effect] = []
+        self.wakes: list[float] = []
+        self.feed(m.RecordSeen(None))
+
+    def feed(self, event: m.Event) -> None:
+        self.state, effects = m.step(self.state, event, self.now)
+        for effect in effects:
+            self.effects.append(effect)
+            if isinstance(effect, m.Swap):
+                self.feed(m.RecordSeen(effect.record))
+            elif isinstance(effect, m.Spawn):
+                self.feed(m.WorkerSpawned(effect.member))
+            elif isinstance(effect, m.Wake):
+                self.wakes.append(effect.at)
+
+    def run_for(self, seconds: float) -> None:
+        """Let time pass, with a tick whenever the machine asked for one."""
+        end = self.now + seconds
+        while due := [at for at in self.wakes if at <= end]:
+            self.now = max(self.now, min(due))
+            self.wakes = [at for at in self.wakes if at > self.now]
+            self.feed(m.Tick())
+        self.now = end
+
+    @property
+    def record(self) -> WorldRecord:
+        assert self.state.view.record is not None
+        return self.state.view.record
+
+    def taken(self, kind: type) -> list:
+        found = [effect for effect in self.effects if isinstance(effect, kind)]
+        self.effects = [effect for effect in self.effects if not isinstance(effect, kind)]
+        return found
+
+    def say(self, member: str, message: object) -> None:
+        self.feed(m.WorkerSaid(member, message))
+
+    def enter(self, *members: str) -> None:
+        """Members form the current generation and begin to step."""
+        generation = self.record.generation
+        for member in members or self.record.members:
+            self.say(member, Acknowledge(generation=generation, at=self.now))
+        for member in members or self.record.members:
+            self.say(member, Stage(generation=generation, stage="formed", at=self.now))
+            self.say(member, Boundaries(generation=generation))
+
+    def start(self) -> None:
+        for member in self.record.members:
+            self.say(member, Hello(member=member, pid=1))
+        self.enter()
+
+
+def running(**kwargs: object) -> Bench:
+    bench = Bench(**kwargs)
+    bench.start()
+    bench.effects.clear()
+    return bench
+
+
+def test_the_first_world_has_all_slots() -> None:
+    """One node alone forms a world at once and starts its workers."""
+    bench = Bench(slots=2)
+    assert bench.record.members == ("n/0.0", "n/1.0")
+    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.0", "n/1.0"]
+
+
+def test_a_loss_shrinks_after_coalescing() -> None:
+    """Two deaths within 20 ms are one change; survivors keep their order."""
+    bench = running()
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    assert bench.record.generation == 1
+    bench.run_for(0.01)
+    bench.feed(m.WorkerExited("n/3.0", -9))
+    bench.run_for(0.02)
+    assert bench.record.generation == 2
+    assert bench.record.members == ("n/0.0", "n/2.0")
+    assert bench.record.boundary is None
+    assert "rank" in bench.record.reason
+
+
+def test_replacements_start_when_the_survivors_run() -> None:
+    """Not before the new generation has formed, and not at once: importing torch takes processor time."""
+    bench = running()
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(5)
+    assert bench.taken(m.Spawn) == []
+    bench.enter()
+    bench.run_for(m.RESPAWN_AFTER)
+    assert [e.member for e in bench.taken(m.Spawn)] == ["n/1.1"]
+
+
+def lose_and_replace(bench: Bench) -> None:
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(1)
+    bench.enter()
+    bench.run_for(m.RESPAWN_AFTER)
+    bench.feed(m.Progress(2, 40))
+    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.run_for(0.1)
+
+
+def test_growth_waits_for_promises_and_happens_at_a_boundary() -> None:
+    """Nobody is interrupted: the members promise a boundary ahead of all progress, then the record names the world."""
+    bench = running()
+    lose_and_replace(bench)
+    planned = bench.record.planned
+    assert planned is not None
+    assert planned.boundary > 40
+    assert bench.record.generation == 2
+    for member in bench.record.members:
+        bench.say(member, Promise(number=planned.number, accepted=True))
+    assert bench.record.generation == 3
+    assert bench.record.boundary == planned.boundary
+    assert bench.record.members == ("n/0.0", "n/1.1", "n/2.0", "n/3.0"), "the newcomer gets its slot's rank back"
+
+
+def test_a_declined_boundary_is_tried_again_further_ahead() -> None:
+    """Fast steps: the margin doubles until everybody can promise."""
+    bench = running()
+    lose_and_replace(bench)
+    first = bench.record.planned
+    assert first is not None
+    bench.say("n/0.0", Promise(number=first.number, accepted=False))
+    assert bench.record.planned is None
+    bench.run_for(1)
+    second = bench.record.planned
+    assert second is not None
+    assert second.boundary - 40 == 2 * (first.boundary - 40)
+
+
+def test_a_promise_that_does_not_come_is_not_waited_for() -> None:
+    """A planned change expires; training goes on in the old world."""
+    bench = running()
+    lose_and_replace(bench)
+    number = bench.record.planned.number
+    bench.run_for(2.1)
+    assert bench.record.planned is None or bench.record.planned.number > number
+    assert bench.record.generation == 2
+
+
+def test_a_loss_during_a_planned_change_goes_first() -> None:
+    """The plan is dropped, the survivors regroup at once, and the idle newcomer joins in the same transition."""
+    bench = running()
+    lose_and_replace(bench)
+    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.run_for(0.05)
+    assert bench.record.generation == 3
+    assert bench.record.planned is None
+    assert bench.record.members == ("n/1.1", "n/2.0", "n/3.0")
+
+
+def test_a_loss_between_agreement_and_boundary_aborts_the_boundary() -> None:
+    """A newer generation without boundary replaces the one that was to begin at it."""
+    bench = running()
+    lose_and_replace(bench)
+    for member in bench.record.members:
+        bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
+    bench.feed(m.WorkerExited("n/3.0", -9))
+    bench.run_for(0.05)
+    assert bench.record.generation == 4
+    assert bench.record.boundary is None
+    assert "n/3.0" not in bench.record.members
+
+
+def test_nobody_plans_a_change_while_ranks_are_done() -> None:
+    """The end of a job is not disturbed by joiners."""
+    bench = running()
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(1)
+    bench.enter()
+    bench.run_for(m.RESPAWN_AFTER)
+    bench.say("n/0.0", Done(generation=2))
+    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.run_for(10)
+    assert bench.record.generation == 2
+    assert bench.record.planned is None
+
+
+def test_a_script_without_boundaries_grows_at_once_after_a_while() -> None:
+    """No steps(): the change costs the running step, but it comes."""
+    bench = running()
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(1)
+    for member in bench.record.members:
+        bench.say(member, Acknowledge(generation=2, at=bench.now))
+        bench.say(member, Stage(generation=2, stage="formed", at=bench.now))
+    bench.run_for(m.RESPAWN_AFTER)
+    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.run_for(10)
+    assert bench.record.generation == 3
+    assert bench.record.boundary is None
+
+
+def test_the_job_finishes_when_all_are_done() -> None:
+    """Finished is agreed; workers then end by themselves and their success is the job's."""
+    bench = running(slots=2)
+    bench.say("n/0.0", Done(generation=1))
+    assert bench.record.phase is Phase.RUNNING
+    bench.say("n/1.0", Done(generation=1))
+    assert bench.record.phase is Phase.FINISHED
+    bench.feed(m.WorkerExited("n/0.0", 0))
+    assert bench.taken(m.End) == []
+    bench.feed(m.WorkerExited("n/1.0", 0))
+    assert [e.code for e in bench.taken(m.End)] == [ExitCode.SUCCESS]
+
+
+def test_a_rank_that_is_done_is_called_back_by_a_loss() -> None:
+    """The others had not finished: everybody who is left forms the next generation."""
+    bench = running(slots=3)
+    bench.say("n/0.0", Done(generation=1))
+    bench.feed(m.WorkerExited("n/2.0", -9))
+    bench.run_for(0.1)
+    assert bench.record.generation == 2
+    assert bench.record.members == ("n/0.0", "n/1.0")
+    bench.enter()
+    bench.say("n/0.0", Done(generation=2))
+    bench.say("n/1.0", Done(generation=2))
+    assert bench.record.phase is Phase.FINISHED
+
+
+def test_standbys_are_stopped_at_the_end() -> None:
+    """Who is not a member when the job finishes is ended."""
+    bench = running()
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(1)
+    bench.enter()
+    bench.run_for(m.RESPAWN_AFTER)
+    for member in bench.record.members:
+        bench.say(member, Done(generation=2))
+    assert [e.member for e in bench.taken(m.Stop)] == ["n/1.1"]
+
+
+def test_a_users_error_fails_the_job() -> None:
+    """Nobody restarts anything; the error and the culprit are in the record."""
+    bench = running()
+    bench.say("n/2.0", UserFailed(generation=1, step=3, text="ValueError: x"))
+    assert bench.record.phase is Phase.FAILED
+    assert (bench.record.error, bench.record.culprit) == ("ValueError: x", "n/2.0")
+    for slot in range(4):
+        bench.feed(m.WorkerExited(f"n/{slot}.0", 1))
+    (end,) = bench.taken(m.End)
+    assert (end.code, end.text) == (ExitCode.USER_ERROR, "ValueError: x")
+
+
+def test_workers_that_do_not_end_after_a_failure_are_stopped() -> None:
+    """Ranks stuck in user code do not keep a failed job alive."""
+    bench = running(slots=2)
+    bench.say("n/0.0", UserFailed(generation=1, step=3, text="boom"))
+    bench.feed(m.WorkerExited("n/0.0", 1))
+    bench.run_for(m.GRACE + 1)
+    assert [e.member for e in bench.taken(m.Stop)] == ["n/1.0"]
+
+
+def test_crashing_again_at_the_same_step_fails_the_job() -> None:
+    """Three crashes without a step gained between; progress resets the count."""
+    bench = running(slots=2)
+    bench.feed(m.Progress(1, 7))
+    for incarnation in range(3):
+        bench.feed(m.WorkerExited(f"n/1.{incarnation}", -6))
+        bench.run_for(0.1)
+        if bench.record.phase is Phase.FAILED:
+            break
+        bench.enter()
+        bench.run_for(m.RESPAWN_AFTER)
+        newcomer = f"n/1.{incarnation + 1}"
+        bench.feed(m.Progress(bench.record.generation, 7))
+        bench.say(newcomer, Hello(member=newcomer, pid=1))
+        bench.run_for(0.1)
+        for member in bench.record.members:
+            bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
+        bench.enter()
+        bench.feed(m.Progress(bench.record.generation, 7))
+    assert bench.record.phase is Phase.FAILED
+    assert "step 7" in bench.record.error
+    for worker in list(bench.state.info.workers):
+        bench.feed(m.WorkerExited(worker.member, 1))
+    assert [e.code for e in bench.taken(m.End)] == [ExitCode.NO_PROGRESS]
+
+
+def test_kills_with_progress_between_never_fail_the_job() -> None:
+    """Losing ranks is what the job is made for, as long as steps are finished between."""
+    bench = running(slots=2)
+    for incarnation in range(12):
+        bench.feed(m.Progress(bench.record.generation, 10 * incarnation))
+        bench.feed(m.WorkerExited(f"n/1.{incarnation}", -9))
+        bench.run_for(0.1)
+        bench.enter()
+        bench.run_for(m.RESPAWN_AFTER)
+        newcomer = f"n/1.{incarnation + 1}"
+        bench.feed(m.Progress(bench.record.generation, 10 * incarnation + 1))
+        bench.say(newcomer, Hello(member=newcomer, pid=1))
+        bench.run_for(0.1)
+        for member in bench.record.members:
+            bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
+        bench.enter()
+    assert bench.record.phase is Phase.RUNNING
+    assert bench.record.members == ("n/0.0", "n/1.12")
+
+
+def test_all_killed_at_once_waits_for_replacements() -> None:
+    """With nobody left there is nobody to disturb: replacements start at once and the first one goes on."""
+    bench = running(slots=2)
+    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(1)
+    assert bench.record.generation == 1
+    assert {e.member for e in bench.taken(m.Spawn)} == {"n/0.1", "n/1.1"}
+    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.run_for(0.1)
+    assert bench.record.members == ("n/1.1",)
+
+
+def test_a_late_member_is_left_out_alive_and_returns() -> None:
+    """Nobody is waited for whose main thread does not come free; it is not killed, and joins again when it does."""
+    bench = running(slots=3)
+    bench.feed(m.WorkerExited("n/2.0", -9))
+    bench.run_for(0.1)
+    bench.say("n/0.0", Acknowledge(generation=2, at=bench.now))
+    bench.run_for(10.1)
+    assert bench.record.generation == 3
+    assert bench.record.members == ("n/0.0",)
+    assert bench.taken(m.Stop) == []
+    bench.enter()
+    bench.feed(m.Progress(3, 5))
+    bench.say("n/1.0", Hello(member="n/1.0", pid=1))
+    bench.run_for(0.1)
+    assert bench.record.planned is not None
+    assert "n/1.0" in bench.record.planned.members
+
+
+def test_who_is_still_starting_is_waited_for() -> None:
+    """A worker that has not entered its function yet is not late: importing takes as long as it takes."""
+    bench = Bench(slots=2)
+    bench.say("n/0.0", Hello(member="n/0.0", pid=1))
+    bench.say("n/0.0", Acknowledge(generation=1, at=bench.now))
+    bench.run_for(300)
+    assert bench.record.generation == 1
+
+
+def test_a_slot_whose_replacements_never_get_warm_is_given_up() -> None:
+    """Three replacements that die before they are warm: the job goes on without the slot."""
+    bench = running(slots=2)
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(0.1)
+    bench.enter()
+    for incarnation in range(1, 4):
+        bench.run_for(2)
+        assert [e.member for e in bench.taken(m.Spawn)] == [f"n/1.{incarnation}"]
+        bench.feed(m.WorkerExited(f"n/1.{incarnation}", 1))
+    bench.run_for(10)
+    assert bench.taken(m.Spawn) == []
+    assert bench.record.phase is Phase.RUNNING
+
+
+def test_restores_are_logged_once() -> None:
+    """Rank 0's report goes into the record; a repeated or late one does not."""
+    bench = running(slots=2)
+    bench.say("n/0.0", Resumed(generation=1, lineage=4, source=(3, 9), text=""))
+    assert bench.record.restores == (Restore(generation=1, lineage=4, source=Key(3, 9)),)
+    bench.say("n/0.0", Resumed(generation=1, lineage=5, source=None, text=""))
+    assert len(bench.record.restores) == 1
+
+
+def test_scripts_that_are_not_elastic_restart_as_a_group() -> None:
+    """torchrun's semantics: one failure stops and restarts everybody, --max-restarts times."""
+    bench = Bench(slots=2, limits=Limits(max_restarts=1))
+    bench.taken(m.Spawn)
+    bench.feed(m.WorkerExited("n/1.0", 1))
+    bench.run_for(0.1)
+    assert bench.record.restarts == 1
+    assert bench.record.members == ("n/0.1", "n/1.1")
+    assert [e.member for e in bench.taken(m.Stop)] == ["n/0.0"]
+    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.1", "n/1.1"]
+    bench.feed(m.WorkerExited("n/0.0", -15))
+    bench.feed(m.WorkerExited("n/0.1", 3))
+    bench.run_for(0.1)
+    assert bench.record.phase is Phase.FAILED
+    assert "exited with code 3" in bench.record.error
+
+
+def test_a_script_that_is_not_elastic_succeeds_when_all_do() -> None:
+    """Exit code 0 of every worker is the end."""
+    bench = Bench(slots=2)
+    bench.feed(m.WorkerExited("n/0.0", 0))
+    bench.run_for(100)
+    assert bench.record.phase is Phase.RUNNING
+    bench.feed(m.WorkerExited("n/1.0", 0))
+    assert [e.code for e in bench.taken(m.End)] == [ExitCode.SUCCESS]
+
+
+def test_an_error_at_startup_of_an_elastic_script_fails_the_job() -> None:
+    """A worker that ends itself before it entered train() has a broken script: no replacement helps."""
+    bench = Bench(slots=2)
+    bench.say("n/0.0", Hello(member="n/0.0", pid=1))
+    bench.feed(m.WorkerExited("n/1.0", 1))
+    bench.run_for(0.1)
+    assert bench.record.phase is Phase.FAILED
+
+
+def test_being_asked_to_stop_ends_the_job() -> None:
+    """SIGTERM to the agent: agreed as a failure, reported as an interruption."""
+    bench = running(slots=1)
+    bench.feed(m.StopAsked("the agent got SIGTERM"))
+    assert bench.record.phase is Phase.FAILED
+    bench.feed(m.WorkerExited("n/0.0", 1))
+    assert [e.code for e in bench.taken(m.End)] == [ExitCode.INTERRUPTED]
+
+
+def test_slots_of_members_are_their_devices() -> None:
+    """A replacement takes the slot of the process it replaces."""
+    bench = running()
+    lose_and_replace(bench)
+    assert sorted(map(slot_of, bench.record.planned.members)) == [0, 1, 2, 3]

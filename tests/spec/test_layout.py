@@ -1,0 +1,69 @@
+"""Boxes: intersection, difference and coverage against brute force; shards against torch."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resilient_train.spec.layout import Box, shard_box, uncovered
+
+BOXES = st.builds(
+    lambda pairs: Box(tuple(o for o, _ in pairs), tuple(n for _, n in pairs)),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=2),
+)
+
+
+def points(box: Box) -> set[tuple[int, ...]]:
+    return set(itertools.product(*(range(o, e) for o, e in zip(box.offset, box.end, strict=True))))
+
+
+@given(BOXES, BOXES)
+def test_intersection_holds_exactly_the_common_points(a: Box, b: Box) -> None:
+    """Intersection is that of the point sets."""
+    common = a.intersect(b)
+    assert (points(common) if common else set()) == points(a) & points(b)
+
+
+@given(BOXES, BOXES)
+def test_difference_is_disjoint_and_exact(a: Box, b: Box) -> None:
+    """a without b: every point once, none of b."""
+    pieces = a.minus(b)
+    assert sum(piece.size for piece in pieces) == len(points(a) - points(b))
+    assert set().union(*map(points, pieces)) == points(a) - points(b) if pieces else points(a) <= points(b)
+
+
+@given(BOXES, st.lists(BOXES, max_size=4))
+def test_uncovered_is_what_nobody_holds(target: Box, parts: list[Box]) -> None:
+    """Coverage agrees with the point sets."""
+    left = set().union(set(), *map(points, uncovered(target, parts)))
+    assert left == points(target) - set().union(set(), *map(points, parts))
+
+
+def test_a_scalar_is_one_element() -> None:
+    """The box of a scalar has one element and covers itself."""
+    scalar = Box.whole(())
+    assert scalar.size == 1
+    assert uncovered(scalar, [scalar]) == []
+    assert uncovered(scalar, []) == [scalar]
+
+
+@given(st.integers(0, 17), st.integers(1, 6))
+def test_shards_are_torch_chunks(length: int, parts: int) -> None:
+    """One mesh dimension: the same cut as torch.chunk, empty shards included."""
+    chunks = list(torch.arange(length).chunk(parts)) if length else []
+    for rank in range(parts):
+        box = shard_box((length,), (parts,), (rank,), (0,))
+        held = list(range(length))[box.slices_in(Box.whole((length,)))[0]]
+        assert held == (chunks[rank].tolist() if rank < len(chunks) else [])
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3))
+def test_two_mesh_dimensions_cover_a_tensor_once(rows: int, columns: int, outer: int, inner: int) -> None:
+    """Sharding the same or different dimensions: all boxes together are the tensor, without overlap."""
+    for dims in [(0, 1), (0, 0), (1, 0)]:
+        boxes = [shard_box((rows, columns), (outer, inner), (i, j), dims) for i in range(outer) for j in range(inner)]
+        assert uncovered(Box.whole((rows, columns)), boxes) == []
+        assert sum(box.size for box in boxes) == rows * columns
