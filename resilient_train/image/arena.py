@@ -9,6 +9,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from resilient_train.errors import MemoryRefused
 from resilient_train.image.native import engine
@@ -24,16 +25,42 @@ def create_memory(name: str, size: int) -> int:
     Raises:
         MemoryRefused: if the memory cannot be had.
     """
+    available = _available()
+    if size > available:
+        # The kernel would go on allocating until it has to kill somebody.
+        raise MemoryRefused(_refusal(name, size, f"{available:,} bytes are available"))
     fd = os.memfd_create(f"resilient_train:{name}", os.MFD_CLOEXEC)
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
         os.close(fd)
-        raise MemoryRefused(
-            f"no shared memory for {name}: {size:,} bytes refused ({errno.errorcode.get(error.errno or 0, '?')});"
-            " raise the container's memory limit, or snapshot less state"
-        ) from error
+        raise MemoryRefused(_refusal(name, size, errno.errorcode.get(error.errno or 0, "?"))) from error
     return fd
+
+
+def _refusal(name: str, size: int, why: str) -> str:
+    return (
+        f"no shared memory for {name}: {size:,} bytes refused ({why});"
+        " raise the container's memory limit, or snapshot less state"
+    )
+
+
+def _available() -> int:
+    """Bytes that this node, and this container, can still give."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text())
+            cache = int(stat["inactive_file"]) + int(stat["active_file"])
+            available = min(available, int(limit) - used + cache)
+    except (OSError, KeyError, ValueError):
+        # No cgroup v2 here, or not ours to read.
+        return available
+    return available
 
 
 def reopen(fd: int) -> int:

@@ -88,7 +88,8 @@ class FilesystemTier:
             if self._local:
                 return _put_local(target, chunks)
             written = 0
-            with self._fs.open(target, "wb") as file:
+            # A transaction, because closing a file after an error would publish what was written of it.
+            with self._fs.transaction, self._fs.open(target, "wb") as file:
                 for chunk in chunks:
                     file.write(chunk)
                     written += len(chunk)

@@ -1,0 +1,70 @@
+"""The conformance suite of `Tier`: subclass it, provide ``tier``, and run it with pytest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import pytest
+
+from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.storage.tier import Tier
+
+
+class TierConformance(ABC):
+    """Every implementation of `Tier` passes this."""
+
+    @abstractmethod
+    def tier(self) -> Tier:
+        """The tier under test, empty when a test begins; every call gives one that sees the same files."""
+
+    def test_an_empty_tier_has_no_folders(self) -> None:
+        """A place that does not exist yet is empty, not an error."""
+        assert self.tier().folders() == {}
+
+    def test_what_is_put_can_be_read(self) -> None:
+        """Whole files and ranges, through another handle."""
+        assert self.tier().put("a/x", [b"hello ", memoryview(b"world"), b""]) == 11
+        other = self.tier()
+        assert other.size("a/x") == 11
+        assert other.read("a/x", 0, 11) == b"hello world"
+        assert other.read("a/x", 6, 3) == b"wor"
+        assert other.read("a/x", 11, 0) == b""
+        assert other.folders() == {"a": {"x"}}
+
+    def test_reading_beyond_the_end_names_the_file(self) -> None:
+        """Fewer bytes than asked for are damage, not data."""
+        tier = self.tier()
+        tier.put("a/x", [b"123"])
+        with pytest.raises(CheckpointDamaged, match="a/x"):
+            tier.read("a/x", 1, 3)
+        with pytest.raises(CheckpointDamaged, match="a/y"):
+            tier.size("a/y")
+
+    def test_a_write_that_fails_leaves_no_file(self) -> None:
+        """Whole or not at all."""
+        tier = self.tier()
+        tier.put("a/first", [b"1"])
+
+        def chunks() -> Iterator[bytes]:
+            yield b"half"
+            raise StorageError("the source failed")
+
+        with pytest.raises(StorageError):
+            tier.put("a/x", chunks())
+        assert "x" not in self.tier().folders()["a"]
+
+    def test_delete_removes_a_folder_and_nothing_else(self) -> None:
+        """Deleting twice is no error."""
+        tier = self.tier()
+        for name in ("a/manifest.json", "a/x", "b/x"):
+            tier.put(name, [b"1"])
+        tier.delete("a")
+        tier.delete("a")
+        assert self.tier().folders() == {"b": {"x"}}
+
+    def test_a_writable_place_is_writable_and_stays_empty(self) -> None:
+        """The probe leaves nothing."""
+        tier = self.tier()
+        tier.check_writable()
+        assert tier.folders() == {}

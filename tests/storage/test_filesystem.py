@@ -1,0 +1,100 @@
+"""fsspec tiers pass the conformance suite; what a local disk refuses becomes a clear error."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+
+from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.spec.world import Key
+from resilient_train.storage.catalogue import commit, listing, read_manifest
+from resilient_train.storage.commit import ImageFile, Manifest, decode_part, encode_part, folder_of, key_of, merge
+from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.storage.tier import Tier
+from resilient_train.testing.tier import TierConformance
+
+
+class TestLocalTier(TierConformance):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.url = f"file://{tmp_path}/run"
+
+    def tier(self) -> Tier:
+        return FilesystemTier(self.url)
+
+
+class TestMemoryTier(TierConformance):
+    """fsspec's memory:// stands for object stores here: no folders, no rename."""
+
+    @pytest.fixture(autouse=True)
+    def _folder(self) -> None:
+        self.url = f"memory://{uuid.uuid4().hex}"
+
+    def tier(self) -> Tier:
+        return FilesystemTier(self.url)
+
+    def test_a_write_that_fails_leaves_no_file(self) -> None:
+        """memory:// publishes what was written when the file is closed; see the note in `FilesystemTier.put`."""
+        super().test_a_write_that_fails_leaves_no_file()
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    """A file where a folder should be: the error names the place before any training is done."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(StorageError, match="file/run: cannot be written"):
+        FilesystemTier(f"{blocked}/run").check_writable()
+    with pytest.raises(StorageError, match="nonsense"):
+        FilesystemTier("nonsense://bucket")
+
+
+def files(ranks: list[int]) -> list[ImageFile]:
+    return [ImageFile(name=f"r{rank}", rank=rank, size=1, header_crc=2, table_crc=3) for rank in ranks]
+
+
+def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path) -> None:
+    """No manifest until the parts name every rank; then the same manifest whoever writes it."""
+    tier = FilesystemTier(str(tmp_path))
+    key = Key(3, 41)
+    assert not commit(tier, key, 3, files([2]), {3: None})
+    assert listing(tier) == ([], [key])
+    with pytest.raises(CheckpointDamaged, match="missing"):
+        read_manifest(tier, key)
+    assert commit(tier, key, 3, files([0, 1]), {3: None})
+    assert listing(tier) == ([key], [])
+    assert read_manifest(tier, key) == Manifest(key=key, world=3, files=tuple(files([0, 1, 2])), past={3: None})
+
+
+def test_folder_names_are_keys() -> None:
+    """step-000000041.g3 and back; other names are nobody's."""
+    assert folder_of(Key(3, 41)) == "step-000000041.g3"
+    assert key_of("step-000000041.g3") == Key(3, 41)
+    assert key_of("step-41") is None
+    assert key_of("models") is None
+
+
+def test_nonsense_manifests_are_refused_by_name() -> None:
+    """Hostile and damaged manifests are errors that name the file."""
+    good = Manifest(key=Key(1, 2), world=1, files=tuple(files([0])), past={1: None})
+    assert decode_part(encode_part(good), "p") == good
+    bad_name = encode_part(good).replace(b'"r0"', b'"../../etc/passwd"')
+    for data in (b"", b"[]", b"{}", b'{"format": 99}', b"\xff\xfe", b"[" * 50_000, bad_name):
+        with pytest.raises(CheckpointDamaged, match="p: "):
+            decode_part(data, "p")
+    assert merge([]) is None
+    assert merge([good, Manifest(key=Key(1, 3), world=1, files=good.files, past={})]) is None
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """Writing to a device without room: StorageError, no temporary file, nothing committed."""
+    tier = FilesystemTier(str(tmp_path))
+
+    def chunks() -> object:
+        yield b"x" * 100
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match="No space left"):
+        tier.put("step-000000001.g1/x", chunks())
+    assert list(tmp_path.rglob("*")) == [tmp_path / "step-000000001.g1"]
