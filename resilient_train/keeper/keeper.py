@@ -45,8 +45,8 @@ from resilient_train.spec.messages import (
 from resilient_train.spec.world import Key
 
 _TICK = 0.25
-_AGENT_TIMEOUT = 60.0
-"""Seconds to wait for the agent that started this keeper."""
+_FIRST_TIMEOUT = 60.0
+"""Seconds to wait for whoever started this keeper."""
 
 
 @dataclass
@@ -91,7 +91,8 @@ class Keeper:
         clock: monotonic seconds.
         """
         self._listener = listener
-        self._linger = _AGENT_TIMEOUT if linger is None else linger
+        self._linger = 0.0 if linger is None else linger
+        self._had_client = False
         self._early: list[tuple[Client, Message, list[int]]] | None = [] if linger is None else None
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -131,7 +132,8 @@ class Keeper:
             return False
         if self._had_agent:
             return True  # The agent's end is the job's end; its Flush was answered or it is dead.
-        return self._clock() >= self._alone_since + self._linger
+        linger = self._linger if self._had_client else _FIRST_TIMEOUT
+        return self._clock() >= self._alone_since + linger
 
     def _tick(self) -> None:
         self._schedule()
@@ -142,6 +144,7 @@ class Keeper:
         if channel is None:
             return
         client = Client(channel)
+        self._had_client = True
         self._clients.append(client)
         self._selector.register(channel, selectors.EVENT_READ, lambda: self._read(client))
 

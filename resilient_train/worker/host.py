@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -134,16 +135,24 @@ def connect() -> Host:
         local_rank = settings.local_rank if dist.is_initialized() else 0
         address = _own_keeper(settings, local_rank)
         _host = Host(KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank), local_rank, None)
+    atexit.register(_take_leave)
     if dist.is_initialized():
         _host.set_local(settings.local_world_size if settings.world_size > 1 else 1)
     _host.board.clear(_host.index)
     return _host
 
 
+def _take_leave() -> None:
+    """At the end of the process. After an error the keeper is left waiting: a launcher may restart the ranks."""
+    if _host is not None and not hasattr(sys, "last_value"):
+        _host.close()
+
+
 def _own_keeper(settings: config.Environment, local_rank: int) -> str:
     """The address of the keeper that the first rank of this node starts, and finds again after a restart."""
     job = settings.job if settings.job and settings.job != "none" else f"port-{settings.master_port}"
-    name = f"{job}/keeper" if dist.is_initialized() and settings.world_size > 1 else f"process-{os.getpid()}/keeper"
+    shared = dist.is_initialized() and settings.world_size > 1
+    name = f"{job}/keeper" if shared else f"process-{os.getpid()}/keeper"
     if local_rank == 0:
         # Whoever is second at the same address finds it taken and ends, so a keeper that is still there is found again.
         subprocess.Popen(
@@ -153,9 +162,12 @@ def _own_keeper(settings: config.Environment, local_rank: int) -> str:
                 "resilient_train.keeper",
                 name,
                 str(max(1, settings.local_world_size)),
-                str(LINGER),
+                str(LINGER if shared else 0.0),
             ],
+            # Not the script's own: whoever reads its output would wait for the keeper as well.
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
     return name

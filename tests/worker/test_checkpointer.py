@@ -1,0 +1,103 @@
+"""The Checkpointer in a single process without a launcher: durable, restorable, clear about damage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(120)
+
+SCRIPT = """
+import sys, logging, torch, resilient_train as rt
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+url, steps, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+model = torch.nn.Linear(width, width)
+optim = torch.optim.AdamW(model.parameters())
+ckpt = rt.Checkpointer(rt.State(model=model, optim=optim), url, persist_every=10, keep_last=2)
+for step in ckpt.steps(steps):
+    (model(torch.ones(2, width)) ** 2).sum().backward()
+    optim.step(); optim.zero_grad()
+    if step % 10 == 5: ckpt.wait()
+    print("step", step, flush=True)
+print("sum", repr(float(sum(p.double().sum() for p in model.parameters()))))
+"""
+
+
+def run(url: Path, steps: int, width: int = 6) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", SCRIPT, str(url), str(steps), str(width)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+def checkpoints(url: Path) -> list[str]:
+    return sorted(path.parent.name for path in url.glob("*/manifest.json"))
+
+
+def test_a_script_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """Every run continues from the last, with the same result as one long run; old checkpoints go."""
+    url = tmp_path / "run"
+    first = run(url, 25)
+    assert first.returncode == 0, first.stderr
+    assert "a fresh start" in first.stderr
+    assert checkpoints(url) == ["step-000000020.g1", "step-000000025.g1"]
+    second = run(url, 40)
+    assert second.returncode == 0, second.stderr
+    assert "step 25\n" in second.stdout
+    assert "step 24\n" not in second.stdout
+    assert checkpoints(url) == ["step-000000030.g2", "step-000000040.g2"], "every run has a lineage of its own"
+    whole = run(tmp_path / "whole", 40)
+    assert second.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
+    assert run(url, 40).stdout.startswith("sum"), "nothing is left to do"
+
+
+def damage(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "missing", "manifest", "header"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, how: str) -> None:
+    """Whatever happened to it: said by name, and no step is lost that is whole somewhere."""
+    url = tmp_path / "run"
+    assert run(url, 25).returncode == 0
+    (image,) = (url / "step-000000025.g1").glob("*.safetensors")
+    if how == "flip":
+        damage(image, image.stat().st_size // 2)
+    elif how == "header":
+        damage(image, 300)
+    elif how == "truncate":
+        image.write_bytes(image.read_bytes()[:-100])
+    elif how == "missing":
+        image.unlink()
+    else:
+        (image.parent / "manifest.json").write_text("{")
+    again = run(url, 30)
+    assert again.returncode == 0, again.stderr
+    assert "step-000000025.g1" in again.stderr
+    assert "step 20\n" in again.stdout
+    assert "step 19\n" not in again.stdout
+
+
+def test_another_models_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
+    """The tensors that differ are named; nothing is overwritten."""
+    url = tmp_path / "run"
+    assert run(url, 12).returncode == 0
+    before = checkpoints(url)
+    other = run(url, 20, width=8)
+    assert other.returncode != 0
+    assert "model/weight: shape [8, 8] here, [6, 6] there" in other.stderr
+    assert checkpoints(url) == before
+
+
+def test_an_unwritable_location_is_refused_before_training(tmp_path: Path) -> None:
+    """One clear error, no step done."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    result = run(blocked / "run", 5)
+    assert result.returncode != 0
+    assert "cannot be written" in result.stderr
+    assert "step 0" not in result.stdout

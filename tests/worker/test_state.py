@@ -1,0 +1,258 @@
+"""State: what is captured comes back exactly, into fresh objects, without stepping anything."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from resilient_train.errors import StateMismatch, UnsupportedState
+from resilient_train.image.reader import ImageReader
+from resilient_train.image.snapshot import SlotWriter
+from resilient_train.spec.shard import plan_image
+from resilient_train.spec.world import Key
+from resilient_train.worker.fill import fill
+from resilient_train.worker.state import State
+
+
+def saved(state: State, rank: int = 0, world: int = 1) -> ImageReader:
+    """An image of the state, as bytes in memory."""
+    import os
+
+    from resilient_train.image.arena import Slot, create_memory
+
+    capture = state.capture(rank)
+    document = capture.document_bytes()
+    layout = plan_image(capture.entries, len(document) + 10)
+    fd = create_memory("test", layout.total)
+    slot = Slot(fd)
+    os.close(fd)
+    order = {(e.name, e.offset): t for e, t in zip(capture.entries, capture.tensors, strict=True)}
+    tensors = [order[e.name, e.offset] for e in layout.entries]
+    assert SlotWriter(layout, rank, world).write(slot, Key(1, 1), tensors, document)
+    data = bytes(slot.map)
+    slot.close()
+    return ImageReader("image", len(data), lambda at, n: data[at : at + n])
+
+
+def model(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 5, bias=False))
+    return net.to(dtype)
+
+
+def train(net: nn.Module, optim: torch.optim.Optimizer, steps: int = 3) -> None:
+    for step in range(steps):
+        torch.manual_seed(step)
+        x = torch.randn(8, 5, dtype=next(net.parameters()).dtype)
+        (net(x) - x).square().mean().backward()
+        optim.step()
+        optim.zero_grad()
+
+
+OPTIMIZERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "plain sgd": lambda p: torch.optim.SGD(p, lr=0.01),
+    "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "groups": lambda p: torch.optim.AdamW([{"params": p[:2], "lr": 0.1}, {"params": p[2:], "weight_decay": 0.0}]),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_goes_on_exactly_as_if_nothing_had_happened(kind: str, dtype: torch.dtype) -> None:
+    """Restored into fresh objects, three further steps give the same bits."""
+    one = model(0, dtype)
+    optim = OPTIMIZERS[kind](list(one.parameters()))
+    train(one, optim)
+    image = saved(State(model=one, optim=optim))
+    two = model(1, dtype)
+    fresh = OPTIMIZERS[kind](list(two.parameters()))
+    fill(State(model=two, optim=fresh), [image], 0, 1)
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert optim.state[p].keys() == fresh.state[q].keys()
+        for key, value in optim.state[p].items():
+            assert torch.equal(value, fresh.state[q][key]) if isinstance(value, torch.Tensor) else True
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == fresh.state[q][key].dtype
+    train(one, optim)
+    train(two, fresh)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_restoring_never_aliases_the_image() -> None:
+    """Training on does not change what was saved."""
+    net = model(0)
+    optim = torch.optim.AdamW(net.parameters())
+    train(net, optim)
+    image = saved(State(model=net, optim=optim))
+    before = net[0].weight.detach().clone()
+    fill(State(model=net, optim=optim), [image], 0, 1)
+    train(net, optim)
+    assert not torch.equal(before, net[0].weight)
+    fill(State(model=net, optim=optim), [image], 0, 1)
+    assert torch.equal(before, net[0].weight)
+
+
+def test_float32_state_of_bfloat16_parameters_keeps_its_dtype() -> None:
+    """torch's own load_state_dict would cast it."""
+    net = model(0, torch.bfloat16)
+    optim = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for parameter in net.parameters():
+        optim.state[parameter]["momentum_buffer"] = torch.rand(parameter.shape, dtype=torch.float32)
+    image = saved(State(model=net, optim=optim))
+    fresh_net = model(1, torch.bfloat16)
+    fresh = torch.optim.SGD(fresh_net.parameters(), lr=0.1, momentum=0.9)
+    fill(State(model=fresh_net, optim=fresh), [image], 0, 1)
+    for p, q in zip(net.parameters(), fresh_net.parameters(), strict=True):
+        restored = fresh.state[q]["momentum_buffer"]
+        assert restored.dtype == torch.float32
+        assert torch.equal(restored, optim.state[p]["momentum_buffer"])
+
+
+def test_schedulers_and_things_of_ones_own() -> None:
+    """Anything with a state_dict of tensors and JSON values."""
+
+    class Counter:
+        def __init__(self) -> None:
+            self.state = {"n": 0, "ema": torch.zeros(3, dtype=torch.complex128), "pair": (1, 2), 5: [None, "x"]}
+
+        def state_dict(self) -> dict:
+            return self.state
+
+        def load_state_dict(self, state: dict) -> None:
+            self.state = state
+
+    net = model(0)
+    optim = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optim, 0.3, total_steps=50)
+    for _ in range(7):
+        optim.step()
+        schedule.step()
+    counter = Counter()
+    counter.state["n"] = 7
+    counter.state["ema"] += 2 + 1j
+    image = saved(State(model=net, optim=optim, schedule=schedule, counter=counter))
+    net2 = model(0)
+    optim2 = torch.optim.SGD(net2.parameters(), lr=0.1)
+    schedule2 = torch.optim.lr_scheduler.OneCycleLR(optim2, 0.3, total_steps=50)
+    counter2 = Counter()
+    fill(State(model=net2, optim=optim2, schedule=schedule2, counter=counter2), [image], 0, 1)
+    assert schedule2.state_dict() == schedule.state_dict()
+    assert optim2.param_groups[0]["lr"] == optim.param_groups[0]["lr"]
+    assert torch.equal(counter2.state.pop("ema"), counter.state.pop("ema"))
+    assert counter2.state == counter.state
+
+
+def test_names_do_not_depend_on_wrappers() -> None:
+    """A compiled or checkpoint-wrapped module has the names of the module inside."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = model(0)
+    names = [entry.name for entry in State(model=plain).capture(0).entries]
+    wrapped = model(0)
+    wrapped[2] = checkpoint_wrapper(wrapped[2])
+    assert [entry.name for entry in State(model=torch.compile(wrapped)).capture(0).entries] == names
+    assert "model/0.weight" in names
+
+
+def test_tied_parameters_are_stored_once() -> None:
+    """Both names show the restored values."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+            self.head.weight = self.embed.weight
+
+    one, two = Tied(), Tied()
+    capture = State(model=one).capture(0)
+    assert sum(entry.name.startswith("model/") for entry in capture.entries) == 1
+    assert capture.document["model"]["aliases"] == {"head.weight": "embed.weight"}
+    fill(State(model=two), [saved(State(model=one))], 0, 1)
+    assert torch.equal(two.head.weight, one.embed.weight)
+    assert two.head.weight is two.embed.weight
+
+
+def test_random_generators_come_along() -> None:
+    """torch, numpy and random continue where they were, on the same rank of the same layout only."""
+    net = model(0)
+    torch.manual_seed(5), np.random.seed(5), random.seed(5)
+    image = saved(State(model=net))
+    expected = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
+    torch.manual_seed(6), np.random.seed(6), random.seed(6)
+    fill(State(model=net), [image], 0, 1)
+    assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
+    torch.manual_seed(6)
+    other = torch.rand(2).tolist()
+    torch.manual_seed(6)
+    fill(State(model=net), [image], 0, 2)
+    assert torch.rand(2).tolist() == other
+
+
+def test_another_models_checkpoint_names_the_tensors() -> None:
+    """A StateMismatch says which tensors differ and how, and leaves the model alone."""
+    image = saved(State(model=model(0)))
+    other = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Linear(9, 5))
+    before = other[0].weight.detach().clone()
+    with pytest.raises(StateMismatch) as caught:
+        fill(State(model=other), [image], 0, 1)
+    assert "model/0.weight: shape [9, 5] here, [7, 5] there" in str(caught.value)
+    assert "model/2.bias [5]: not in the checkpoint" in str(caught.value)
+    assert torch.equal(before, other[0].weight)
+    net = model(0)
+    state = State(model=net, optim=torch.optim.SGD(net.parameters(), lr=1))
+    with pytest.raises(StateMismatch, match="holds model; this state has model, optim"):
+        fill(state, [image], 0, 1)
+
+
+def test_what_cannot_be_saved_is_named() -> None:
+    """Opaque values and sparse tensors are refused by name, when they are saved."""
+
+    class Opaque:
+        def state_dict(self) -> dict:
+            return {"ok": 1, "bad": object()}
+
+        def load_state_dict(self, state: dict) -> None: ...
+
+    with pytest.raises(UnsupportedState, match=r"thing\.bad"):
+        State(thing=Opaque()).capture(0)
+    net = nn.Module()
+    net.register_buffer("table", torch.eye(3).to_sparse())
+    with pytest.raises(UnsupportedState, match="model/table"):
+        State(model=net).capture(0)
+    with pytest.raises(UnsupportedState, match="x is a int"):
+        State(x=3)
+
+
+def test_extra_state_of_modules() -> None:
+    """get_extra_state and set_extra_state take part, if they are JSON."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen = 0
+
+        def get_extra_state(self) -> dict:
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state: dict) -> None:
+            self.seen = state["seen"]
+
+    one, two = nn.Sequential(Counting()), nn.Sequential(Counting())
+    one[0].seen = 11
+    fill(State(model=two), [saved(State(model=one))], 0, 1)
+    assert two[0].seen == 11
