@@ -158,7 +158,8 @@ class Keeper:
     def _forget(self, client: Client) -> None:
         if client is self._agent:
             self._agent = None
-            self._flush_alone()
+            # Nobody is left to ask for it, so make the last state durable unasked.
+            self._persist_newest()
         elif client in self._clients:
             self._clients.remove(client)
         else:
@@ -167,9 +168,9 @@ class Keeper:
         client.channel.close()
         if not self._clients:
             self._alone_since = self._clock()
-            if not self._had_agent and client.polite:
-                self._flush_alone()
-                self._linger = 0.0
+            if not self._had_agent:
+                self._persist_newest()
+                self._linger = 0.0 if client.polite else self._linger
 
     def _answer(self, client: Client, message: Message, descriptors: list[int] | None = None) -> None:
         try:
@@ -390,10 +391,6 @@ class Keeper:
                 handover.slots[rank] = slot
                 handover.world, handover.local = world, world
         self._start(newest)
-
-    def _flush_alone(self) -> None:
-        """Nobody is left to ask for it, so make the last state durable unasked."""
-        self._persist_newest()
 
     def _answer_flushes(self) -> None:
         if self._running is not None:

@@ -1,0 +1,126 @@
+"""rtrun as a drop-in for torchrun, and what it says to nonsense."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resilient_train.testing.job import Job
+
+RTRUN = [sys.executable, "-m", "resilient_train.launch.rtrun"]
+pytestmark = pytest.mark.timeout(180)
+
+STOCK = """
+import os, sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank, attempt = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+total = torch.ones(1)
+dist.all_reduce(total)
+names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_MAX_RESTARTS")
+print("rank", rank, "sum", int(total), "attempt", attempt, [os.environ[name] for name in names], flush=True)
+if "--fail" in sys.argv and rank == 1 and attempt in sys.argv:
+    raise ValueError("boom")
+if "--hang" in sys.argv:
+    time.sleep(600)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def stock(tmp_path: Path) -> Path:
+    path = tmp_path / "stock.py"
+    path.write_text(STOCK)
+    return path
+
+
+def test_an_untouched_script_runs_with_torchruns_environment(stock: Path, tmp_path: Path) -> None:
+    """Ranks, sizes and the store are torchrun's."""
+    with Job(stock, flags=["--nproc-per-node=2", "--max-restarts=3"], log_dir=tmp_path / "logs") as job:
+        assert job.finish(60) == 0, job.output
+        assert "rank 0 sum 2 attempt 0 ['0', '2', '0', '0', '3']" in job.output
+        assert "rank 1 sum 2 attempt 0 ['1', '2', '0', '1', '3']" in job.output
+        assert job.leftovers() == []
+
+
+def test_the_group_restarts_until_max_restarts(stock: Path, tmp_path: Path) -> None:
+    """Two failures, two restarts: the third attempt succeeds, in stores nobody has written to."""
+    flags = ["--nproc-per-node=2", "--max-restarts=2"]
+    with Job(stock, ["--fail", "0", "1"], flags=flags, log_dir=tmp_path / "logs") as job:
+        assert job.finish(100) == 0, job.output
+        assert "rank 1 sum 2 attempt 2" in job.output
+
+
+def test_a_failure_without_restarts_is_shown(stock: Path, tmp_path: Path) -> None:
+    """Exit code 1, torchrun's report, the rank that failed."""
+    with Job(stock, ["--fail", "0"], flags=["--nproc-per-node=2"], log_dir=tmp_path / "logs") as job:
+        assert job.finish(60) == 1, job.output
+        assert "ValueError: boom" in job.output
+        assert "Root Cause" in job.output
+        assert "[rtrun] the job failed: rank 1" in job.output
+        assert job.leftovers() == []
+
+
+def test_logs_tee_and_redirects(stock: Path, tmp_path: Path) -> None:
+    """torchrun's log flags: files per rank, teed lines with prefixes."""
+    flags = ["--nproc-per-node=2", "--tee=1", "--redirects=2"]
+    with Job(stock, flags=flags, log_dir=tmp_path / "logs") as job:
+        assert job.finish(60) == 0, job.output
+        assert "[default1]:rank 1 sum 2" in job.output
+        files = sorted(str(path.relative_to(tmp_path / "logs")) for path in (tmp_path / "logs").rglob("stdout.log"))
+        assert [name.split("/", 1)[1] for name in files] == ["attempt_0/0/stdout.log", "attempt_0/1/stdout.log"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_in_good_order(stock: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM and Ctrl-C: workers are stopped, nothing is left, the exit code says that it was interrupted."""
+    with Job(stock, ["--hang"], flags=["--nproc-per-node=2"], log_dir=tmp_path / "logs") as job:
+        job.wait_for_line("rank 1 sum 2", 60)
+        job.signal(number)
+        assert job.finish(60) == 130, job.output
+        assert f"the agent got {number.name}" in job.output
+        assert job.leftovers() == []
+
+
+def test_a_module_and_a_program(tmp_path: Path) -> None:
+    """--module and --no-python work as in torchrun."""
+    module = subprocess.run([*RTRUN, "-m", "this"], capture_output=True, text=True, timeout=60, check=False)
+    assert module.returncode == 0, module.stderr
+    assert "Beautiful" in module.stdout
+    program = [*RTRUN, "--no-python", "--nproc-per-node=2", "sh", "-c", "echo hello $RANK of $WORLD_SIZE"]
+    result = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+    assert sorted(result.stdout.split("\n")) == ["", "hello 0 of 2", "hello 1 of 2"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["no_such_script.py"], "there is no training script 'no_such_script.py'"),
+        (["--nnodes=many", "SCRIPT"], "--nnodes must be a number or MIN:MAX, it is 'many'"),
+        (["--nnodes=0", "SCRIPT"], "--nnodes must be at least 1"),
+        (["--nnodes=3:2", "SCRIPT"], "--nnodes must be at least 1 and MIN at most MAX"),
+        (["--nproc-per-node=some", "SCRIPT"], "nproc"),
+        (["--max-restarts=-1", "SCRIPT"], "max_restarts must be >= 0"),
+    ],
+)
+def test_nonsense_is_one_clear_error(stock: Path, args: list[str], message: str) -> None:
+    """Exit code 2 and one line that says what to change; no traceback."""
+    args = [str(stock) if arg == "SCRIPT" else arg for arg in args]
+    result = subprocess.run([*RTRUN, *args], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_no_log_folder_is_left_where_none_was_asked_for(stock: Path, tmp_path: Path) -> None:
+    """Without --log-dir nothing is written that stays."""
+    env = {"TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    (tmp_path / "tmp").mkdir()
+    command = [*RTRUN, "--nproc-per-node=1", str(stock)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "tmp").iterdir()) == []
