@@ -20,9 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from resilient_train import config
 from resilient_train.errors import ConfigError, ExitCode, GenerationOver, LinkLost, PeerFailed
 from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Message, Resumed, Stage, UserFailed
-from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
+from resilient_train.spec.world import Key, Phase, WorldRecord, incarnation_of, node_of, slot_of
 from resilient_train.worker.link import AgentLink
 from resilient_train.worker.process_group import ProcessGroups, is_communication_error
+from resilient_train.worker.warmup import rehearse
 from resilient_train.worker.world import World, check_mesh, mesh_shape
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Session:
     """One worker process's part in an elastic job."""
 
     def __init__(self, settings: config.Environment) -> None:
+        if incarnation_of(settings.member) > 0:
+            rehearse(_device(slot_of(settings.member)))
         self.groups = ProcessGroups(GROUP_TIMEOUT)
         self.link = AgentLink(settings.agent, settings.member, os.getpid(), self.groups)
         self.slot = slot_of(settings.member)

@@ -1,0 +1,210 @@
+"""A real keeper process: allocates, serves, persists, survives its clients, and goes when nobody needs it."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from resilient_train.errors import LinkLost, MemoryRefused
+from resilient_train.image.snapshot import SlotWriter
+from resilient_train.ipc.channel import connect
+from resilient_train.spec.messages import Adopt, Attach, Attached, Boxes, Flush, Flushed, Policy, Published, ReadBoxes
+from resilient_train.spec.shard import Entry, plan_image
+from resilient_train.spec.world import Key
+from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.worker.keeper_link import KeeperLink
+from resilient_train.worker.sources import MemorySource, TierSource
+
+WHOLE = torch.arange(40, dtype=torch.float32).view(8, 5)
+
+
+@pytest.fixture
+def keeper() -> Iterator[str]:
+    """A keeper's address; it has two lines and ends with its last client."""
+    name = f"test-{uuid.uuid4().hex}"
+    process = subprocess.Popen([sys.executable, "-m", "resilient_train.keeper", name, "2", "0"])
+    yield name
+    try:
+        assert process.wait(20) == 0, "the keeper did not end by itself"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def publish(link: KeeperLink, rank: int, key: Key) -> int:
+    """Write this rank's half of WHOLE into a fresh slot."""
+    entry = Entry(name="t", dtype="F32", shape=(4, 5), global_shape=(8, 5), offset=(4 * rank, 0))
+    layout = plan_image([entry], 10)
+    number, slot = link.allocate(layout.total)
+    assert SlotWriter(layout, rank, 2).write(slot, key, [WHOLE[4 * rank : 4 * rank + 4]], b"{}")
+    slot.close()
+    return number
+
+
+def message(slot: int, rank: int, key: Key) -> Published:
+    return Published(
+        slot=slot, lineage=key.lineage, step=key.step, rank=rank, world=2, local=2, past=[[key.lineage, None]]
+    )
+
+
+def test_images_outlive_their_writers_until_a_newer_state_is_complete(keeper: str) -> None:
+    """A dead rank's image is listed and readable; it goes when a newer state is complete."""
+    one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
+    publish(one, 0, Key(1, 3))
+    publish(two, 1, Key(1, 3))
+    two.close()
+    source = MemorySource(one)
+    assert source.keys({}) == [Key(1, 3)]
+    with source.open(Key(1, 3)) as readers:
+        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+    three = KeeperLink(keeper, "n/1.1", 1)
+    publish(one, 0, Key(1, 4))
+    assert source.keys({}) == [Key(1, 3)], "a state is complete when every rank has it"
+    publish(three, 1, Key(1, 4))
+    assert source.keys({}) == [Key(1, 4), Key(1, 3)]
+    for _ in range(200):
+        if len(one.images()) == 3:
+            break
+        one.news(0.05)
+    # The dead rank's old image is gone, so that state is not complete any more.
+    assert source.keys({}) == [Key(1, 4)]
+    one.close()
+    three.close()
+
+
+def test_boxes_are_served_gathered(keeper: str) -> None:
+    """A strided block travels as one row-major piece; what is not held or not that state is refused."""
+    link = KeeperLink(keeper, "n/0.0", 0)
+    slot = publish(link, 1, Key(1, 3))
+    channel = connect(keeper, 5.0)
+    request = ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t", [5, 1], [2, 3]]])
+
+    def ask(question: ReadBoxes) -> Boxes:
+        channel.send(question)
+        answer = channel.receive(5.0)
+        assert answer is not None
+        assert isinstance(answer[0], Boxes)
+        return answer[0]
+
+    answer = ask(request)
+    assert answer.error == ""
+    got = np.frombuffer(base64.b64decode(answer.data[0]), dtype=np.float32).reshape(2, 3)
+    assert (got == WHOLE.numpy()[5:7, 1:4]).all()
+    for bad in (
+        ReadBoxes(slot=slot, lineage=1, step=4, boxes=request.boxes),
+        ReadBoxes(slot=99, lineage=1, step=3, boxes=request.boxes),
+        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t", [0, 0], [2, 3]]]),
+        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["other", [0, 0], [2, 3]]]),
+        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t"]]),
+    ):
+        assert ask(bad).error != ""
+    channel.close()
+    link.close()
+
+
+def test_a_state_is_persisted_when_all_ranks_handed_it_over(keeper: str, tmp_path: Path) -> None:
+    """Not before; and the giver hears of it."""
+    one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
+    for link in (one, two):
+        link.set_policy(Policy(url=str(tmp_path), every_steps=1, every_seconds=0.0, keep_last=3))
+    key = Key(1, 3)
+    one.hand_over(message(publish(one, 0, key), 0, key))
+    assert one.news(0.3) == []
+    two.hand_over(message(publish(two, 1, key), 1, key))
+    (done,) = one.news(20.0)
+    assert (done.step, done.error) == (3, "")
+    tier = TierSource(FilesystemTier(str(tmp_path)))
+    with tier.open(key) as readers:
+        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+    one.close()
+    two.close()
+
+
+def test_a_failed_write_is_reported_and_the_next_one_works(keeper: str, tmp_path: Path) -> None:
+    """Training is unharmed; the slot is free again."""
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
+    links = (one, two)
+    for step, url in ((3, str(blocked)), (4, str(tmp_path / "good"))):
+        for rank, link in enumerate(links):
+            link.set_policy(Policy(url=url, every_steps=1, every_seconds=0.0, keep_last=3))
+        for rank, link in enumerate(links):
+            link.hand_over(message(publish(link, rank, Key(1, step)), rank, Key(1, step)))
+        errors = [link.news(20.0)[0].error for link in links]
+        assert all("blocked" in error for error in errors) if step == 3 else errors == ["", ""]
+    one.close()
+    two.close()
+
+
+def test_refused_memory_is_an_error_of_the_asker(keeper: str) -> None:
+    """The keeper lives on."""
+    link = KeeperLink(keeper, "n/0.0", 0)
+    with pytest.raises(MemoryRefused):
+        link.allocate(1 << 60)
+    publish(link, 0, Key(1, 1))
+    link.close()
+
+
+def test_nonsense_ends_the_connection_and_not_the_keeper(keeper: str) -> None:
+    """A client that sends garbage is hung up on."""
+    link = KeeperLink(keeper, "n/0.0", 0)
+    rude = connect(keeper, 5.0)
+    rude._socket.sendall(b"\x05\x00\x00\x00hello")
+    with pytest.raises(LinkLost):
+        rude.receive(5.0)
+    assert link.images() == []
+    rude.close()
+    link.close()
+
+
+def test_a_second_keeper_takes_over_what_the_first_deposited(tmp_path: Path) -> None:
+    """The agent's copies of the descriptors are the memory: nothing is lost with the first process."""
+    name = f"test-{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent"]
+    first = subprocess.Popen(command)
+    agent = connect(name, 20.0)
+    agent.send(Adopt(slots=[]))
+    link = KeeperLink(name, "n/0.0", 0)
+    slot = publish(link, 0, Key(1, 3))
+    deposits = {}
+    while len(deposits) < 2:
+        received = agent.receive(5.0)
+        assert received is not None
+        deposits[received[0].slot] = received[1][0]  # type: ignore[attr-defined]
+    first.kill()
+    first.wait()
+    second = subprocess.Popen(command)
+    try:
+        early = connect(name, 20.0)
+        early.send(Attach(member="n/1.0", slot=1))
+        assert early.receive(0.5) is None, "nobody is served before the agent has handed over"
+        again = connect(name, 20.0)
+        again.send(Adopt(slots=[[slot, "n/0.0"]]), [deposits[-1], deposits[slot]])
+        answer = early.receive(20.0)
+        assert answer is not None
+        assert isinstance(answer[0], Attached)
+        os.close(answer[1][0])
+        assert [(number, image.key) for number, image in link.images()] == [(slot, Key(1, 3))]
+        again.send(Flush())
+        flushed = again.receive(20.0)
+        assert flushed is not None
+        assert isinstance(flushed[0], Flushed)
+        for channel in (early, again, agent):
+            channel.close()
+        link.close()
+        assert second.wait(20) == 0
+    finally:
+        second.kill()
+        second.wait()
+        for fd in deposits.values():
+            os.close(fd)
