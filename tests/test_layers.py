@@ -20,9 +20,8 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"spec", "plan"}
 IMPURE = {"time", "os", "random", "socket", "threading", "subprocess", "torch", "numpy", "asyncio", "selectors"}
-# Optional at its one edge: the extension, which may not be built; torch's private module, which moves between versions;
-# matplotlib. Nothing else is imported inside of a function.
-LATE = {("image", "resilient_train"), ("worker", "torch.distributed.tensor")}
+# Optional at its one edge: the extension, which may not be built. Nothing else is imported inside of a function.
+LATE = {("image", "resilient_train")}
 
 
 def modules() -> list[Path]:

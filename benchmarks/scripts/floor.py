@@ -37,6 +37,8 @@ def worker(rank: int, port: int, queue, barrier, killed) -> None:
         groups.abort()
 
     threading.Thread(target=free, daemon=True).start()
+    gc.collect()
+    gc.freeze()
     barrier.wait()
     try:
         while True:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import resilient_train as rt
 
 METRICS, STEPS = Path(sys.argv[1]), int(sys.argv[2])
-WIDTH, LAYERS = 256, 8
+WIDTH, LAYERS = 256, 3
 
 
 def build(mesh) -> tuple[nn.Module, torch.optim.Optimizer]:

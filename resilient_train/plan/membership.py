@@ -312,9 +312,9 @@ def _worker_said(state: State, member: str, message: Message) -> State:
         return state
     record = state.view.record
     match message:
-        case Hello():
+        case Hello(multiple=multiple):
             named = record is not None and member in record.members
-            return _with_worker(state, member, elastic=True, idle=not named)
+            return _with_worker(state, member, elastic=True, idle=not named, multiple=multiple)
         case Acknowledge(generation=generation):
             return _with_worker(state, member, acknowledged=generation)
         case Stage(generation=generation, stage="formed"):

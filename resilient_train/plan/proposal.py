@@ -7,7 +7,7 @@ lowest-ranked surviving member proposes first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
@@ -107,6 +107,12 @@ class View:
 
         return tuple(sorted(members, key=place))
 
+    def fitting(self, members: set[str], prefer: Collection[str] = ()) -> set[str]:
+        """As many of ``members`` as the script's mesh takes, those in ``prefer`` first; the others stand by."""
+        multiple = max((worker.multiple for worker in self.workers().values()), default=1)
+        ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)
+        return set(ordered[: len(ordered) - len(ordered) % multiple])
+
     def elastic(self) -> bool:
         """Whether the script is elastic: any of its workers ever said hello."""
         return any(w.elastic for w in self.workers().values()) or any(e.elastic for e in self.exits().values())
@@ -146,7 +152,7 @@ def propose(view: View, now: float) -> Proposal:
     if not view.elastic():
         return Proposal()
     waits = _Waits(view, now)
-    change = _late(view, record, waits)
+    change = _misfit(view, record) or _late(view, record, waits)
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
@@ -252,7 +258,8 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         error = f"no step was finished between {stalls} losses in a row at step {best}; the last: {text}"
         return Proposal(record=_failure(view, record, error, lost[0]))
     # Who is idle and warm takes a lost rank's place in the same transition.
-    members = {m for m in record.members if m in alive} | {m for m, w in alive.items() if w.idle}
+    survivors = {m for m in record.members if m in alive}
+    members = view.fitting(survivors | {m for m, w in alive.items() if w.idle}, survivors)
     if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
         return waits.proposal()
     after = _regroup(view, record, members, text, None)
@@ -293,6 +300,15 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
     )
 
 
+def _misfit(view: View, record: WorldRecord) -> WorldRecord | None:
+    """The first world is agreed before the workers can say what their mesh takes."""
+    members = view.fitting(set(record.members))
+    if len(members) == record.size or not members:
+        return None
+    text = f"the mesh takes {len(members)} of {record.size} ranks; the others stand by"
+    return _regroup(view, record, members, text, None)
+
+
 def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     """Members whose main thread does not come free are left out, alive, and return when they are idle again."""
     alive = view.workers()
@@ -319,7 +335,10 @@ def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | Non
         return None
     if not waits.over("joining", view.timing.coalesce + _turn(view, record, alive)):
         return None
-    members = set(record.members) | joining
+    members = view.fitting(set(record.members) | joining, record.members)
+    joining &= members
+    if not joining:
+        return None
     text = f"joined by {len(joining)} worker" + ("s" if len(joining) > 1 else "")
     if not all(alive[m].stepping == generation for m in record.members):
         if waits.over(f"no boundary in {generation}", view.timing.no_boundary):

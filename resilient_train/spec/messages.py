@@ -41,6 +41,8 @@ class Hello(Message):
 
     member: str
     pid: int
+    multiple: int = 1
+    """The world size must be a multiple of this, for the mesh to fit."""
 
 
 @_message

@@ -17,6 +17,8 @@ class WorkerInfo:
     """Its id."""
     elastic: bool = False
     """It runs an elastic function (it has said hello)."""
+    multiple: int = 1
+    """The world size must be a multiple of this, for its mesh to fit."""
     idle: bool = False
     """It waits to be named in a world: it is warm and its main thread is free."""
     acknowledged: int = 0

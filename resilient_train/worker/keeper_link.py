@@ -53,6 +53,9 @@ class KeeperLink:
         self.board = self._attach()
 
     def _attach(self) -> Board:
+        if self._channel is not None:
+            self._channel.close()
+            self.board.close()
         self._channel = connect(self._address, _TIMEOUT)
         _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
         board = Board(descriptors[0])

@@ -25,14 +25,14 @@ class Abortable(Protocol):
 class AgentLink:
     """Shared between the main thread, which waits and steps, and the monitor thread, which listens."""
 
-    def __init__(self, address: str, member: str, pid: int, groups: Abortable) -> None:
+    def __init__(self, address: str, hello: Hello, groups: Abortable) -> None:
         """Connects to the agent and starts to listen.
 
         Raises:
             LinkLost: if there is no agent.
         """
-        self.member = member
-        self._pid = pid
+        self.member = hello.member
+        self._hello = hello
         self._groups = groups
         self._changed = threading.Condition()
         self._record: WorldRecord | None = None
@@ -44,7 +44,7 @@ class AgentLink:
         self._answered = 0
         self._lost = False
         self._channel: Channel = connect(address, _CONNECT_TIMEOUT)
-        self.send(Hello(member=member, pid=pid))
+        self.send(hello)
         received = self._channel.receive(_CONNECT_TIMEOUT)
         if received is None or not isinstance(received[0], Welcome):
             raise LinkLost("the agent did not welcome this worker")
@@ -86,7 +86,7 @@ class AgentLink:
                         return record
                     if not named and not said:
                         said = True
-                        self.send(Hello(member=self.member, pid=self._pid))
+                        self.send(self._hello)
                 self._changed.wait()
 
     def wait_for_verdict(self, timeout: float) -> WorldRecord | None:

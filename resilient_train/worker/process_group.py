@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.tensor import _redistribute, debug
 
 
 class ProcessGroups:
@@ -159,8 +160,6 @@ def _observe_new_groups(groups: ProcessGroups) -> None:
 
 
 def _clear_dtensor_caches() -> None:
-    from torch.distributed.tensor import _redistribute, debug
-
     debug._clear_sharding_prop_cache()
     transform_infos: Any = getattr(_redistribute, "_gen_transform_infos", None)
     clear_planner: Any = getattr(_redistribute, "clear_redistribute_planner_cache", None)

@@ -19,8 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resilient_train import config
 from resilient_train.errors import ConfigError, ExitCode, GenerationOver, LinkLost, PeerFailed
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Message, Resumed, Stage, UserFailed
-from resilient_train.spec.world import Key, Phase, WorldRecord, incarnation_of, node_of, slot_of
+from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
+from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
 from resilient_train.worker.process_group import ProcessGroups, is_communication_error
 from resilient_train.worker.warmup import rehearse
@@ -44,19 +44,23 @@ class LeaveGeneration(BaseException):
 class Session:
     """One worker process's part in an elastic job."""
 
-    def __init__(self, settings: config.Environment) -> None:
-        if incarnation_of(settings.member) > 0:
-            rehearse(_device(slot_of(settings.member)))
+    def __init__(self, settings: config.Environment, multiple: int) -> None:
+        """Joins the job.
+
+        Args:
+            settings: how this process was started.
+            multiple: the world size must be a multiple of this, for the mesh to fit.
+        """
+        rehearse(_device(slot_of(settings.member)))
         self.groups = ProcessGroups(GROUP_TIMEOUT)
-        self.link = AgentLink(settings.agent, settings.member, os.getpid(), self.groups)
+        hello = Hello(member=settings.member, pid=os.getpid(), multiple=multiple)
+        self.link = AgentLink(settings.agent, hello, self.groups)
         self.slot = slot_of(settings.member)
         self.record: WorldRecord | None = None
         self.world: World | None = None
         self._on_leave: list[Callable[[], None]] = []
         self._stages: set[str] = set()
-        # What is alive by now stays alive; later collections look only at what came after.
-        gc.collect()
-        gc.freeze()
+        _collect()
 
     # ---- what the checkpointer uses ---------------------------------------------------------------------------------
 
@@ -147,7 +151,7 @@ class Session:
             del result
         except LeaveGeneration as leaving:
             _forget(leaving)
-        except Exception as error:
+        except BaseException as error:
             self._judge(error, record)
             _forget(error)
         self.stage("aborted")
@@ -177,9 +181,13 @@ class Session:
             reason=record.reason,
         )
 
-    def _judge(self, error: Exception, record: WorldRecord) -> None:
-        """Return if ``error`` only says that the world changed; else tell the job about it and raise it as it is."""
-        if isinstance(error, LinkLost):
+    def _judge(self, error: BaseException, record: WorldRecord) -> None:
+        """Return if ``error`` only says that the world changed; else tell the job about it and raise it as it is.
+
+        Leaving the function by ``sys.exit`` or Ctrl-C ends the job like any other error: the others cannot go on
+        without knowing why.
+        """
+        if isinstance(error, (LinkLost, PeerFailed)):
             raise error
         if isinstance(error, GenerationOver) or is_communication_error(error):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
@@ -192,7 +200,7 @@ class Session:
         text = "".join(traceback.format_exception_only(error)).strip()
         # Before any socket closes: the others' errors are consequences of this one.
         self.tell(UserFailed(generation=record.generation, step=step, text=text))
-        get_error_handler().record_exception(error)
+        get_error_handler().record_exception(error)  # torchrun's error file
         raise error
 
     def _end_failed(self, record: WorldRecord) -> NoReturn:
@@ -207,7 +215,16 @@ class Session:
         for name in ("last_exc", "last_value", "last_traceback"):
             vars(sys).pop(name, None)
         self.groups.dissolve()
-        gc.collect()
+        _collect()
+
+
+def _collect() -> None:
+    """Free what is unreachable; what is alive now, between two generations, stays alive and is not looked at again.
+
+    A collection costs milliseconds per 10,000 objects, of which torch's modules alone have hundreds of thousands.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _forget(error: BaseException) -> None:
@@ -288,7 +305,7 @@ def elastic(
         if not settings.agent:
             return _run_once(bound, settings, dims, backend)
         if _current is None:
-            _current = Session(settings)
+            _current = Session(settings, check_mesh(dims))
         return _current.run(bound, dims, backend)
 
     return call

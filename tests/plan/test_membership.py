@@ -436,3 +436,19 @@ def test_slots_of_members_are_their_devices() -> None:
     bench = running()
     lose_and_replace(bench)
     assert sorted(map(slot_of, bench.record.planned.members)) == [0, 1, 2, 3]
+
+
+def test_ranks_that_do_not_fit_the_mesh_stand_by() -> None:
+    """A mesh with a fixed dimension of 2: of five ranks four train, and a loss takes the standby in at once."""
+    bench = Bench(slots=5)
+    for member in bench.record.members:
+        bench.say(member, Hello(member=member, pid=1, multiple=2))
+    assert bench.record.generation == 2
+    assert bench.record.members == ("n/0.0", "n/1.0", "n/2.0", "n/3.0")
+    bench.say("n/4.0", Hello(member="n/4.0", pid=1, multiple=2))
+    bench.enter()
+    bench.run_for(30)
+    assert bench.record.generation == 2, "the standby alone makes no other mesh possible"
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(0.1)
+    assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0", "n/4.0")

@@ -5,6 +5,7 @@ which generation, and digests of the state right after it was restored.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -66,6 +67,15 @@ def write(world, **fields):
         )
 
 
+def usage():
+    """What this process holds when a generation begins."""
+    gc.collect()
+    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    threads = len(os.listdir("/proc/self/task"))
+    return {"rss": resident, "fds": len(os.listdir("/proc/self/fd")), "threads": threads, "tensors": tensors}
+
+
 def optimizer(parameters):
     if args.optim == "sgd":
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
@@ -90,6 +100,7 @@ def train(world):
     state = rt.State(model=model, optim=optim, schedule=schedule)
     ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every)
     first = True
+    write(world, usage=usage())
     for step in ckpt.steps(args.steps):
         if first:
             write(world, restored=step, digest=digest(model, optim))
@@ -98,7 +109,10 @@ def train(world):
             raise ValueError(f"a bug at step {step}")
         if step == args.abort_at and world.rank == args.exit_rank:
             os.abort()
-        if step == args.kill_self_at and world.rank == args.exit_rank and world.generation == 1:
+        once = args.record / "killed" if args.record else None
+        if step == args.kill_self_at and world.rank == args.exit_rank and once and not once.exists():
+            once.parent.mkdir(parents=True, exist_ok=True)
+            once.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         total, used = 0.0, []
         for micro in data.micro_batches(step):
