@@ -19,19 +19,3 @@ class MonotonicClock:
 
     def now(self) -> float:
         return time.monotonic()
-
-
-class ManualClock:
-    """A clock that moves only when told to, for tests and the simulator."""
-
-    def __init__(self, start: float = 0.0) -> None:
-        self._now = start
-
-    def now(self) -> float:
-        return self._now
-
-    def advance(self, seconds: float) -> None:
-        """Move forward by ``seconds`` (>= 0)."""
-        if seconds < 0:
-            raise ValueError(f"a clock does not go back (asked for {seconds} s)")
-        self._now += seconds

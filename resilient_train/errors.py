@@ -15,17 +15,14 @@ class ExitCode(IntEnum):
     SUCCESS = 0
     USER_ERROR = 1
     USAGE = 2
-    PEER_FAILED = 65
     NO_PROGRESS = 66
     STORE_LOST = 67
-    EVICTED = 68
-    PARKED_TOO_LONG = 69
     INTERRUPTED = 130
 
     @property
     def requeue(self) -> bool:
         """Whether a scheduler that starts the same job again can expect another outcome."""
-        return self in (ExitCode.STORE_LOST, ExitCode.EVICTED, ExitCode.PARKED_TOO_LONG, ExitCode.INTERRUPTED)
+        return self in (ExitCode.STORE_LOST, ExitCode.INTERRUPTED)
 
 
 class ResilientError(Exception):

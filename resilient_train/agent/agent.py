@@ -15,7 +15,6 @@ import selectors
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
@@ -24,6 +23,7 @@ from typing import Any
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.timeline import Timeline
 from resilient_train.agent.workers import Workers
+from resilient_train.clock import Clock
 from resilient_train.control.store import ControlStore
 from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError, StoreLost
 from resilient_train.events import Event as LogEvent
@@ -99,6 +99,7 @@ class Agent:
         new_bootstrap: Callable[[], str],
         sink: Sink,
         say: Callable[[str], None],
+        clock: Clock,
     ) -> None:
         """Args:
         settings: who this agent is.
@@ -108,6 +109,7 @@ class Agent:
         new_bootstrap: serves a fresh TCPStore for a generation and returns its host:port.
         sink: where events go.
         say: prints a line for people.
+        clock: the node's clock.
         """
         self._settings = settings
         self._workers = workers
@@ -116,6 +118,7 @@ class Agent:
         self._new_bootstrap = new_bootstrap
         self._sink = sink
         self._say = say
+        self._clock = clock
         self._timeline = Timeline(sink)
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(settings.address)
@@ -147,24 +150,24 @@ class Agent:
             return self._wind_up(self._outcome)
 
     def _once(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         timeout = max(0.0, self._timers.heap[0][0] - now) if self._timers.heap else None
         for key, _ in self._selector.select(timeout):
             key.data()
-        for action in self._timers.due(time.monotonic()):
+        for action in self._timers.due(self._clock.now()):
             action()
 
     def _every(self, seconds: float, action: Callable[[], None]) -> None:
         def again() -> None:
             action()
-            self._timers.at(time.monotonic() + seconds, again)
+            self._timers.at(self._clock.now() + seconds, again)
 
         again()
 
     def _feed(self, event: m.Event) -> None:
         """Hand one event to the state machine and carry out what follows."""
         before = self._state.view.record
-        self._state, effects = m.step(self._state, event, time.monotonic())
+        self._state, effects = m.step(self._state, event, self._clock.now())
         record = self._state.view.record
         if record is not None and record is not before:
             self._record_changed(before, record)
@@ -199,7 +202,7 @@ class Agent:
         self._feed(m.Tick())
 
     def _record_changed(self, before: WorldRecord | None, record: WorldRecord) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         if before is None or record.generation != before.generation:
             self._timeline.agreed(record, now)
             if before is not None:
@@ -264,7 +267,7 @@ class Agent:
         self._feed(m.WorkerSpawned(member))
 
     def _exited(self, member: str, pidfd: int) -> None:
-        at = time.monotonic()
+        at = self._clock.now()
         self._selector.unregister(pidfd)
         code = self._workers.reap(member)
         record = self._state.view.record
@@ -283,7 +286,7 @@ class Agent:
     def _stop(self, member: str) -> None:
         self._workers.signal(member, signal.SIGTERM)
         self._timers.at(
-            time.monotonic() + self._settings.stop_timeout, lambda: self._workers.signal(member, signal.SIGKILL)
+            self._clock.now() + self._settings.stop_timeout, lambda: self._workers.signal(member, signal.SIGKILL)
         )
 
     def _accept(self) -> None:
@@ -307,7 +310,7 @@ class Agent:
             member = next((name for name, known in self._channels.items() if known is channel), "")
             if not member:
                 continue
-            line = self._timeline.heard(member, message, time.monotonic())
+            line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
             self._feed(m.WorkerSaid(member, message))
@@ -343,7 +346,7 @@ class Agent:
         if self._keeper.channel is not None or self._keeper.pidfd < 0:
             return
         if not self._keeper.try_connect():
-            self._timers.at(time.monotonic() + 0.02, self._reach_keeper)
+            self._timers.at(self._clock.now() + 0.02, self._reach_keeper)
             return
         assert self._keeper.channel is not None
         self._selector.register(self._keeper.channel, selectors.EVENT_READ, self._read_keeper)
@@ -374,7 +377,7 @@ class Agent:
         if self._keeper.channel is not None:
             self._selector.unregister(self._keeper.channel)
         code = self._keeper.died()
-        self._sink.put(LogEvent(at=time.monotonic(), kind="keeper_died", text=f"exit code {code}"))
+        self._sink.put(LogEvent(at=self._clock.now(), kind="keeper_died", text=f"exit code {code}"))
         if self._keeper.starts > _KEEPER_RESTARTS:
             self._feed(m.StopAsked(f"the keeper of this node died {self._keeper.starts} times (exit code {code})"))
             return
@@ -385,18 +388,18 @@ class Agent:
 
     def _wind_up(self, outcome: Outcome) -> Outcome:
         """The workers are gone: wait for the last state to become durable, then end the keeper."""
-        deadline = time.monotonic() + _FLUSH_TIMEOUT
-        while self._keeper.channel is None and self._keeper.pidfd >= 0 and time.monotonic() < deadline:
+        deadline = self._clock.now() + _FLUSH_TIMEOUT
+        while self._keeper.channel is None and self._keeper.pidfd >= 0 and self._clock.now() < deadline:
             self._once()
         self._flushed = None
         if self._keeper.flush():
-            hint = time.monotonic() + 1.0
-            while self._flushed is None and self._keeper.channel is not None and time.monotonic() < deadline:
-                self._timers.at(time.monotonic() + 0.5, lambda: None)
+            hint = self._clock.now() + 1.0
+            while self._flushed is None and self._keeper.channel is not None and self._clock.now() < deadline:
+                self._timers.at(self._clock.now() + 0.5, lambda: None)
                 self._once()
-                if self._flushed is None and time.monotonic() > hint:
+                if self._flushed is None and self._clock.now() > hint:
                     self._say("waiting for the last state to become durable")
-                    hint = time.monotonic() + 10.0
+                    hint = self._clock.now() + 10.0
         unsaved = self._flushed or ""
         if self._keeper.pidfd >= 0:
             self._selector.unregister(self._keeper.pidfd)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 
+from resilient_train.clock import MonotonicClock
 from resilient_train.errors import LinkLost
 from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.keeper import Keeper
@@ -25,7 +25,7 @@ def main() -> None:
     except LinkLost:
         # Another keeper serves this job on this node already.
         return
-    Keeper(listener, int(lines), None if linger == "agent" else float(linger), time.monotonic).run()
+    Keeper(listener, int(lines), None if linger == "agent" else float(linger), MonotonicClock()).run()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import os
 import selectors
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from resilient_train.clock import Clock
 from resilient_train.errors import FormatError, LinkLost, MemoryRefused
 from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.ipc.channel import Channel, Listener
@@ -83,12 +82,12 @@ class Handover:
 class Keeper:
     """Owns the images of a node."""
 
-    def __init__(self, listener: Listener, lines: int, linger: float | None, clock: Callable[[], float]) -> None:
+    def __init__(self, listener: Listener, lines: int, linger: float | None, clock: Clock) -> None:
         """Args:
         listener: where workers and the agent connect.
         lines: number of worker slots of the node.
         linger: seconds to live on without workers; None: an agent will come first, and this keeper ends after it.
-        clock: monotonic seconds.
+        clock: the node's clock.
         """
         self._listener = listener
         self._linger = 0.0 if linger is None else linger
@@ -112,11 +111,11 @@ class Keeper:
         self._finished: list[Outcome] = []
         self._persister = Persister(self._finish)
         self._persisted: Key | None = None
-        self._attempted_at = clock()
+        self._attempted_at = clock.now()
         self._last_duration = 0.0
         self._past: dict[int, int | None] = {}
         self._flushing: list[Client] = []
-        self._alone_since = clock()
+        self._alone_since = clock.now()
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +132,7 @@ class Keeper:
         if self._had_agent:
             return True  # The agent's end is the job's end; its Flush was answered or it is dead.
         linger = self._linger if self._had_client else _FIRST_TIMEOUT
-        return self._clock() >= self._alone_since + linger
+        return self._clock.now() >= self._alone_since + linger
 
     def _tick(self) -> None:
         self._schedule()
@@ -167,7 +166,7 @@ class Keeper:
         self._selector.unregister(client.channel)
         client.channel.close()
         if not self._clients:
-            self._alone_since = self._clock()
+            self._alone_since = self._clock.now()
             if not self._had_agent:
                 self._persist_newest()
                 self._linger = 0.0 if client.polite else self._linger
@@ -321,7 +320,7 @@ class Keeper:
             return
         handover = self._handovers[key]
         self._running = key
-        self._attempted_at = self._clock()
+        self._attempted_at = self._clock.now()
         self._persister.submit(
             Job(
                 key=key,
@@ -371,7 +370,7 @@ class Keeper:
         policy = self._policy
         if policy is None or policy.every_steps or self._running or self._handovers:
             return
-        since = self._clock() - self._attempted_at
+        since = self._clock.now() - self._attempted_at
         auto = policy.every_seconds < 0
         if due(auto=auto, seconds=policy.every_seconds, since_last=since, last_duration=self._last_duration):
             furthest = max(self.board.progress(index)[1] for index in range(self.board.lines))
@@ -404,4 +403,4 @@ class Keeper:
 
     def _notice(self, kind: str, text: str) -> None:
         if self._agent is not None:
-            self._answer(self._agent, Notice(kind=kind, text=text, at=time.monotonic()))
+            self._answer(self._agent, Notice(kind=kind, text=text, at=self._clock.now()))

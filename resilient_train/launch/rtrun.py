@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
+from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import TcpControlStore, serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError
 from resilient_train.events import JsonLinesSink, ListSink, Sink
@@ -123,6 +124,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         new_bootstrap,
         sink,
         print_line,
+        MonotonicClock(),
     )
     outcome = agent.run()
     _report(outcome, workers, args.training_script)

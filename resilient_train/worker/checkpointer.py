@@ -143,16 +143,23 @@ class Checkpointer:
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> bool:
+    def snapshot(self, step: int | None = None) -> bool:
         """Copy the state to shared memory now; whether that was possible without waiting.
 
-        Must be called by all ranks at the same step.
+        Must be called by all ranks at the same step, after `restore` or within `steps`.
+
+        Args:
+            step: number of finished steps, in loops that do not use `steps`.
 
         Raises:
+            ConfigError: if there was no `restore` before, or ``step`` goes back.
             UnsupportedState: naming what cannot be saved.
             MemoryRefused: if there is no memory for the image.
         """
-        key = Key(self._lineage, self._current_step())
+        if self._step is None or (step is not None and step < self._step):
+            raise ConfigError(f"snapshot({step}) after step {self._step}: restore() first, and count upwards")
+        self._step = self._step if step is None else step
+        key = Key(self._lineage, self._step)
         self._hear_keeper()
         capture = self._state.capture(self._rank)
         document = capture.document_bytes()
@@ -211,11 +218,6 @@ class Checkpointer:
     def close(self) -> None:
         """Let go of the keeper; it makes the last state durable and ends."""
         self._host.close()
-
-    def _current_step(self) -> int:
-        if self._step is None:
-            raise ConfigError("snapshot() works between the steps of steps(), or after restore()")
-        return self._step
 
     def _layout(self, capture: Capture, document: bytes) -> SlotWriter:
         entries = tuple(capture.entries)

@@ -205,7 +205,9 @@ class Session:
 
     def _end_failed(self, record: WorldRecord) -> NoReturn:
         self._clean_up()
-        raise PeerFailed(f"the job has failed: {record.error}")
+        rank = self.record.members.index(self.link.member) if self.record else -1
+        sys.excepthook = functools.partial(_one_line, rank, sys.excepthook)
+        raise PeerFailed(f"another rank ended the job: {record.error}")
 
     def _clean_up(self) -> None:
         """Drop everything that belonged to the generation."""
@@ -239,6 +241,16 @@ def _forget(error: BaseException) -> None:
         traceback.clear_frames(current.__traceback__)
         pending += [current.__cause__, current.__context__]
         current.__traceback__ = None
+
+
+def _one_line(
+    rank: int, usual: Callable[..., Any], kind: type[BaseException], error: BaseException, *rest: Any
+) -> None:
+    """Where the error happened its traceback is shown; the other ranks' would only hide it."""
+    if isinstance(error, PeerFailed):
+        print(f"[rank{rank}] {error}", file=sys.stderr, flush=True)
+    else:
+        usual(kind, error, *rest)
 
 
 def _device(slot: int) -> torch.device:
