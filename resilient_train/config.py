@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,13 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
                     raise ConfigError(f"{name} in the environment must be a number, it is {env[name]!r}") from None
         return default
 
+    # Inside of an allocation but outside of srun, Slurm's variables describe the allocation and not this process.
+    step = env.get("SLURM_STEP_ID", "")
+    slurm = {name: env[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID") if name in env and step}
+    tasks = re.match(r"\d+", env.get("SLURM_TASKS_PER_NODE", "")) if slurm else None
+    env = {**{k: v for k, v in env.items() if not k.startswith("SLURM_") or k == "SLURM_JOB_ID"}, **slurm}
+    if tasks is not None:
+        env.setdefault("LOCAL_WORLD_SIZE", tasks[0])
     local_rank = number(0, "LOCAL_RANK", "SLURM_LOCALID")
     return Environment(
         agent=env.get(AGENT, ""),
@@ -60,18 +68,13 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         rank=number(0, "RANK", "SLURM_PROCID"),
         world_size=number(1, "WORLD_SIZE", "SLURM_NTASKS"),
         local_rank=local_rank,
-        local_world_size=number(1, "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE"),
+        local_world_size=number(1, "LOCAL_WORLD_SIZE"),
         master_addr=env.get("MASTER_ADDR", ""),
         master_port=env.get("MASTER_PORT", ""),
-        job=env.get("TORCHELASTIC_RUN_ID") or env.get("SLURM_JOB_ID", ""),
+        job=env.get("TORCHELASTIC_RUN_ID") or (f"{env.get('SLURM_JOB_ID', '')}.{step}" if step else ""),
     )
 
 
 def process_environment() -> dict[str, str]:
     """A copy of this process's environment, for children."""
     return dict(os.environ)
-
-
-def set_default(name: str, value: str) -> None:
-    """Set a variable for this process and its children unless it is set."""
-    os.environ.setdefault(name, value)

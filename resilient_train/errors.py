@@ -53,10 +53,6 @@ class PeerFailed(PeerError):
     """Another rank raised an error of its own, which ended the job."""
 
 
-class GenerationOver(PeerError):
-    """The world changed while this rank was forming or restoring; the caller starts over with the next one."""
-
-
 class OutsideError(ResilientError):
     """Storage, memory or the store refused; the message says what to do."""
 

@@ -31,7 +31,7 @@ from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, View
-from resilient_train.spec.messages import Flushed, Hello, Notice, Welcome
+from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
@@ -281,6 +281,7 @@ class Agent:
             # Its last words (a user's error, done) may still be in the socket.
             self._read(channel)
         self._hang_up(member)
+        self._keeper.tell(Gone(member=member))
         self._feed(m.WorkerExited(member, code))
 
     def _stop(self, member: str) -> None:
@@ -306,7 +307,8 @@ class Agent:
         for message, _ in messages:
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
-                channel.send(Welcome(job=self._settings.address, keeper=self._keeper.address))
+                with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
+                    channel.send(Welcome(job=self._settings.address, keeper=self._keeper.address))
             member = next((name for name, known in self._channels.items() if known is channel), "")
             if not member:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board
@@ -48,7 +49,20 @@ class KeeperProcess:
             return False
         kept = sorted(self._deposits.items())
         descriptors = [self._board_fd, *(fd for _, (fd, _) in kept)] if self._board_fd >= 0 else []
-        self.channel.send(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept]), descriptors)
+        if not self.tell(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept]), descriptors):
+            self.channel.close()
+            self.channel = None
+            return False
+        return True
+
+    def tell(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
+        """Say something to it; whether it could be said."""
+        try:
+            if self.channel is None:
+                return False
+            self.channel.send(message, descriptors)
+        except LinkLost:
+            return False
         return True
 
     def take_in(self, message: Message, descriptors: list[int]) -> bool:
@@ -69,13 +83,7 @@ class KeeperProcess:
 
     def flush(self) -> bool:
         """Ask it to make the last state durable; whether it could be asked."""
-        try:
-            if self.channel is None:
-                return False
-            self.channel.send(Flush())
-        except LinkLost:
-            return False
-        return True
+        return self.tell(Flush())
 
     def died(self) -> int:
         """Reap it; its exit code."""

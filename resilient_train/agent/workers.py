@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,12 @@ class Workers:
         Raises:
             OutsideError: if it cannot be started.
         """
+        try:
+            return self._spawn(member, record)
+        except OSError as error:
+            raise OutsideError(f"cannot start {self._spec.entrypoint}: {error}") from error
+
+    def _spawn(self, member: str, record: WorldRecord) -> Worker:
         slot = slot_of(member)
         env = self._environment(member, record)
         destination, paths = self._logs(member, record, env)
@@ -115,10 +122,7 @@ class Workers:
         }
         if "numa_options" in inspect.signature(SubprocessHandler).parameters:
             kwargs["numa_options"] = self._spec.numa_options
-        try:
-            handler = SubprocessHandler(**kwargs)
-        except OSError as error:
-            raise OutsideError(f"cannot start {self._spec.entrypoint}: {error}") from error
+        handler = SubprocessHandler(**kwargs)
         worker = Worker(member, handler, os.pidfd_open(handler.proc.pid), paths["error"])
         worker.tails = self._tail(member, record, destination, paths)
         self._running[member] = worker
@@ -203,12 +207,13 @@ class Workers:
     def reap(self, member: str) -> int:
         """Collect the exit code of a process whose pidfd became readable; minus the signal's number if one ended it."""
         worker = self._running.pop(member)
+        # What the process itself left behind (its own children, in its session) goes with it.  Before it is reaped,
+        # because until then nobody else can have its id.
+        _signal_group(worker.pid, signal.SIGKILL)
         code = int(worker.handler.proc.wait())
         os.close(worker.pidfd)
-        # What the process itself left behind (its own children, in its session) goes with it.
-        _signal_group(worker.pid, signal.SIGKILL)
-        for tail in worker.tails:
-            tail.stop()
+        # A tail reads on until it sees the end of its file, up to a tenth of a second: not on the agent's thread.
+        threading.Thread(target=_stop_all, args=(worker.tails,), name="last lines").start()
         if code != 0:
             self._ended[member] = ProcessFailure(
                 local_rank=slot_of(member), pid=worker.pid, exitcode=code, error_file=worker.error_file
@@ -227,6 +232,11 @@ class Workers:
     def running(self) -> Sequence[Worker]:
         """All processes that have not been reaped."""
         return list(self._running.values())
+
+
+def _stop_all(tails: Sequence[TailLog]) -> None:
+    for tail in tails:
+        tail.stop()
 
 
 def _contains_any(filters: Sequence[str]) -> Callable[[str], bool]:

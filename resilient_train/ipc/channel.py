@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from resilient_train.errors import LinkLost
 from resilient_train.spec.messages import MAX_MESSAGE, Message, decode, encode
 
-_HEADER = struct.Struct("<I")
+_HEADER = struct.Struct("<IH")
+"""Length of the message in bytes; number of descriptors that belong to it."""
 _MAX_DESCRIPTORS = 250
 # The kernel takes at most 253 in one message.
 
@@ -35,11 +36,6 @@ class Channel:
         """For selectors."""
         return self._socket.fileno()
 
-    def peer_pid(self) -> int:
-        """The process at the other end (as it was when it connected)."""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", credentials)[0])
-
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Send one message; descriptors are duplicated to the receiver.
 
@@ -47,7 +43,7 @@ class Channel:
             LinkLost: if the other end is gone.
         """
         body = encode(message)
-        data = memoryview(_HEADER.pack(len(body)) + body)
+        data = memoryview(_HEADER.pack(len(body), len(descriptors)) + body)
         with self._sending:
             try:
                 if descriptors:
@@ -96,7 +92,7 @@ class Channel:
     def _take(self) -> tuple[Message, list[int]] | None:
         if len(self._buffer) < _HEADER.size:
             return None
-        (length,) = _HEADER.unpack_from(self._buffer)
+        length, count = _HEADER.unpack_from(self._buffer)
         if length > MAX_MESSAGE:
             raise LinkLost(f"a local peer announced a message of {length} bytes")
         end = _HEADER.size + length
@@ -104,14 +100,16 @@ class Channel:
             return None
         message = decode(memoryview(self._buffer)[_HEADER.size : end])
         del self._buffer[:end]
-        # Descriptors arrive with a frame's first byte, and whoever sends some waits for an answer before sending more.
-        descriptors, self._descriptors = self._descriptors, []
+        # The kernel may deliver a plain frame together with the descriptors of the one behind it.
+        descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
+        if len(descriptors) < count:
+            raise LinkLost("a local peer's descriptors were lost: too many files are open")
         return message, descriptors
 
     def _fill(self, timeout: float | None) -> bool:
         # The socket stays blocking, because another thread may be sending; only this read must not wait.
         try:
-            if timeout is not None and not select.select([self._socket], [], [], timeout)[0]:
+            if timeout is not None and not self._readable(timeout):
                 return False
             data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 20, _MAX_DESCRIPTORS)
         except (OSError, ValueError) as error:
@@ -121,6 +119,11 @@ class Channel:
             raise LinkLost("the other end of a local connection is gone")
         self._buffer += data
         return True
+
+    def _readable(self, timeout: float) -> bool:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(timeout * 1000))
 
     def close(self) -> None:
         """Hang up, which also frees a thread blocked in `receive`."""

@@ -27,6 +27,7 @@ from resilient_train.spec.messages import (
     Discard,
     Flush,
     Flushed,
+    Gone,
     Goodbye,
     Images,
     ListImages,
@@ -62,6 +63,8 @@ class Client:
 
     channel: Channel
     member: str = ""
+    index: int = -1
+    """Its line on the board."""
     polite: bool = False
     """It said goodbye."""
 
@@ -102,6 +105,7 @@ class Keeper:
         self.board = Board(self._board_fd)
         self.slots: dict[int, Kept] = {}
         self._next_slot = 1
+        self._inherited: set[str] = set()
         self._clients: list[Client] = []
         self._agent: Client | None = None
         self._had_agent = False
@@ -187,9 +191,11 @@ class Keeper:
         match message:
             case Attach(member=member, slot=index):
                 client.member = member
+                self._inherited.discard(member)
                 if index >= self.board.lines:
                     self._answer(client, Refused(reason=f"slot {index} of {self.board.lines}"))
                     return
+                client.index = index
                 self._answer(client, Attached(index=index), [self._board_fd])
             case Allocate(size=size):
                 self._allocate(client, size)
@@ -211,6 +217,8 @@ class Keeper:
                 client.polite = True
             case Adopt():
                 self._adopt(client, message, descriptors)
+            case Gone(member=member):
+                self._inherited.discard(member)
             case Flush():
                 self._flushing.append(client)
                 self._persist_newest()
@@ -231,6 +239,8 @@ class Keeper:
         if self._agent is not None:
             self._deposit(slot)
         self._answer(client, Allocated(slot=slot, size=size), [self.slots[slot].memory.fd])
+        if client not in self._clients:
+            self._drop(slot)  # The asker never heard of it.
 
     def _deposit(self, slot: int) -> None:
         kept = self.slots[slot]
@@ -248,6 +258,8 @@ class Keeper:
             os.close(self._board_fd)
             self._board_fd = descriptors[0]
             self.board = Board(self._board_fd)
+            # Their owners may live and be in the middle of a step; they attach at their next boundary.
+            self._inherited = {owner for _, owner in message.slots}
             for (slot, owner), fd in zip(message.slots, descriptors[1:], strict=True):
                 self.slots[slot] = Kept(Slot(fd), owner)
                 os.close(fd)
@@ -275,7 +287,7 @@ class Keeper:
 
     def _drop_superseded(self) -> None:
         """Images of workers that are gone live until a newer state is complete."""
-        living = {client.member for client in self._clients}
+        living = {client.member for client in self._clients} | self._inherited
         orphans = [slot for slot, kept in self.slots.items() if kept.owner not in living]
         if not orphans:
             return
@@ -346,7 +358,8 @@ class Keeper:
             self._last_duration = outcome.seconds
             if not outcome.error:
                 self._persisted = max(key, self._persisted or key)
-                text = f"{key} is durable in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
+                done = "is durable" if outcome.committed else "is written as far as this node has it"
+                text = f"{key} {done} in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
                 self._notice("persisted", text)
             else:
                 self._notice("persist_failed", f"{key} is not durable: {outcome.error}")
@@ -367,15 +380,29 @@ class Keeper:
 
     def _schedule(self) -> None:
         """When persisting goes by time, name a step shortly ahead at which all workers hand over their images."""
+        self._give_up_incomplete()
         policy = self._policy
         if policy is None or policy.every_steps or self._running or self._handovers:
             return
         since = self._clock.now() - self._attempted_at
         auto = policy.every_seconds < 0
         if due(auto=auto, seconds=policy.every_seconds, since_last=since, last_duration=self._last_duration):
-            furthest = max(self.board.progress(index)[1] for index in range(self.board.lines))
-            if furthest >= self.board.persist_at():
+            furthest = max((step for _, step in self._positions()), default=0)
+            if not furthest < self.board.persist_at() <= furthest + 2:
                 self.board.ask_to_persist(furthest + 2)
+
+    def _positions(self) -> list[tuple[int, int]]:
+        """(generation, finished steps) of the workers that are attached."""
+        lines = {client.index for client in self._clients if client.index >= 0}
+        return [self.board.progress(line) for line in lines]
+
+    def _give_up_incomplete(self) -> None:
+        """A rank that died or skipped its snapshot will never hand it over: do not hold the others' slots for it."""
+        for key in [key for key, handover in self._handovers.items() if len(handover.slots) < handover.local]:
+            givers = self._handovers[key].givers.values()
+            passed = all(step > key.step + 1 for _, step in self._positions())
+            if passed or any(giver not in self._clients for giver in givers):
+                self._give_back(key, "not every rank handed it over")
 
     def _persist_newest(self) -> None:
         """Persist the newest complete state unless that is already durable."""

@@ -81,6 +81,8 @@ class Persister:
                 written, committed = persist(FilesystemTier(job.url), job)
             except ResilientError as failure:
                 error = str(failure)
+            except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
+                error = f"{type(failure).__name__}: {failure}"
             seconds = time.monotonic() - began
             self._done(Outcome(job=job, error=error, committed=committed, seconds=seconds, nbytes=written))
 

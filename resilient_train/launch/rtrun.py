@@ -18,7 +18,7 @@ from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
 from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import TcpControlStore, serve
-from resilient_train.errors import ConfigError, ExitCode, ResilientError
+from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
 from resilient_train.plan.proposal import Limits
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = ExitCode.USAGE
     except ResilientError as error:
         print(f"rtrun: {error}", file=sys.stderr)
-        code = ExitCode.STORE_LOST
+        code = ExitCode.STORE_LOST if isinstance(error, StoreLost) else ExitCode.USER_ERROR
     sys.exit(int(code))
 
 

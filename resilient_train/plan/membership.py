@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from resilient_train.errors import ExitCode
-from resilient_train.plan.proposal import View, propose
+from resilient_train.plan.proposal import View, is_new_restore, propose
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
@@ -280,7 +280,7 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
         state = replace(state, over_at=now)
-    if record.resumed() is not None:
+    if view.resume is not None and not is_new_restore(record, view.resume):
         view = replace(view, resume=None)
     state = replace(state, view=view)
     for worker in state.info.workers:
@@ -299,6 +299,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         done=worker.done,
     )
     workers = tuple(w for w in state.info.workers if w.member != member)
+    state = replace(state, spawning=state.spawning - {member})
     if incarnation_of(member) > 0 and not worker.acknowledged and member not in state.stopping:
         slot = slot_of(member)
         state = replace(state, failed_starts={**state.failed_starts, slot: state.failed_starts.get(slot, 0) + 1})
@@ -316,6 +317,7 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             named = record is not None and member in record.members
             return _with_worker(state, member, elastic=True, idle=not named, multiple=multiple)
         case Acknowledge(generation=generation):
+            state = replace(state, failed_starts={**state.failed_starts, slot_of(member): 0})
             return _with_worker(state, member, acknowledged=generation)
         case Stage(generation=generation, stage="formed"):
             return _with_worker(state, member, formed=generation)
@@ -373,20 +375,15 @@ def _known(state: State, member: str) -> bool:
 
 
 def _stop_outsiders(state: State, record: WorldRecord) -> tuple[State, list[Effect]]:
-    """Old processes of a script that is not elastic end when the group restarts."""
+    """Old processes end when the record gives their slots to newer ones: the group restarts."""
+    newest = {slot_of(m): incarnation_of(m) for m in record.members if node_of(m) == state.view.me}
     gone = [
         w.member
         for w in state.info.workers
-        if not w.elastic and w.member not in record.members and not _is_replacement(state, w.member)
-        if w.member not in state.stopping
+        if incarnation_of(w.member) < newest.get(slot_of(w.member), 0) and w.member not in state.stopping
     ]
     stops: list[Effect] = [Stop(member, record.reason) for member in gone]
     return replace(state, stopping=state.stopping | set(gone)), stops
-
-
-def _is_replacement(state: State, member: str) -> bool:
-    """Whether a process that has not said hello yet is starting up to join an elastic job."""
-    return state.view.elastic() and incarnation_of(member) > 0
 
 
 def _replacements(state: State, record: WorldRecord, now: float) -> tuple[list[str], float | None]:

@@ -140,10 +140,11 @@ def propose(view: View, now: float) -> Proposal:
     failed = next((node for node in view.nodes.values() if node.failed), None)
     if failed is not None:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit))
-    if view.resume is not None and view.resume.generation == record.generation and record.resumed() is None:
-        log = (*record.restores, view.resume)[-KEPT_RESTORES:]
-        return Proposal(record=record.successor(restores=log, proposer=view.me))
+    if view.resume is not None and is_new_restore(record, view.resume):
+        return Proposal(record=_with_restore(view, record, view.resume))
     alive, exits = view.workers(), view.exits()
+    if not record.members:
+        return _unpark(view, record, now)
     if all(_is_done(member, record, alive, exits) for member in record.members):
         return Proposal(record=record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me))
     lost = [member for member in record.members if _is_lost(member, alive, exits)]
@@ -189,6 +190,19 @@ class _Waits:
         return Proposal(record=record, reasons=frozenset(self._reasons), wake_at=self._wake_at)
 
 
+def is_new_restore(record: WorldRecord, restore: Restore) -> bool:
+    """Whether a reported restore is to be logged: it may come late, but not after a later generation's."""
+    logged = record.restores[-1].generation if record.restores else 0
+    return logged < restore.generation <= record.generation
+
+
+def _with_restore(view: View, record: WorldRecord, restore: Restore) -> WorldRecord:
+    log = (*record.restores, restore)[-KEPT_RESTORES:]
+    # Steps that are computed again after an older state are steps gained again.
+    resumed = restore.source.step if restore.source else 0
+    return record.successor(restores=log, best_step=min(record.best_step, resumed), proposer=view.me)
+
+
 def _is_done(member: str, record: WorldRecord, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
     if member in alive:
         return alive[member].done == record.generation
@@ -229,7 +243,7 @@ def _failure(view: View, record: WorldRecord, error: str, culprit: str) -> World
 
 def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, boundary: int | None) -> WorldRecord:
     ordered = view.in_order(members)
-    host = view.nodes.get(node_of(ordered[0])) or view.nodes[view.me]
+    host = view.nodes.get(node_of(ordered[0]), view.nodes[view.me]) if ordered else view.nodes[view.me]
     return record.successor(
         generation=record.generation + 1,
         members=ordered,
@@ -261,9 +275,24 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     survivors = {m for m in record.members if m in alive}
     members = view.fitting(survivors | {m for m, w in alive.items() if w.idle}, survivors)
     if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
-        return waits.proposal()
+        # Too few for a world: whoever is left lets go of this one and waits, its images safe with the keepers.
+        members = set()
+        text += "; too few are left, waiting for replacements"
+        if not survivors:
+            return waits.proposal()
     after = _regroup(view, record, members, text, None)
     return Proposal(record=replace(after, stalls=stalls, best_step=best))
+
+
+def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
+    """Begin again as soon as enough workers are idle."""
+    waits = _Waits(view, now)
+    members = view.fitting({m for m, worker in view.workers().items() if worker.idle})
+    if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
+        return waits.proposal()
+    if not waits.over("enough", view.timing.coalesce):
+        return waits.proposal()
+    return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
 
 def _stalls(view: View, record: WorldRecord) -> tuple[int, int]:

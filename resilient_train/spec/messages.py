@@ -282,6 +282,13 @@ class Withdraw(Message):
 
 
 @_message
+class Gone(Message):
+    """Agent: this worker's process has ended."""
+
+    member: str
+
+
+@_message
 class Flush(Message):
     """Agent: persist the last complete state and say so with `Flushed`."""
 

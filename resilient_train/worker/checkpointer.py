@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, LinkLost, StorageError, UnsupportedState
+from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError, UnsupportedState
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import SlotWriter
 from resilient_train.plan.interval import parse_interval
@@ -87,7 +87,8 @@ class Checkpointer:
             raise ConfigError(str(error)) from error
         self._state = state
         self._snapshot_every = snapshot_every
-        self._host = host.connect()
+        self._host = host.connect(url)
+        self._host.claim()
         self._tier = FilesystemTier(url) if url is not None else None
         if self._tier is not None:
             self._tier.check_writable()
@@ -112,7 +113,6 @@ class Checkpointer:
         self._handed_over: Key | None = None
         self._pending: set[Key] = set()
         self._skipped = 0
-        self._rounds = 0
         self._step: int | None = None
         self._host.on_leave(self._detach)
 
@@ -123,7 +123,7 @@ class Checkpointer:
 
         Between two steps the state is snapshotted, and planned changes of the world take place.
         """
-        first = self._step if self._step is not None and self._newest is None else self.restore()
+        first = self.restore() if self._step is None else self._step
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
             if step > first:
@@ -135,8 +135,8 @@ class Checkpointer:
     def _boundary(self, step: int, total: int) -> None:
         self._step = step
         stopping = self._host.reach(step)
-        due = step % self._snapshot_every == 0 or self._newest is None or step == total
-        if due or stopping:
+        due = step % self._snapshot_every == 0 or self._newest is None or step == total or stopping
+        if due and self._newest != Key(self._lineage, step):
             self.snapshot()
         if stopping:
             self._host.leave_at_boundary()
@@ -156,10 +156,15 @@ class Checkpointer:
             UnsupportedState: naming what cannot be saved.
             MemoryRefused: if there is no memory for the image.
         """
-        if self._step is None or (step is not None and step < self._step):
-            raise ConfigError(f"snapshot({step}) after step {self._step}: restore() first, and count upwards")
+        if self._step is None:
+            raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
         key = Key(self._lineage, self._step)
+        if self._newest is not None and key <= self._newest:
+            raise ConfigError(
+                f"there is a snapshot of step {self._newest.step} already; outside of steps(), say snapshot(step)"
+                " with the number of finished steps, which only grows"
+            )
         self._hear_keeper()
         capture = self._state.capture(self._rank)
         document = capture.document_bytes()
@@ -169,9 +174,10 @@ class Checkpointer:
         for slot in self._host.slots.writable(writer.layout.total, self._safe(), self._past()):
             slot.key = None
             if writer.write(slot.memory, key, tensors, document):
-                slot.key = self._newest = key
+                slot.key = key
+                previous, self._newest = self._newest, key
                 self._host.board.report_published(self._host.index, key)
-                if self._to_persist(key.step):
+                if self._to_persist(previous.step if previous is not None else key.step, key.step):
                     self._hand_over(slot.number, key)
                     slot.held = True
                 return True
@@ -216,7 +222,8 @@ class Checkpointer:
                 return
 
     def close(self) -> None:
-        """Let go of the keeper; it makes the last state durable and ends."""
+        """Let go of the keeper; it makes the last state durable and, where no agent runs it, ends."""
+        self._host.release()
         self._host.close()
 
     def _layout(self, capture: Capture, document: bytes) -> SlotWriter:
@@ -238,12 +245,13 @@ class Checkpointer:
     def _past(self) -> dict[int, int | None]:
         return ancestry(self._restores)
 
-    def _to_persist(self, step: int) -> bool:
+    def _to_persist(self, previous: int, step: int) -> bool:
+        """Whether a named step lies between two snapshots: the same on every rank, whatever ``snapshot_every`` is."""
         if self._tier is None:
             return False
         if self._every_steps:
-            return step % self._every_steps == 0 and step > 0
-        return step > 0 and step == self._host.board.persist_at()
+            return step // self._every_steps > previous // self._every_steps
+        return previous < self._host.board.persist_at() <= step
 
     def _hand_over(self, slot: int, key: Key) -> None:
         self._handed_over = key
@@ -264,13 +272,13 @@ class Checkpointer:
     def _hear_keeper(self, timeout: float = 0.0) -> list[str]:
         """Take in what the keeper reports; why something is not durable, if so."""
         failures = []
-        try:
-            news = self._host.keeper.news(timeout)
-        except LinkLost:
-            self._host.keeper.reconnect()
+        news = self._host.keeper.news(timeout)
+        if self._host.keeper.replaced:
+            self._host.keeper.replaced = False
             self._host.slots.release_all()
+            unsaved = bool(self._pending)
             self._pending.clear()
-            return ["the keeper died before it had persisted everything; its successor goes on with the next state"]
+            return ["the keeper died before it had persisted everything; another goes on"] if unsaved else []
         if timeout and not news:
             failures.append(f"nothing became durable within {timeout:g} s")
         for item in news:
@@ -291,22 +299,31 @@ class Checkpointer:
         Must be called by all ranks. A fresh start leaves the state as it is and returns 0.
 
         Raises:
+            ConfigError: if this Checkpointer has restored before.
             StateMismatch: if the newest state is of another model.
+            CheckpointDamaged: if there are states and every one is damaged.
             StorageError: if the location cannot be read.
         """
+        if self._step is not None:
+            raise ConfigError("this Checkpointer has restored already, and a step is computed once per lineage")
         self._restores = self._host.restores()
         past = self._past()
-        damaged: list[Key] = []
+        damaged: list[tuple[str, Key]] = []
         while True:
             choice = self._choose(past, damaged)
             key = None if choice["key"] is None else Key(*choice["key"])
+            if key is None and damaged:
+                named = ", ".join(f"{key} in {place}" for place, key in damaged)
+                raise CheckpointDamaged(
+                    f"every state that is left is damaged ({named}); not starting over on top of it"
+                )
             problem = self._try(choice["place"], key) if key is not None else None
             if self._all_well(problem is None):
                 break
             assert key is not None
             if problem is not None:
                 logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
-            damaged.append(key)
+            damaged.append((choice["place"], key))
         self._lineage, self._base, self._step = choice["lineage"], key, key.step if key else 0
         restore = Restore(generation=self._host.generation, lineage=self._lineage, source=key)
         self._restores = [*self._restores, restore]
@@ -321,15 +338,17 @@ class Checkpointer:
         sources: list[Source] = [MemorySource(self._host.keeper)]
         return sources + ([TierSource(self._tier)] if self._tier is not None else [])
 
-    def _choose(self, past: dict[int, int | None], damaged: list[Key]) -> dict[str, Any]:
+    def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
         if self._rank != 0:
             return self._exchange(None)
         place, key = "", None
         for source in self._sources():
-            keys = [key for key in source.keys(past) if key not in damaged]
-            if keys:
+            keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
+            if keys and (key is None or keys[0] > key):
                 place, key = source.name, keys[0]
+            if key is not None and self._restores:
+                # Within a job, memory is never behind storage: what is durable was in memory before.
                 break
         return self._exchange({"place": place, "key": key, "lineage": self._next_lineage(key)})
 
@@ -347,8 +366,7 @@ class Checkpointer:
         if self._size == 1:
             assert value is not None
             return value
-        self._rounds += 1
-        name = f"resilient_train/choice/{self._rounds}"
+        name = f"resilient_train/choice/{self._host.next_round()}"
         store = c10d._get_default_store()
         if value is not None:
             store.set(name, json.dumps(value))
@@ -375,3 +393,4 @@ class Checkpointer:
     def _detach(self) -> None:
         """The generation is over: let go of the model."""
         del self._state
+        self._host.release()

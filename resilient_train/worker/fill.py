@@ -40,22 +40,27 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
         entry, _ = stored(name, tensor)
         wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
         places[name] = (tensor, entry)
+    copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
+    # Everything is read and verified before the first element is written.
+    sources = [readers[copy.image].tensor(copy.entry) for copy in copies]
+    generators = _generators(own, rank) if own is not None else {}
     with torch.no_grad():
-        for copy in plan_copies(wants, images):
+        for copy, source in zip(copies, sources, strict=True):
             tensor, entry = places[copy.name]
-            _copy(readers[copy.image], copy, tensor, entry)
+            _copy(source, copy, tensor, entry)
         for action in targets.after:
             action()
-    if own is not None and "rng" in document:
-        _restore_rng(own, document, rank)
+    recorded = document.get("rng")
+    if "torch" in generators and isinstance(recorded, dict):
+        restore_rng(recorded, generators)
 
 
 def _dtype(entry: Entry) -> str:
     return entry.real_dtype or entry.dtype
 
 
-def _copy(reader: ImageReader, copy: Copy, tensor: torch.Tensor, entry: Entry) -> None:
-    source = reader.tensor(copy.entry)[copy.box.slices_in(copy.entry.box)]
+def _copy(held: torch.Tensor, copy: Copy, tensor: torch.Tensor, entry: Entry) -> None:
+    source = held[copy.box.slices_in(copy.entry.box)]
     local, _, _ = local_part(copy.name, tensor)
     if not entry.real_dtype:
         local[copy.box.slices_in(entry.box)].copy_(source)
@@ -67,13 +72,11 @@ def _copy(reader: ImageReader, copy: Copy, tensor: torch.Tensor, entry: Entry) -
         local.copy_(data.view(-1).view(local.dtype).view(local.shape))
 
 
-def _restore_rng(reader: ImageReader, document: dict[str, object], rank: int) -> None:
+def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:
+    """The states of this rank's own random generators."""
     held = {entry.name: entry for entry in reader.entries()}
-    tensors = {
+    return {
         which: reader.tensor(held[rng_name(rank, which)])
         for which in ("torch", "cuda")
         if rng_name(rank, which) in held
     }
-    recorded = document["rng"]
-    if "torch" in tensors and isinstance(recorded, dict):
-        restore_rng(recorded, tensors)

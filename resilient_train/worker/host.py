@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
 from resilient_train import config
+from resilient_train.errors import ConfigError, LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.spec.world import Restore, node_of, slot_of
 from resilient_train.worker import session as sessions
@@ -32,6 +35,29 @@ class Host:
         self.index = index
         self._session = session
         self._local: tuple[int, ...] = (index,)
+        self._claimed = False
+        self._rounds = (0, 0)
+
+    def claim(self) -> None:
+        """Images are keyed by step, so there can be one Checkpointer at a time.
+
+        Raises:
+            ConfigError: if there is one.
+        """
+        if self._claimed:
+            raise ConfigError("there is a Checkpointer already: put everything into one State, or close() the first")
+        self._claimed = True
+
+    def release(self) -> None:
+        """The Checkpointer is closed, or its generation over."""
+        self._claimed = False
+
+    def next_round(self) -> int:
+        """A number that all ranks of a generation agree on, for exchanges through its store."""
+        if self._rounds[0] != self.generation:
+            self._rounds = (self.generation, 0)
+        self._rounds = (self.generation, self._rounds[1] + 1)
+        return self._rounds[1]
 
     @property
     def board(self) -> Board:
@@ -67,7 +93,7 @@ class Host:
 
     def restores(self) -> list[Restore]:
         """The job's log of restores."""
-        record = self._session.record if self._session else None
+        record = self._session.latest() if self._session else None
         return list(record.restores) if record else []
 
     def on_leave(self, action: Callable[[], None]) -> None:
@@ -112,11 +138,15 @@ class Host:
 _host: Host | None = None
 
 
-def connect() -> Host:
+def connect(url: str | None) -> Host:
     """This process's host, made at the first call.
+
+    Args:
+        url: where states are made durable; keepers without an agent are found again by it.
 
     Raises:
         LinkLost: if no keeper answers.
+        ConfigError: if this process is one of several that have no process group yet.
     """
     global _host
     if _host is not None:
@@ -132,9 +162,10 @@ def connect() -> Host:
         slot = slot_of(settings.member)
         _host = Host(KeeperLink(f"{settings.agent}/keeper", settings.member, slot), slot, None)
     else:
+        if settings.world_size > 1 and not dist.is_initialized():
+            raise ConfigError("this is one of several ranks: call init_process_group() before making a Checkpointer")
         local_rank = settings.local_rank if dist.is_initialized() else 0
-        address = _own_keeper(settings, local_rank)
-        _host = Host(KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank), local_rank, None)
+        _host = Host(_own_keeper(settings, local_rank, url), local_rank, None)
     atexit.register(_take_leave)
     if dist.is_initialized():
         _host.set_local(settings.local_world_size if settings.world_size > 1 else 1)
@@ -148,26 +179,35 @@ def _take_leave() -> None:
         _host.close()
 
 
-def _own_keeper(settings: config.Environment, local_rank: int) -> str:
-    """The address of the keeper that the first rank of this node starts, and finds again after a restart."""
-    job = settings.job if settings.job and settings.job != "none" else f"port-{settings.master_port}"
+def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) -> KeeperLink:
+    """A line to the keeper that the first rank of this node starts, and finds again after a restart.
+
+    Its address names the job as exactly as can be known, so that no other run is taken for this one's past.
+    """
+    facts = (settings.job, settings.master_addr, settings.master_port, os.path.abspath(sys.argv[0]), str(url))
+    job = "job-" + hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
     shared = dist.is_initialized() and settings.world_size > 1
-    name = f"{job}/keeper" if shared else f"process-{os.getpid()}/keeper"
-    if local_rank == 0:
-        # Whoever is second at the same address finds it taken and ends, so a keeper that is still there is found again.
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "resilient_train.keeper",
-                name,
-                str(max(1, settings.local_world_size)),
-                str(LINGER if shared else 0.0),
-            ],
-            # Not the script's own: whoever reads its output would wait for the keeper as well.
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    return name
+    address = f"{job}/keeper" if shared else f"process-{uuid.uuid4().hex}/keeper"
+    attempts = 5
+    while True:
+        if local_rank == 0:
+            _start_keeper(address, settings.local_world_size, LINGER if shared else 0.0)
+        try:
+            return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank)
+        except LinkLost:
+            # An earlier keeper of this job was about to end when we met it.
+            attempts -= 1
+            if attempts == 0:
+                raise
+
+
+def _start_keeper(address: str, lines: int, linger: float) -> None:
+    """Whoever is second at the same address finds it taken and ends, so a keeper that is still there is found again."""
+    subprocess.Popen(
+        [sys.executable, "-m", "resilient_train.keeper", address, str(max(1, lines)), str(linger)],
+        # Not the script's own: whoever reads its output would wait for the keeper as well.
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )

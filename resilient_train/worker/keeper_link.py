@@ -28,7 +28,8 @@ from resilient_train.spec.messages import (
 )
 from resilient_train.spec.world import Key
 
-_TIMEOUT = 30.0
+_TIMEOUT = 300.0
+"""Seconds for the keeper's answer; backing a large image's memory takes some."""
 _M = TypeVar("_M", bound=Message)
 
 
@@ -50,12 +51,15 @@ class KeeperLink:
         self._policy: Policy | None = None
         self._news: list[Persisted] = []
         self._channel: Channel | None = None
+        self.replaced = False
+        """Another keeper has taken over since somebody last looked."""
         self.board = self._attach()
 
     def _attach(self) -> Board:
         if self._channel is not None:
             self._channel.close()
             self.board.close()
+            self.replaced = True
         self._channel = connect(self._address, _TIMEOUT)
         _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
         board = Board(descriptors[0])
@@ -127,22 +131,21 @@ class KeeperLink:
     def news(self, timeout: float = 0.0) -> list[Persisted]:
         """What became of images that were handed over, waiting up to ``timeout`` seconds if there is no news yet.
 
-        Raises:
-            LinkLost: if the keeper has died; what it had not persisted is not going to be.
+        If the keeper has died, `replaced` is set and what it had not persisted is not going to be.
         """
         assert self._channel is not None
-        if timeout and not self._news:
-            received = self._channel.receive(timeout)
-            arrived = [received] if received is not None else []
-        else:
-            arrived = self._channel.pending()
+        try:
+            if timeout and not self._news:
+                received = self._channel.receive(timeout)
+                arrived = [received] if received is not None else []
+            else:
+                arrived = self._channel.pending()
+        except LinkLost:
+            self.board = self._attach()
+            arrived = []
         self._news += [message for message, _ in arrived if isinstance(message, Persisted)]
         news, self._news = self._news, []
         return news
-
-    def reconnect(self) -> None:
-        """Attach to the keeper's successor."""
-        self.board = self._attach()
 
     def images(self) -> list[tuple[int, Found]]:
         """(slot id, image) of every complete image in this node's memory."""

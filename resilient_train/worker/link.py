@@ -123,6 +123,11 @@ class AgentLink:
             self._step = step
             return self._stop_at == step
 
+    def heard(self) -> WorldRecord | None:
+        """The newest record."""
+        with self._changed:
+            return self._record
+
     @property
     def step(self) -> int:
         """The step that the main thread is in; -1 before its first boundary of the generation."""

@@ -89,7 +89,7 @@ class ProcessGroups:
     def _abort_nccl(self) -> None:
         if self._nccl_aborted or not (torch.cuda.is_available() and dist.is_nccl_available()):
             return
-        self._nccl_aborted = True
+        self._nccl_aborted = bool(c10d._world.pg_map)
         for group in list(c10d._world.pg_map):
             with contextlib.suppress(RuntimeError):
                 backend: Any = group._get_backend(torch.device("cuda"))
@@ -105,7 +105,7 @@ class ProcessGroups:
         if dist.is_initialized():
             with contextlib.suppress(RuntimeError, dist.DistError):
                 dist.destroy_process_group()
-        _clear_dtensor_caches()
+        clear_dtensor_caches()
         with self._lock:
             self._ours = set()
 
@@ -159,7 +159,8 @@ def _observe_new_groups(groups: ProcessGroups) -> None:
     c10d._new_process_group_helper = observed
 
 
-def _clear_dtensor_caches() -> None:
+def clear_dtensor_caches() -> None:
+    """Empty the caches that DTensor keys by the equality of meshes."""
     debug._clear_sharding_prop_cache()
     transform_infos: Any = getattr(_redistribute, "_gen_transform_infos", None)
     clear_planner: Any = getattr(_redistribute, "clear_redistribute_planner_cache", None)

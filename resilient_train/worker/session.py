@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resilient_train import config
-from resilient_train.errors import ConfigError, ExitCode, GenerationOver, LinkLost, PeerFailed
+from resilient_train.errors import ConfigError, ExitCode, LinkLost, PeerFailed
 from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
@@ -28,8 +28,8 @@ from resilient_train.worker.world import World, check_mesh, mesh_shape
 
 logger = logging.getLogger(__name__)
 
-GROUP_TIMEOUT = 60.0
-"""Seconds after which a collective fails by itself if its abort was missed."""
+GROUP_TIMEOUT = 1800.0
+"""Seconds after which a collective fails by itself: torch's own default, and the last resort if an abort is missed."""
 VERDICT_TIMEOUT = 30.0
 """Seconds that a failed collective waits for the agents to say who was lost."""
 
@@ -60,7 +60,11 @@ class Session:
         self.world: World | None = None
         self._on_leave: list[Callable[[], None]] = []
         self._stages: set[str] = set()
-        _collect()
+        self._finished = False
+        # What is alive by now stays alive: later collections need not look at the hundreds of thousands of objects of
+        # torch's modules.
+        gc.collect()
+        gc.freeze()
 
     # ---- what the checkpointer uses ---------------------------------------------------------------------------------
 
@@ -103,10 +107,10 @@ class Session:
         """At the boundary before ``step``; whether a planned change takes place here.
 
         Raises:
-            GenerationOver: if the generation has ended by a loss.
+            LeaveGeneration: if the generation has ended by a loss.
         """
         if self.link.over():
-            raise GenerationOver("the world has changed")
+            raise LeaveGeneration
         return self.link.reach(step)
 
     def leave_at_boundary(self) -> None:
@@ -114,10 +118,18 @@ class Session:
         if self.link.wait_at_boundary():
             raise LeaveGeneration
 
+    def latest(self) -> WorldRecord | None:
+        """The record as it is now, if it is still this generation's."""
+        heard = self.link.heard()
+        same = heard is not None and self.record is not None and heard.generation == self.record.generation
+        return heard if same else self.record
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, function: Callable[[World], _R], mesh: Mapping[str, int], backend: str | None) -> _R:
         """Call ``function`` once per generation until the job is over."""
+        if self._finished:
+            raise ConfigError("the job has finished: a script calls one elastic function, once")
         while True:
             record = self.link.next_world()
             if record.phase is Phase.FAILED:
@@ -130,6 +142,7 @@ class Session:
             outcome = self._generation(function, record, mesh, backend)
             self._clean_up()
             if outcome:
+                self._finished = True
                 return outcome[0]
 
     def _generation(
@@ -189,7 +202,7 @@ class Session:
         """
         if isinstance(error, (LinkLost, PeerFailed)):
             raise error
-        if isinstance(error, GenerationOver) or is_communication_error(error):
+        if is_communication_error(error):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
             if verdict is not None and verdict.phase is Phase.FAILED:
                 _forget(error)
@@ -217,16 +230,7 @@ class Session:
         for name in ("last_exc", "last_value", "last_traceback"):
             vars(sys).pop(name, None)
         self.groups.dissolve()
-        _collect()
-
-
-def _collect() -> None:
-    """Free what is unreachable; what is alive now, between two generations, stays alive and is not looked at again.
-
-    A collection costs milliseconds per 10,000 objects, of which torch's modules alone have hundreds of thousands.
-    """
-    gc.collect()
-    gc.freeze()
+        gc.collect()
 
 
 def _forget(error: BaseException) -> None:
@@ -334,7 +338,7 @@ def _run_once(
     device = _device(settings.local_rank)
     mine = not dist.is_initialized()
     if mine and settings.world_size > 1:
-        if not settings.master_addr and not settings.job:
+        if not settings.master_addr:
             raise ConfigError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT: where do the ranks meet?")
         dist.init_process_group(backend, rank=settings.rank, world_size=settings.world_size)
     elif mine:

@@ -132,6 +132,8 @@ class State:
         known = self._parameter_names()
         try:
             for name, thing in self._things.items():
+                _check_kind(name, thing, document[name])
+            for name, thing in self._things.items():
                 if isinstance(thing, torch.nn.Module):
                     _module_targets(name, thing, document[name], targets)
                 elif isinstance(thing, torch.optim.Optimizer):
@@ -149,6 +151,27 @@ class State:
                 for name, parameter in names.parameters(thing).items():
                     known.setdefault(id(parameter), name)
         return known
+
+
+def _check_kind(name: str, thing: Stateful, document: Mapping[str, Any]) -> None:
+    """The checkpoint's part of this name is of the same kind and shape as ours."""
+    kind = _kind(thing)
+    if document["kind"] != kind:
+        raise StateMismatch(f"{name} is a {kind} here, a {document['kind']} in the checkpoint")
+    if isinstance(thing, torch.nn.Module):
+        here, there = set(names.extra_states(thing)), set(document["extra"])
+        if here != there:
+            raise StateMismatch(f"{name}: extra state differs in {', '.join(sorted(here ^ there))}")
+    if isinstance(thing, torch.optim.Optimizer) and len(thing.param_groups) != len(document["groups"]):
+        raise StateMismatch(
+            f"{name} has {len(thing.param_groups)} parameter groups here, {len(document['groups'])} in the checkpoint"
+        )
+
+
+def _kind(thing: Stateful) -> str:
+    if isinstance(thing, torch.nn.Module):
+        return "module"
+    return "optimizer" if isinstance(thing, torch.optim.Optimizer) else "stateful"
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Rehearse a training step in a replacement process before it says that it is ready.
+"""Rehearse a training step before a process says that it is ready.
 
-torch imports and compiles much on first use (DTensor, FSDP2, optimizers reach for dynamo).  The members of a running
-world would wait for that when the newcomer joins, so it does it alone and beforehand, on a group of one.
+torch imports much on first use (DTensor, FSDP2, optimizers reach for dynamo).  The members of a running world would
+wait for that when a replacement joins, so it does it alone and beforehand, on a group of one; the first workers do the
+same, and have it behind them when they tell the garbage collector what stays.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+from resilient_train.worker.process_group import clear_dtensor_caches
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,8 @@ def rehearse(device: torch.device) -> None:
             optim.step()
         finally:
             dist.destroy_process_group()
-    except (RuntimeError, ImportError, dist.DistError) as error:
+            clear_dtensor_caches()
+    except Exception as error:  # A rehearsal: whatever fails here will fail again, with a meaning, in the user's code.
         logger.warning("warming up failed, joining cold: %s", error)
     finally:
         torch.set_rng_state(state)

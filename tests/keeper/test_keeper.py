@@ -159,7 +159,7 @@ def test_nonsense_ends_the_connection_and_not_the_keeper(keeper: str) -> None:
     """A client that sends garbage is hung up on."""
     link = KeeperLink(keeper, "n/0.0", 0)
     rude = connect(keeper, 5.0)
-    rude._socket.sendall(b"\x05\x00\x00\x00hello")
+    rude._socket.sendall(b"\x05\x00\x00\x00\x00\x00hello")
     with pytest.raises(LinkLost):
         rude.receive(5.0)
     assert link.images() == []

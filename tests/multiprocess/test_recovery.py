@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -123,7 +126,6 @@ def check_memory_is_flat(tmp_path: Path) -> None:
 
 def wait(running: Job, seconds: float) -> None:
     """Let the job run for a while, as long as it runs."""
-    import time
 
     end = time.monotonic() + seconds
     running.wait_for(lambda: time.monotonic() >= end, seconds + 5, "time passing")
@@ -187,8 +189,6 @@ def test_keeper_killed(tmp_path: Path) -> None:
     """The agent holds the images' memory too: another keeper takes over, and a later loss recovers from memory."""
     with job(tmp_path, "--steps", "250", "--url", str(tmp_path / "ckpt"), "--persist-every", "50") as running:
         running.wait_for_line("step 20 size 4", 90)
-        import os
-        import signal
 
         (keeper,) = running.keepers()
         os.kill(keeper, signal.SIGKILL)
@@ -209,8 +209,6 @@ def test_agent_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     """SIGKILL of the launcher: workers end with it, the keeper makes the last state durable and ends too."""
     with job(tmp_path, "--steps", "4000", "--url", str(tmp_path / "ckpt")) as running:
         running.wait_for_line("step 20 size 4", 90)
-        import os
-        import signal
 
         os.kill(running.pid, signal.SIGKILL)
         assert running.leftovers(30) == []

@@ -452,3 +452,58 @@ def test_ranks_that_do_not_fit_the_mesh_stand_by() -> None:
     bench.feed(m.WorkerExited("n/1.0", -9))
     bench.run_for(0.1)
     assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0", "n/4.0")
+
+
+def test_too_few_for_the_mesh_wait_for_replacements() -> None:
+    """A mesh of exactly two: the survivor lets go of its world, a replacement starts at once, both begin again."""
+    bench = Bench(slots=2)
+    for member in bench.record.members:
+        bench.say(member, Hello(member=member, pid=1, multiple=2))
+    bench.enter()
+    bench.taken(m.Spawn)
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(0.1)
+    assert (bench.record.generation, bench.record.members) == (2, ())
+    assert bench.record.phase is Phase.RUNNING
+    assert [e.member for e in bench.taken(m.Spawn)] == ["n/1.1"]
+    bench.say("n/0.0", Hello(member="n/0.0", pid=1, multiple=2))
+    bench.run_for(1)
+    assert bench.record.generation == 2
+    bench.say("n/1.1", Hello(member="n/1.1", pid=1, multiple=2))
+    bench.run_for(0.1)
+    assert bench.record.members == ("n/0.0", "n/1.1")
+
+
+def test_a_process_that_cannot_be_started_ends_the_job() -> None:
+    """Nothing waits for a process that never was."""
+    bench = Bench(slots=1)
+    bench.state = m.step(bench.state, m.StopAsked("cannot start python"), bench.now)[0]
+    bench.feed(m.WorkerExited("n/0.0", 1))
+    bench.feed(m.RecordSeen(bench.record.successor(phase=Phase.FAILED, error="cannot start python")))
+    assert [e.code for e in bench.taken(m.End)] == [ExitCode.INTERRUPTED]
+
+
+def test_a_late_report_of_a_restore_is_still_logged() -> None:
+    """Its generation is over, but its images exist and must stay in the ancestry."""
+    bench = running(slots=2)
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(0.1)
+    bench.say("n/0.0", Resumed(generation=1, lineage=1, source=None, text=""))
+    bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 5), text=""))
+    assert [restore.generation for restore in bench.record.restores] == [1, 2]
+    bench.say("n/0.0", Resumed(generation=1, lineage=9, source=None, text=""))
+    assert len(bench.record.restores) == 2
+
+
+def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
+    """Progress is counted from the resumed step, not from the furthest that ever was."""
+    bench = running(slots=3)
+    bench.feed(m.Progress(1, 100))
+    bench.feed(m.WorkerExited("n/2.0", -9))
+    bench.run_for(0.1)
+    bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 50), text=""))
+    bench.enter()
+    bench.feed(m.Progress(2, 60))
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.run_for(0.1)
+    assert (bench.record.best_step, bench.record.stalls) == (60, 1)

@@ -82,6 +82,75 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert "step 19\n" not in again.stdout
 
 
+def test_if_every_checkpoint_is_damaged_nothing_is_started_over(tmp_path: Path) -> None:
+    """A fresh start on top of damaged states would bury them: an error that names them, and no step."""
+    url = tmp_path / "run"
+    assert run(url, 5).returncode == 0
+    (image,) = url.glob("*/*.safetensors")
+    damage(image, image.stat().st_size // 2)
+    again = run(url, 8)
+    assert again.returncode != 0
+    assert "every state that is left is damaged" in again.stderr
+    assert "step 5 (lineage 1)" in again.stderr
+    assert "step 0" not in again.stdout
+    assert checkpoints(url) == ["step-000000005.g1"]
+
+
+LOOPS = """
+import sys, torch, resilient_train as rt
+from resilient_train.errors import ConfigError
+model = torch.nn.Linear(3, 3)
+state = rt.State(model=model)
+ckpt = rt.Checkpointer(state, sys.argv[1])
+try:
+    ckpt.snapshot()
+except ConfigError as error:
+    print("early:", error)
+try:
+    rt.Checkpointer(state)
+except ConfigError as error:
+    print("second:", error)
+done = [step for last in (3, 6) for step in ckpt.steps(last)]
+print("epochs", done)
+try:
+    ckpt.restore()
+except ConfigError as error:
+    print("again:", error)
+ckpt.close()
+own = rt.Checkpointer(state, sys.argv[1])
+print("restored", own.restore())
+for step in range(6, 9):
+    with torch.no_grad():
+        model.weight += 1
+    assert own.snapshot(step + 1)
+try:
+    own.snapshot()
+except ConfigError as error:
+    print("same:", error)
+assert own.persist()
+own.wait()
+own.close()
+last = rt.Checkpointer(state, sys.argv[1])
+with torch.no_grad():
+    expected = model.weight.clone()
+    model.weight.zero_()
+print("last", last.restore(), torch.equal(model.weight, expected))
+"""
+
+
+def test_loops_of_other_shapes(tmp_path: Path) -> None:
+    """Several steps() in a row, restore and snapshot by hand, and what is refused because it would mix states."""
+    command = [sys.executable, "-c", LOOPS, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert lines["epochs"] == "[0, 1, 2, 3, 4, 5]"
+    assert lines["restored"] == "6"
+    assert lines["last"] == "9 True"
+    for refused in ("early:", "second:", "again:", "same:"):
+        assert refused in lines
+
+
 def test_another_models_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
     """The tensors that differ are named; nothing is overwritten."""
     url = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from resilient_train.errors import StateMismatch, UnsupportedState
+from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import SlotWriter
 from resilient_train.spec.shard import plan_image
@@ -21,10 +23,6 @@ from resilient_train.worker.state import State
 
 def saved(state: State, rank: int = 0, world: int = 1) -> ImageReader:
     """An image of the state, as bytes in memory."""
-    import os
-
-    from resilient_train.image.arena import Slot, create_memory
-
     capture = state.capture(rank)
     document = capture.document_bytes()
     layout = plan_image(capture.entries, len(document) + 10)
