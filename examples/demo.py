@@ -85,6 +85,7 @@ def watch(job: Job, folder: Path, steps: int, kill_at: list[tuple[int, float]], 
             live.update(screen(rows, steps, notes + said(job)))
             time.sleep(0.02)
         live.update(screen(metrics(folder), steps, notes + said(job)))
+    console.print()
     return kills
 
 

@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     USAGE = 2
     NO_PROGRESS = 66
     STORE_LOST = 67
+    NOT_DURABLE = 74
     INTERRUPTED = 130
 
     @property

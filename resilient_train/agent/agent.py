@@ -16,12 +16,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
 from resilient_train.agent.keeper_process import KeeperProcess
-from resilient_train.agent.timeline import Timeline
+from resilient_train.agent.timeline import Timeline, count_ranks
 from resilient_train.agent.workers import Workers
 from resilient_train.clock import Clock
 from resilient_train.control.store import ControlStore
@@ -38,6 +38,8 @@ from resilient_train.spec.world import Phase, WorldRecord, slot_of
 _KEEPER_RESTARTS = 5
 _FLUSH_TIMEOUT = 600.0
 _KEEPER_STOP = 30.0
+_EARLY_RETURN = 10
+"""Looks at the board, about one a second, between two mentions of ranks whose function has returned before others'."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ class Outcome:
     """The member whose failure ended it."""
     unsaved: str = ""
     """What could not be made durable."""
+    saved: bool = False
+    """Whether some state of this job is durable."""
 
 
 @dataclass
@@ -133,6 +137,9 @@ class Agent:
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info})
         self._state = m.State(view=view)
         self._interrupts = 0
+        self._flushed: str | None = None
+        self._saved = False
+        self._waited_for_done = 0
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +213,7 @@ class Agent:
         if before is None or record.generation != before.generation:
             self._timeline.agreed(record, now)
             if before is not None:
-                self._say(f"generation {record.generation}: {record.reason}; {record.size} ranks")
+                self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
                 self._timers.at(now, lambda: self._feed(m.EndpointReady(self._new_bootstrap())))
@@ -215,6 +222,8 @@ class Agent:
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
         if record.phase is not Phase.RUNNING and (before is None or before.phase is Phase.RUNNING):
             self._sink.put(LogEvent(at=now, kind=record.phase, generation=record.generation, text=record.error))
+            if record.phase is Phase.FINISHED and (line := self._timeline.unsaid()):
+                self._say(line)
 
     # ---- store calls ------------------------------------------------------------------------------------------------
 
@@ -328,6 +337,7 @@ class Agent:
         board, record = self._keeper.board, self._state.view.record
         if board is None or record is None:
             return
+        self._mention_early_return(record)
         slots = [slot_of(worker.member) for worker in self._state.info.workers if worker.member in record.members]
         now = [board.progress(slot) for slot in slots]
         steps = [step for generation, step in now if generation == record.generation]
@@ -335,6 +345,19 @@ class Agent:
         if progress != self._progress:
             self._progress = progress
             self._feed(m.Progress(*progress))
+
+    def _mention_early_return(self, record: WorldRecord) -> None:
+        """A function that returns on some ranks only leaves the others waiting in a collective: say so."""
+        alive = self._state.view.workers()
+        done = [r for r, x in enumerate(record.members) if x in alive and alive[x].done == record.generation]
+        if not done or len(done) == record.size or record.phase is not Phase.RUNNING:
+            self._waited_for_done = 0
+            return
+        self._waited_for_done += 1
+        if self._waited_for_done % _EARLY_RETURN == 0:
+            others = [str(rank) for rank in range(record.size) if rank not in done]
+            ranks = ", ".join(map(str, done))
+            self._say(f"the function has returned on rank {ranks} and goes on on rank {', '.join(others)}")
 
     # ---- the keeper -------------------------------------------------------------------------------------------------
 
@@ -363,6 +386,7 @@ class Agent:
                     continue
                 if isinstance(message, Notice):
                     self._say(message.text)
+                    self._saved |= message.kind == "persisted"
                     self._sink.put(LogEvent(at=message.at, kind=message.kind, text=message.text))
                 if isinstance(message, Flushed):
                     self._flushed = message.text
@@ -386,8 +410,6 @@ class Agent:
         self._say(f"the keeper died (exit code {code}); another takes over its images")
         self._start_keeper()
 
-    _flushed: str | None = None
-
     def _wind_up(self, outcome: Outcome) -> Outcome:
         """The workers are gone: wait for the last state to become durable, then end the keeper."""
         deadline = self._clock.now() + _FLUSH_TIMEOUT
@@ -408,7 +430,7 @@ class Agent:
         self._keeper.stop(_KEEPER_STOP)
         self._listener.close()
         self._calls.put(None)
-        return Outcome(code=outcome.code, text=outcome.text, culprit=outcome.culprit, unsaved=unsaved)
+        return replace(outcome, unsaved=unsaved, saved=self._saved)
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 

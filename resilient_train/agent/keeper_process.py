@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from resilient_train.errors import LinkLost
-from resilient_train.image.arena import Board
+from resilient_train.image.arena import Board, reopen
 from resilient_train.ipc.channel import Channel, connect
 from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Withdraw
 
@@ -18,8 +18,14 @@ _START_TIMEOUT = 60.0
 class KeeperProcess:
     """One node's keeper and the agent's copies of its memory."""
 
-    def __init__(self, address: str, slots: int) -> None:
+    def __init__(self, address: str, slots: int, scratch: str) -> None:
+        """Args:
+        address: where it will listen.
+        slots: number of workers of this node.
+        scratch: a folder that it removes at its end, in case this agent is killed before it can; empty for none.
+        """
         self.address = address
+        self._scratch = scratch
         self._slots = slots
         self._deposits: dict[int, tuple[int, str]] = {}
         self._board_fd = -1
@@ -49,7 +55,7 @@ class KeeperProcess:
             return False
         kept = sorted(self._deposits.items())
         descriptors = [self._board_fd, *(fd for _, (fd, _) in kept)] if self._board_fd >= 0 else []
-        if not self.tell(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept]), descriptors):
+        if not self.tell(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept], scratch=self._scratch), descriptors):
             self.channel.close()
             self.channel = None
             return False
@@ -72,7 +78,9 @@ class KeeperProcess:
                 self._board_fd = descriptors[0]
                 self.board = Board(descriptors[0])
             else:
-                self._deposits[message.slot] = (descriptors[0], message.owner)
+                # An open of our own: file locks that the keeper held when it died must go with it.
+                self._deposits[message.slot] = (reopen(descriptors[0]), message.owner)
+                os.close(descriptors[0])
             return True
         if isinstance(message, Withdraw):
             fd, _ = self._deposits.pop(message.slot, (-1, ""))

@@ -6,6 +6,8 @@ from resilient_train.events import STAGES, Event, Sink
 from resilient_train.spec.messages import Message, Resumed, Stage
 from resilient_train.spec.world import WorldRecord
 
+FRESH = "a fresh start"
+
 
 class Timeline:
     """Follows one generation at a time."""
@@ -71,5 +73,21 @@ class Timeline:
             for stage in STAGES[1:]
             if stage in self._stages
         ]
-        resumed = f", resumed {self._resumed}" if self._resumed else ""
-        return f"generation {self._generation} runs on {self._size} ranks{resumed} ({', '.join(parts)})"
+        how = f"generation {self._generation} runs on {count_ranks(self._size)}{self._how()}"
+        return f"{how} ({', '.join(parts)})"
+
+    def _how(self) -> str:
+        if not self._resumed:
+            return ""
+        return f", {self._resumed}" if self._resumed == FRESH else f", resumed {self._resumed}"
+
+    def unsaid(self) -> str | None:
+        """At the end: a line if the job had nothing left to do."""
+        if self._said or not self._resumed or self._reached.get("first_step"):
+            return None
+        return f"nothing was left to do{self._how()}"
+
+
+def count_ranks(number: int) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} rank" if number == 1 else f"{number} ranks"

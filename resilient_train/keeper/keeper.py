@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 from dataclasses import dataclass, field
 
 from resilient_train.clock import Clock
@@ -95,6 +96,7 @@ class Keeper:
         self._listener = listener
         self._linger = 0.0 if linger is None else linger
         self._had_client = False
+        self._scratch = ""
         self._early: list[tuple[Client, Message, list[int]]] | None = [] if linger is None else None
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -129,6 +131,8 @@ class Keeper:
             for key, _ in self._selector.select(_TICK):
                 key.data()
             self._tick()
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _over(self) -> bool:
         if self._clients or self._agent or self._running:
@@ -253,6 +257,7 @@ class Keeper:
         self._clients.remove(client)
         self._agent = client
         self._had_agent = True
+        self._scratch = message.scratch
         if descriptors:
             self.board.close()
             os.close(self._board_fd)

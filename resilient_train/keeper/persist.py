@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from resilient_train.errors import OutsideError, ResilientError
+from resilient_train.errors import OutsideError, ResilientError, StorageError
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.plan.partition import assign
@@ -16,7 +16,7 @@ from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import commit, listing
-from resilient_train.storage.commit import ImageFile, folder_of, image_name
+from resilient_train.storage.commit import MANIFEST, ImageFile, folder_of, image_name
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.storage.tier import Tier
 
@@ -96,6 +96,10 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     Raises:
         OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
     """
+    if MANIFEST in tier.folders().get(folder_of(job.key), set()):
+        raise StorageError(
+            f"{tier.name}/{folder_of(job.key)} is committed already: another job writes to the same location"
+        )
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
     shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()})
     files = []

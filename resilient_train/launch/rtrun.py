@@ -29,7 +29,8 @@ not restarted when a worker dies: the others go on in their processes, and a rep
 happened to the job is written to DIR/events.jsonl. This version runs one node (--nnodes=1).
 
 exit codes: 0 success; 1 an error of the script; 2 a wrong command line; 66 ranks died again and again without a step
-finished between; 67 the control store was lost; 130 ended by a signal.
+finished between; 67 the control store was lost; 74 the training finished, but its last state could not be made
+durable; 130 ended by a signal.
 """
 
 
@@ -119,7 +120,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     agent = Agent(
         settings,
         workers,
-        KeeperProcess(f"{address}/keeper", launch.nproc_per_node),
+        KeeperProcess(f"{address}/keeper", launch.nproc_per_node, "" if write_events else args.log_dir),
         TcpControlStore(host, control.port, launch.run_id),
         new_bootstrap,
         sink,
@@ -127,7 +128,10 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         MonotonicClock(),
     )
     outcome = agent.run()
-    _report(outcome, workers, args.training_script)
+    _report(outcome, workers, args.training_script, keeps_logs=write_events)
+    if outcome.unsaved and outcome.code is ExitCode.SUCCESS:
+        # The training succeeded and its result is lost: nobody may take that for a success.
+        return ExitCode.NOT_DURABLE
     return outcome.code
 
 
@@ -153,6 +157,8 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         launch, entrypoint, worker_args = torchrun.config_from_args(args)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise ConfigError(str(error)) from error
+    if launch.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node must be at least 1, it is {args.nproc_per_node!r}")
     if callable(entrypoint):
         # --run-path runs the script inside of a process that has torch imported already.
         code = "import sys; from torch.distributed.run import run_script_path as run; run(*sys.argv[1:])"
@@ -160,16 +166,18 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
     return launch, str(entrypoint), list(worker_args)
 
 
-def _report(outcome: Outcome, workers: Workers, script: str) -> None:
+def _report(outcome: Outcome, workers: Workers, script: str, keeps_logs: bool) -> None:
     """What the user has to know about the end."""
     failure = workers.failure(outcome.culprit) if outcome.culprit else None
     if failure is not None:
+        if not keeps_logs:
+            failure.error_file = "<N/A>"
         print(ChildFailedError(script, {failure.local_rank: failure}).format_msg(), file=sys.stderr)
     if outcome.text:
-        print_line(f"the job failed: {outcome.text}" if outcome.code else outcome.text)
+        print_line(f"the job {'ended' if outcome.code is ExitCode.INTERRUPTED else 'failed'}: {outcome.text}")
     if outcome.unsaved:
         print_line(outcome.unsaved)
-    if outcome.code and outcome.code.requeue:
+    if outcome.code.requeue and outcome.saved:
         print_line(f"exit code {int(outcome.code)}: starting the same command again resumes the job")
 
 

@@ -370,7 +370,8 @@ def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | Non
         return None
     text = f"joined by {len(joining)} worker" + ("s" if len(joining) > 1 else "")
     if not all(alive[m].stepping == generation for m in record.members):
-        if waits.over(f"no boundary in {generation}", view.timing.no_boundary):
+        # Without a state to resume, a change would cost everything that was computed so far.
+        if record.resumed() is not None and waits.over(f"no boundary in {generation}", view.timing.no_boundary):
             return _regroup(view, record, members, text, None)
         return None
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == generation]

@@ -263,6 +263,8 @@ class Adopt(Message):
     """Agent: take over these slots of a keeper that died; descriptors come with it, the board's first."""
 
     slots: list[list[Any]]
+    scratch: str = ""
+    """A folder to remove at the end."""
 
 
 @_message

@@ -156,6 +156,7 @@ class Checkpointer:
             UnsupportedState: naming what cannot be saved.
             MemoryRefused: if there is no memory for the image.
         """
+        self._host.leave_if_over()
         if self._step is None:
             raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
@@ -327,6 +328,11 @@ class Checkpointer:
         self._lineage, self._base, self._step = choice["lineage"], key, key.step if key else 0
         restore = Restore(generation=self._host.generation, lineage=self._lineage, source=key)
         self._restores = [*self._restores, restore]
+        if key is None and self._host.finished_steps() > 0:
+            raise CheckpointDamaged(
+                f"no complete copy of the state is left in memory or at the location, and {self._host.finished_steps()}"
+                " steps were finished: not starting over in silence; start the job again to do so"
+            )
         text = f"{key} from {choice['place']}" if key else "a fresh start"
         if self._rank == 0:
             logger.info("generation %d resumes %s", self._host.generation, text)

@@ -112,6 +112,16 @@ class Host:
         self.board.report_progress(self.index, self.generation, step)
         return stopping
 
+    def leave_if_over(self) -> None:
+        """Leave the user's function if the generation has ended by a loss."""
+        if self._session is not None:
+            self._session.leave_if_over()
+
+    def finished_steps(self) -> int:
+        """The most steps that the job is known to have finished in earlier generations."""
+        record = self._session.record if self._session else None
+        return record.best_step if record else 0
+
     def leave_at_boundary(self) -> None:
         """Carry out the planned change, or go on if it was taken back."""
         if self._session is not None:

@@ -31,6 +31,7 @@ class ProcessGroups:
         timeout: seconds after which a collective fails by itself, the last resort if an abort is missed.
         """
         self._timeout = timedelta(seconds=timeout)
+        self._excepthook = sys.excepthook
         self._lock = threading.Lock()
         self._ours: set[int] = set()
         self._before: set[int] | None = None
@@ -43,7 +44,8 @@ class ProcessGroups:
         Raises:
             RuntimeError, torch.distributed.DistError: if that fails or `abort` is called meanwhile.
         """
-        hook = sys.excepthook
+        # Every initialisation wraps the hook once more, with the rank that tracebacks are labelled with.
+        sys.excepthook = self._excepthook
         self._nccl_aborted = False
         with self._tracking():
             store = dist.TCPStore(host, port, None, False, self._timeout, wait_for_workers=False)
@@ -54,8 +56,6 @@ class ProcessGroups:
                 world_size=size,
                 timeout=self._timeout,
             )
-        # Every initialisation wraps the hook once more.
-        sys.excepthook = hook
 
     @contextlib.contextmanager
     def _tracking(self) -> Iterator[None]:

@@ -109,9 +109,15 @@ class Session:
         Raises:
             LeaveGeneration: if the generation has ended by a loss.
         """
+        self.leave_if_over()
+        return self.link.reach(step)
+
+    def leave_if_over(self) -> None:
+        """Raises:
+        LeaveGeneration: if the generation has ended by a loss.
+        """
         if self.link.over():
             raise LeaveGeneration
-        return self.link.reach(step)
 
     def leave_at_boundary(self) -> None:
         """Wait for the planned change; returns if it is taken back, leaves the user's function if it is committed."""
@@ -211,6 +217,9 @@ class Session:
                 return
         step = self.link.step
         text = "".join(traceback.format_exception_only(error)).strip()
+        if isinstance(error, SystemExit):
+            text = f"the elastic function was left by sys.exit({error.code!r})"
+        text = f"rank {record.members.index(self.link.member)}: {text}"
         # Before any socket closes: the others' errors are consequences of this one.
         self.tell(UserFailed(generation=record.generation, step=step, text=text))
         get_error_handler().record_exception(error)  # torchrun's error file
@@ -220,7 +229,7 @@ class Session:
         self._clean_up()
         rank = self.record.members.index(self.link.member) if self.record else -1
         sys.excepthook = functools.partial(_one_line, rank, sys.excepthook)
-        raise PeerFailed(f"another rank ended the job: {record.error}")
+        raise PeerFailed(f"the job was ended: {record.error}") from None
 
     def _clean_up(self) -> None:
         """Drop everything that belonged to the generation."""

@@ -8,6 +8,7 @@ same, and have it behind them when they tell the garbage collector what stays.
 from __future__ import annotations
 
 import logging
+import sys
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ def rehearse(device: torch.device) -> None:
     """Form a group of one, train one step of a tiny FSDP2 model, forget everything. Failures only cost the warmth."""
     if dist.is_initialized():
         return
-    state = torch.get_rng_state()
+    state, hook = torch.get_rng_state(), sys.excepthook
     try:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
@@ -41,3 +42,4 @@ def rehearse(device: torch.device) -> None:
         logger.warning("warming up failed, joining cold: %s", error)
     finally:
         torch.set_rng_state(state)
+        sys.excepthook = hook

@@ -105,6 +105,7 @@ def test_a_module_and_a_program(tmp_path: Path) -> None:
         (["--nnodes=3:2", "SCRIPT"], "--nnodes must be at least 1 and MIN at most MAX"),
         (["--nproc-per-node=some", "SCRIPT"], "nproc"),
         (["--max-restarts=-1", "SCRIPT"], "max_restarts must be >= 0"),
+        (["--nproc-per-node=0", "SCRIPT"], "--nproc-per-node must be at least 1"),
     ],
 )
 def test_nonsense_is_one_clear_error(stock: Path, args: list[str], message: str) -> None:

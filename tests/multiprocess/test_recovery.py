@@ -172,7 +172,7 @@ def test_a_users_error_ends_the_job_and_is_shown(tmp_path: Path) -> None:
     with job(tmp_path, "--raise-at", "7", "--exit-rank", "1") as running:
         assert running.finish(120) == 1, running.output
         assert "ValueError: a bug at step 7" in running.output
-        assert "the job failed: ValueError: a bug at step 7" in running.output
+        assert "the job failed: rank 1: ValueError: a bug at step 7" in running.output
         assert "local_rank: 1" in running.output
         assert running.leftovers() == []
 
@@ -201,7 +201,7 @@ def test_keeper_killed(tmp_path: Path) -> None:
         assert second.source is not None
         assert second.source.step >= 55
         check_restored_bit_for_bit(tmp_path)
-        assert (tmp_path / "ckpt" / "step-000000250.g3" / "manifest.json").exists() or "step 250" in running.output
+        assert max(path.parent.name for path in (tmp_path / "ckpt").glob("*/manifest.json"))[:14] == "step-000000250"
         assert running.leftovers() == []
 
 

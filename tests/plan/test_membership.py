@@ -202,7 +202,7 @@ def test_nobody_plans_a_change_while_ranks_are_done() -> None:
 
 
 def test_a_script_without_boundaries_grows_at_once_after_a_while() -> None:
-    """No steps(): the change costs the running step, but it comes."""
+    """No steps(): the change costs the running step, but it comes; not where there is no state to resume."""
     bench = running()
     bench.feed(m.WorkerExited("n/1.0", -9))
     bench.run_for(1)
@@ -211,6 +211,9 @@ def test_a_script_without_boundaries_grows_at_once_after_a_while() -> None:
         bench.say(member, Stage(generation=2, stage="formed", at=bench.now))
     bench.run_for(m.RESPAWN_AFTER)
     bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.run_for(30)
+    assert bench.record.generation == 2
+    bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 5), text=""))
     bench.run_for(10)
     assert bench.record.generation == 3
     assert bench.record.boundary is None
