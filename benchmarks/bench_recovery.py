@@ -2,32 +2,26 @@
 
     python benchmarks/bench_recovery.py [--kills 7] [--peer-kills 3]
 
-In the same run: the same script under torchrun (which restarts all processes), the cost of the torch calls alone, and
-NVIDIA's in-process wrapper if it is installed.  Times are medians; the machine's noise is in the spread beside them.
+In the same run: the same script under torchrun, which restarts all processes, and the cost of the torch calls alone.
+Times are medians; the machine's noise is in the spread beside them.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import itertools
 import os
 import platform
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from resilient_train.events import STAGES, Incident, incidents
 from resilient_train.testing.job import Job
@@ -120,53 +114,6 @@ def torchrun(kills: int, folder: Path) -> list[float]:
     return times
 
 
-def nvrx(runs: int, folder: Path, mode: str) -> list[float]:
-    """NVIDIA's in-process wrapper, one kill a run (its killed processes are not replaced; rank 0 must live)."""
-    times = []
-    for run in range(runs):
-        metrics = Metrics(folder / f"nvrx-{mode}-{run}")
-        store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, str(HERE / "scripts" / "nvrx.py"), str(folder / f"nvrx-{mode}-{run}"), mode]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env |= {"WORLD_SIZE": str(RANKS), "STORE_PORT": str(store.port)}
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            for rank in range(RANKS)
-        ]
-        try:
-            poll(lambda m=metrics: len(m.rows()) >= 40 * RANKS, ranks[0], "work")
-            killed = time.monotonic()
-            ranks[2].kill()
-            poll(
-                lambda m=metrics: len({r[3] for r in m.rows() if r[1] == RANKS - 1}) == RANKS - 1, ranks[0], "recovery"
-            )
-            times.append(last_first_step([r for r in metrics.rows() if r[1] == RANKS - 1], killed))
-        finally:
-            for process in ranks:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    return times
-
-
-def poll(condition: Callable[[], bool], process: subprocess.Popen[bytes], what: str) -> None:
-    """Look a few times a second."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{what} did not happen")
-        time.sleep(0.25)
-
-
 def floor(runs: int) -> list[tuple[float, float, float]]:
     """(seen, formed, stepped) in plain torch."""
     found = []
@@ -198,15 +145,9 @@ def main() -> None:
         base = statistics.median(mine)
         bottom = floor(args.peer_kills)
         theirs = torchrun(args.peer_kills, folder)
-        peers = {}
-        if importlib.util.find_spec("nvidia_resiliency_ext") is not None:
-            for mode in ("default", "tuned"):
-                peers[mode] = nvrx(args.peer_kills, folder, mode)
     print(f"{'kill to first finished step of all, seconds':<46}{'median':>8}   {'min .. max':>17}")
     print(row("resilient_train, 3 survivors, state resharded", mine, base))
     print(row("torchrun, all 4 processes restarted", theirs, base))
-    for mode, values in peers.items():
-        print(row(f"NVRx in-process ({mode}), nothing restored", values, base))
     print(row("plain torch calls alone, nothing restored", [stepped for _, _, stepped in bottom], base))
     print(f"\na usual step on 4 ranks takes {usual:.3f} s")
     print(f"ours above the floor: {base - statistics.median(s for _, _, s in bottom):.3f} s")
@@ -219,9 +160,6 @@ def main() -> None:
             print(f"  {stage.replace('_', ' '):<12}{statistics.median(values):7.0f}")
     parts = [statistics.median(column) * 1000 for column in zip(*bottom, strict=True)]
     print("where the floor goes: seen {:.0f}, formed {:.0f}, stepped {:.0f}".format(*parts))
-    if not peers:
-        print("nvidia_resiliency_ext is not installed, not measured")
-    print("torchft is not measured: it replaces whole replica groups and does not serve FSDP alone")
 
 
 if __name__ == "__main__":
