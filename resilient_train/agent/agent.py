@@ -375,6 +375,9 @@ class Agent:
             return
         assert self._keeper.channel is not None
         self._selector.register(self._keeper.channel, selectors.EVENT_READ, self._read_keeper)
+        # Who ended while there was no keeper to hear of it.
+        for owner in self._keeper.owners() - {worker.member for worker in self._workers.running()}:
+            self._keeper.tell(Gone(member=owner))
 
     def _read_keeper(self) -> None:
         channel = self._keeper.channel

@@ -71,6 +71,10 @@ class KeeperProcess:
             return False
         return True
 
+    def owners(self) -> set[str]:
+        """The workers whose slots the agent holds."""
+        return {owner for _, owner in self._deposits.values()}
+
     def take_in(self, message: Message, descriptors: list[int]) -> bool:
         """Handle deposits and withdrawals; whether ``message`` was one."""
         if isinstance(message, Deposit) and descriptors:

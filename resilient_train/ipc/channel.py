@@ -49,7 +49,8 @@ class Channel:
                 if descriptors:
                     sent = socket.send_fds(self._socket, [data], list(descriptors))
                     data = data[sent:]
-                self._socket.sendall(data)
+                if data:  # Even sending nothing fails once the peer has read its message and hung up.
+                    self._socket.sendall(data)
             except OSError as error:
                 raise LinkLost(f"the other end of a local connection is gone: {error}") from error
 
