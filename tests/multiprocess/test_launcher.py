@@ -21,7 +21,8 @@ rank, attempt = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
 total = torch.ones(1)
 dist.all_reduce(total)
 names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "TORCHELASTIC_MAX_RESTARTS")
-print("rank", rank, "sum", int(total), "attempt", attempt, [os.environ[name] for name in names], flush=True)
+line = f"rank {rank} sum {int(total)} attempt {attempt} {[os.environ[name] for name in names]}"
+os.write(1, (line + chr(10)).encode())  # in one piece, because both ranks write to the same pipe
 if "--fail" in sys.argv and rank == 1 and attempt in sys.argv:
     raise ValueError("boom")
 if "--hang" in sys.argv:
