@@ -1,1 +1,0 @@
-"""Nothing a test starts may outlive it."""
