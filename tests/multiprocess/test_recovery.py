@@ -13,6 +13,7 @@ import pytest
 import records
 
 from resilient_train.plan.batch import sample
+from resilient_train.spec.world import Key
 from resilient_train.testing.job import Job
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
@@ -44,17 +45,27 @@ def check_every_batch_once(tmp_path: Path, running: Job, steps: int) -> None:
             assert not used - Counter(expected), (step, generation)
 
 
-def check_restored_bit_for_bit(tmp_path: Path) -> None:
-    """All ranks of every generation restored the same state, and all ended with the same one."""
-    by_generation: dict[int, set[str]] = {}
-    finals = set()
-    for record in records.read(tmp_path / "record"):
-        if "restored" in record:
-            by_generation.setdefault(record["generation"], set()).add(record["digest"])
-        if "final" in record:
-            finals.add(record["final"])
-    assert all(len(digests) == 1 for digests in by_generation.values()), by_generation
-    assert len(finals) == 1
+def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
+    """Parameters and optimizer state that any rank restored equal, bit for bit, those that the world before had at
+    that step, and all ranks ended with the same ones."""
+    log = records.restores(running.events())
+    found = records.read(tmp_path / "record")
+    lineage = {restore.generation: restore.lineage for restore in log}
+    finished: dict[Key, set[str]] = {}
+    for record in found:
+        if "step" in record and record["generation"] in lineage:
+            key = Key(lineage[record["generation"]], record["step"] + 1)
+            finished.setdefault(key, set()).add(record["digest"])
+    sources = {restore.generation: restore.source for restore in log}
+    compared = 0
+    for record in found:
+        source = sources.get(record["generation"])
+        if "restored" in record and source is not None:
+            assert record["restored"] == source.step
+            assert {record["digest"]} == finished[source], (record["generation"], source)
+            compared += 1
+    assert compared >= sum(source is not None for source in sources.values()) > 0
+    assert len({record["final"] for record in found if "final" in record}) == 1
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
@@ -71,7 +82,7 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         assert {m: p for m, p in before.items() if m != "n0/2.0"} == {m: p for m, p in after.items() if m in before}
         assert "n0/2.1" in after
         check_every_batch_once(tmp_path, running, 400)
-        check_restored_bit_for_bit(tmp_path)
+        check_restored_bit_for_bit(tmp_path, running)
         grown = next(r for r in records.restores(running.events()) if r.generation == 3)
         finished = [r["step"] for r in records.read(tmp_path / "record") if r.get("generation") == 2 and "step" in r]
         assert grown.source is not None
@@ -107,7 +118,7 @@ def test_twenty_kills_at_random_instants(tmp_path: Path) -> None:
         assert (tmp_path / "record" / "killed").exists()
         assert kills == 19
         check_every_batch_once(tmp_path, running, steps)
-        check_restored_bit_for_bit(tmp_path)
+        check_restored_bit_for_bit(tmp_path, running)
         check_memory_is_flat(tmp_path)
         assert running.leftovers() == []
 
@@ -200,8 +211,25 @@ def test_keeper_killed(tmp_path: Path) -> None:
         second = next(r for r in records.restores(running.events()) if r.generation == 2)
         assert second.source is not None
         assert second.source.step >= 55
-        check_restored_bit_for_bit(tmp_path)
+        check_restored_bit_for_bit(tmp_path, running)
         assert max(path.parent.name for path in (tmp_path / "ckpt").glob("*/manifest.json"))[:14] == "step-000000250"
+        assert running.leftovers() == []
+
+
+def test_a_rank_and_the_keeper_killed_at_the_same_instant(tmp_path: Path) -> None:
+    """The agent's copy of the memory is enough: the survivors resume from it and lose no finished step."""
+    with job(tmp_path, "--steps", "120", ranks=3) as running:
+        running.wait_for_line("step 20 size 3", 90)
+        (keeper,) = running.keepers()
+        pid = next(pid for member, pid in running.workers().items() if member == "n0/0.0")
+        os.kill(keeper, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        assert running.finish(120) == 0, running.output
+        second = next(r for r in records.restores(running.events()) if r.generation == 2)
+        assert second.source is not None
+        assert second.source.step >= 20
+        check_every_batch_once(tmp_path, running, 120)
+        check_restored_bit_for_bit(tmp_path, running)
         assert running.leftovers() == []
 
 

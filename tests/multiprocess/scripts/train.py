@@ -1,7 +1,8 @@
 """A small training that writes down everything it did, for tests.
 
 Every rank appends one JSON line per finished step to RECORD/<pid>.jsonl: which samples it used with which weight, in
-which generation, and digests of the state right after it was restored.
+which generation, and the digest of the state that the step ended with; and the digest of a state right after it was
+restored.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def train(world):
         schedule.step()
         if args.step_time:
             time.sleep(args.step_time)
-        write(world, step=step, used=used, loss=total)
+        write(world, step=step, used=used, loss=total, digest=digest(model, optim))
         if world.rank == 0:
             print(f"step {step} size {world.size} generation {world.generation}", flush=True)
     write(world, final=digest(model, optim))
