@@ -58,6 +58,8 @@ class AgentConfig:
     """Abstract address at which workers reach it."""
     stop_timeout: float = 30.0
     """Seconds between SIGTERM and SIGKILL for a worker that is to end."""
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    """Signals that end the job in good order; the third one ends it at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -439,7 +441,7 @@ class Agent:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the job in good order; the third one ends it at once."""
+        """Signals end the job in good order; the third one ends it at once."""
 
         def asked(number: int, frame: FrameType | None) -> None:
             del frame
@@ -447,8 +449,7 @@ class Agent:
             name = signal.Signals(number).name
             self._post(lambda: self._interrupted(name))
 
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        before = {number: signal.signal(number, asked) for number in numbers}
+        before = {number: signal.signal(number, asked) for number in self._settings.signals}
         try:
             yield
         finally:

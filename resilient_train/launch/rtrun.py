@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -81,14 +82,16 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
+    asked = _asked_endpoint(args)
     launch, entrypoint, worker_args = _launch_config(args)
-    host = launch.local_addr or "127.0.0.1"
+    host = launch.local_addr or asked[0]
     address = f"job-{uuid.uuid4().hex}"
     control = serve(host, 0)
     bootstraps: list[Any] = []
 
     def new_bootstrap() -> str:
-        bootstraps.append(serve(host, 0))
+        # The first is where the user wants the ranks to meet; later generations need stores that are new.
+        bootstraps.append(serve(host, 0 if bootstraps else asked[1]))
         # Members of the generation before may still be connected; nobody needs those before it.
         del bootstraps[:-3]
         return f"{host}:{bootstraps[-1].port}"
@@ -114,6 +117,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         limits=Limits(max_restarts=launch.max_restarts),
         address=address,
         stop_timeout=float(getattr(launch, "shutdown_timeout", 30)),
+        signals=_signals(getattr(launch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP")),
     )
     workers = Workers(spec, address)
     sink: Sink = JsonLinesSink(Path(args.log_dir) / "events.jsonl") if write_events else ListSink()
@@ -141,6 +145,26 @@ def _check_script(args: argparse.Namespace) -> None:
         raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")
 
 
+def _asked_endpoint(args: argparse.Namespace) -> tuple[str, int]:
+    """(host, port) where the user wants the ranks to meet; port 0 for any."""
+    endpoint = args.rdzv_endpoint if not args.standalone else ""
+    port = args.master_port
+    if not endpoint and (port is None or port == parser().get_default("master_port")):
+        return args.master_addr, 0
+    host, _, text = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "0")
+    host, text = (host, text) if endpoint else (args.master_addr, str(port))
+    if not text.isdigit() or int(text) > 65535:
+        raise ConfigError(f"the endpoint must be HOST:PORT, it is {endpoint or text!r}")
+    return host or "127.0.0.1", int(text)
+
+
+def _signals(names: str) -> tuple[signal.Signals, ...]:
+    try:
+        return tuple(signal.Signals[name.strip()] for name in names.split(",") if name.strip())
+    except KeyError as error:
+        raise ConfigError(f"--signals-to-handle={names}: there is no signal {error.args[0]}") from None
+
+
 def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
     """torchrun's own reading of its flags."""
     try:
@@ -151,6 +175,8 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         raise ConfigError(f"--nnodes must be at least 1 and MIN at most MAX, it is {args.nnodes!r}")
     if min_nodes > 1:
         raise ConfigError(f"this version of rtrun runs one node; --nnodes={args.nnodes} needs at least {min_nodes}")
+    if not 0 <= args.node_rank < max_nodes:
+        raise ConfigError(f"--node-rank={args.node_rank} is not one of {max_nodes} nodes")
     if args.master_port is None:
         args.master_port = 29500
     try:

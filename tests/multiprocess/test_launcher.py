@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,24 @@ def test_the_group_restarts_until_max_restarts(stock: Path, tmp_path: Path) -> N
         assert "rank 1 sum 2 attempt 2" in job.output
 
 
+@pytest.mark.parametrize("flag", ["--master-port={}", "--rdzv-endpoint=127.0.0.1:{}"])
+def test_the_ranks_meet_where_the_user_says(tmp_path: Path, flag: str) -> None:
+    """MASTER_ADDR and MASTER_PORT are the endpoint that was asked for; one that is taken is an error that says so."""
+    script = tmp_path / "where.py"
+    script.write_text("import os; print('at', os.environ['MASTER_ADDR'], os.environ['MASTER_PORT'])")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = [*RTRUN, flag.format(port), str(script)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert result.returncode != 0
+        assert f"cannot serve a store on 127.0.0.1:{port}" in result.stderr
+        assert "Traceback" not in result.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert f"at 127.0.0.1 {port}" in result.stdout, result.stderr
+
+
 def test_a_failure_without_restarts_is_shown(stock: Path, tmp_path: Path) -> None:
     """Exit code 1, torchrun's report, the rank that failed."""
     with Job(stock, ["--fail", "0"], flags=["--nproc-per-node=2"], log_dir=tmp_path / "logs") as job:
@@ -107,6 +126,9 @@ def test_a_module_and_a_program(tmp_path: Path) -> None:
         (["--nproc-per-node=some", "SCRIPT"], "nproc"),
         (["--max-restarts=-1", "SCRIPT"], "max_restarts must be >= 0"),
         (["--nproc-per-node=0", "SCRIPT"], "--nproc-per-node must be at least 1"),
+        (["--node-rank=1", "SCRIPT"], "--node-rank=1 is not one of 1 nodes"),
+        (["--rdzv-endpoint=localhost:many", "SCRIPT"], "the endpoint must be HOST:PORT, it is 'localhost:many'"),
+        (["--signals-to-handle=SIGTERM,SIGNOTHING", "SCRIPT"], "there is no signal SIGNOTHING"),
     ],
 )
 def test_nonsense_is_one_clear_error(stock: Path, args: list[str], message: str) -> None:
