@@ -172,7 +172,7 @@ def test_all_ranks_killed_at_once(tmp_path: Path) -> None:
         running.wait_for_line("step 10 size 4", 90)
         running.kill(0, 1, 2, 3)
         assert running.finish(180) == 0, running.output
-        second = next(r for r in records.restores(running.events()) if r.generation == 2)
+        second = records.restores(running.events())[1]
         assert second.source is not None
         assert second.source.step >= 10
         check_every_batch_once(tmp_path, running, 60)
@@ -208,7 +208,7 @@ def test_keeper_killed(tmp_path: Path) -> None:
         running.kill(1)
         running.wait_for_line("size 3 generation 2", 30)
         assert running.finish(120) == 0, running.output
-        second = next(r for r in records.restores(running.events()) if r.generation == 2)
+        second = records.restores(running.events())[1]
         assert second.source is not None
         assert second.source.step >= 55
         check_restored_bit_for_bit(tmp_path, running)
@@ -225,7 +225,7 @@ def test_a_rank_and_the_keeper_killed_at_the_same_instant(tmp_path: Path) -> Non
         os.kill(keeper, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
         assert running.finish(120) == 0, running.output
-        second = next(r for r in records.restores(running.events()) if r.generation == 2)
+        second = records.restores(running.events())[1]
         assert second.source is not None
         assert second.source.step >= 20
         check_every_batch_once(tmp_path, running, 120)
