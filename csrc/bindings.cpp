@@ -1,8 +1,13 @@
 // Python's view of the native engine: raw addresses and sizes in, no ownership of anybody's memory.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
+#include "copier.hpp"
 #include "crc32c.hpp"
 #include "publish.hpp"
 
@@ -14,6 +19,32 @@ namespace {
 std::uint64_t* aligned(std::uintptr_t address) {
   if (address == 0 || address % 8 != 0) throw nb::value_error("address must be non-zero and a multiple of 8");
   return reinterpret_cast<std::uint64_t*>(address);
+}
+
+using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool>;
+
+void bind_copier(nb::module_& m) {
+  using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<rt::Copier>(m, "Copier", "Fills images of one layout in the background.")
+      .def(
+          "__init__",
+          [](rt::Copier* self, const std::vector<PieceTuple>& pieces, std::size_t data_start, std::size_t table_start,
+             unsigned threads) {
+            std::vector<rt::Piece> copied;
+            copied.reserve(pieces.size());
+            for (const auto& [at, source, size, now] : pieces) copied.push_back({at, source, size, now});
+            new (self) rt::Copier(std::move(copied), data_start, table_start, threads);
+          },
+          nb::arg("pieces"), nb::arg("data_start"), nb::arg("table_start"), nb::arg("threads") = 1)
+      .def(
+          "start",
+          [](rt::Copier& self, std::uintptr_t image, bool all_now) {
+            self.start(reinterpret_cast<unsigned char*>(image), all_now);
+          },
+          nb::arg("image"), nb::arg("all_now") = false, Unlocked(), "Begin to fill the image at an address.")
+      .def("running", &rt::Copier::running, "Whether a copy is running.")
+      .def("wait", &rt::Copier::wait, Unlocked(), "Block until no copy is running.")
+      .def("changed", &rt::Copier::changed, Unlocked(), "Indices of pieces whose source is not what was copied.");
 }
 
 }  // namespace
@@ -34,14 +65,6 @@ NB_MODULE(_native, m) {
       },
       nb::arg("data"), nb::arg("size"), nb::arg("crc") = 0, "The same by tables, for tests.");
   m.def(
-      "copy_crc32c",
-      [](std::uintptr_t target, std::uintptr_t source, std::size_t size, std::uint32_t crc) {
-        nb::gil_scoped_release unlocked;
-        return rt::copy_crc32c(crc, reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), size);
-      },
-      nb::arg("target"), nb::arg("source"), nb::arg("size"), nb::arg("crc") = 0,
-      "Copy `size` bytes and return their CRC32C.");
-  m.def(
       "publish", [](std::uintptr_t word, std::uint64_t value) { rt::publish(aligned(word), value); }, nb::arg("word"),
       nb::arg("value"), "Release-store a 64-bit word.");
   m.def(
@@ -50,4 +73,5 @@ NB_MODULE(_native, m) {
   m.def(
       "observe", [](std::uintptr_t word) { return rt::observe(aligned(word)); }, nb::arg("word"),
       "Acquire-load a 64-bit word.");
+  bind_copier(m);
 }

@@ -9,6 +9,11 @@ namespace resilient_train {
 // Extends `crc` (0 to begin) over `size` bytes at `data`. Thread-safe; never fails.
 std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noexcept;
 
+// Copies `size` bytes from `source` to `target` (which do not overlap) past the caches, so that the copy of a large
+// image neither reads the target's old bytes nor evicts what the program is working with; returns
+// crc32c(crc, source, size). The copy is visible to other threads when this returns. Thread-safe; never fails.
+std::uint32_t stream_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept;
+
 // Copies `size` bytes from `source` to `target` (which do not overlap) and returns crc32c(crc, source, size), reading
 // the source once. Thread-safe; never fails.
 std::uint32_t copy_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept;

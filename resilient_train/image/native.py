@@ -8,23 +8,56 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from resilient_train.spec.shard import BLOCK
+
 Words = npt.NDArray[np.uint32]
+
+
+class Copier(Protocol):
+    """Fills images of one layout in the background; see `csrc/copier.hpp`."""
+
+    def start(self, image: int, all_now: bool = False) -> None:
+        """Begin to fill the image at address ``image``; what is not lazy is copied when this returns."""
+        ...
+
+    def running(self) -> bool:
+        """Whether a copy is running."""
+        ...
+
+    def wait(self) -> None:
+        """Block until no copy is running; other Python threads go on."""
+        ...
+
+    def changed(self) -> list[int]:
+        """Indices of the pieces whose sources differ from what was copied."""
+        ...
+
+
+Piece = tuple[int, int, int, bool]
+"""(byte of the image, address of the source or 0 if the bytes stand there already, size, copied at once)."""
 
 
 class Engine(Protocol):
     """What `csrc` exports."""
 
-    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
-        """CRC32C of ``size`` bytes at address ``data``, continuing ``crc``."""
+    def Copier(  # noqa: N802
+        self, pieces: Sequence[Piece], data_start: int, table_start: int, threads: int = 1
+    ) -> Copier:
+        """A copier of ``pieces``, which follow each other from ``data_start`` to ``table_start``.
+
+        Raises:
+            ValueError: if they do not.
+        """
         ...
 
-    def copy_crc32c(self, target: int, source: int, size: int, crc: int = 0) -> int:
-        """Copy ``size`` bytes and return their CRC32C, continuing ``crc``."""
+    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
+        """CRC32C of ``size`` bytes at address ``data``, continuing ``crc``."""
         ...
 
     def publish(self, word: int, value: int) -> None:
@@ -40,18 +73,61 @@ class Engine(Protocol):
         ...
 
 
+class PythonCopier:
+    """The fallback: everything is copied and summed at once, nothing in the background."""
+
+    def __init__(self, pieces: Sequence[Piece], data_start: int, table_start: int) -> None:
+        at = data_start
+        for index, (begin, _, size, _) in enumerate(pieces):
+            if begin != at or size > table_start - at:
+                raise ValueError(f"piece {index} does not follow the one before it")
+            at += size
+        if at != table_start:
+            raise ValueError("the pieces end before the checksums begin")
+        self._pieces = [piece for piece in pieces if piece[1] and piece[2]]
+        self._indices = [index for index, piece in enumerate(pieces) if piece[1] and piece[2]]
+        self._data, self._table = data_start, table_start
+        self._image = 0
+
+    def start(self, image: int, all_now: bool = False) -> None:
+        del all_now
+        self._image = image
+        for at, source, size, _ in self._pieces:
+            ctypes.memmove(image + at, source, size)
+        sums = [_sum(image + at, min(BLOCK, self._table - at)) for at in range(self._data, self._table, BLOCK)]
+        table = b"".join(value.to_bytes(4, "little") for value in sums)
+        ctypes.memmove(image + self._table, table, len(table))
+
+    def running(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        pass
+
+    def changed(self) -> list[int]:
+        found = []
+        for index, (at, source, size, _) in zip(self._indices, self._pieces, strict=True):
+            if ctypes.string_at(self._image + at, size) != ctypes.string_at(source, size):
+                found.append(index)
+        return found
+
+
+def _sum(address: int, size: int, crc: int = 0) -> int:
+    buffer = (ctypes.c_ubyte * size).from_address(address)
+    return crc32c_numpy(np.frombuffer(memoryview(buffer), dtype=np.uint8), crc)
+
+
 class PythonEngine:
     """The fallback: numpy for checksums, plain stores for publication (enough on x86, which keeps store order)."""
 
-    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
-        if size == 0:
-            return crc
-        buffer = (ctypes.c_ubyte * size).from_address(data)
-        return crc32c_numpy(np.frombuffer(memoryview(buffer), dtype=np.uint8), crc)
+    def Copier(  # noqa: N802
+        self, pieces: Sequence[Piece], data_start: int, table_start: int, threads: int = 1
+    ) -> Copier:
+        del threads
+        return PythonCopier(pieces, data_start, table_start)
 
-    def copy_crc32c(self, target: int, source: int, size: int, crc: int = 0) -> int:
-        ctypes.memmove(target, source, size)
-        return self.crc32c(target, size, crc)
+    def crc32c(self, data: int, size: int, crc: int = 0) -> int:
+        return _sum(data, size, crc) if size else crc
 
     def publish(self, word: int, value: int) -> None:
         ctypes.c_uint64.from_address(word).value = value

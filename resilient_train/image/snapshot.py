@@ -1,19 +1,25 @@
-"""Write a shard image: tensors and non-tensor state into a slot, published atomically.
+"""Write a shard image: tensors and non-tensor state into a slot, in the background, published atomically.
 
 The writer zeroes the slot's first eight bytes before it touches anything, copies, and stores them last.  Whoever finds
 them zero finds no image; a process killed in between leaves no image.
+
+Parts that are *lazy* are copied while the program goes on, because nobody changes them before the next optimizer step.
+Nobody can be forced to keep to that, so it is checked: by the version counters of the tensors, which ordinary in-place
+operations count up, and in an *audit* by the bytes themselves.  An audited image is copied at once, and its sources are
+compared with it at the time when a lazy copy would have had to be finished.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from resilient_train.errors import FormatError
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import engine
-from resilient_train.spec.shard import BLOCK, ImageLayout, Stamp
+from resilient_train.spec.shard import Entry, ImageLayout, Stamp
 from resilient_train.spec.world import Key
 
 DTYPES: dict[torch.dtype, str] = {
@@ -37,100 +43,150 @@ DTYPES: dict[torch.dtype, str] = {
 TORCH_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPES.items()}
 
 
-class SlotWriter:
-    """Writes successive images of one layout into slots that it has exclusive use of."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One entry of an image and where its bytes come from."""
 
-    def __init__(self, layout: ImageLayout, rank: int, world: int) -> None:
+    entry: Entry
+    """What it is."""
+    sources: tuple[torch.Tensor, ...]
+    """Local tensors, any device, any strides, whose elements one after the other are the entry's bytes."""
+    watched: tuple[torch.Tensor, ...] = ()
+    """Tensors whose version counters tell of changes to the sources."""
+    lazy: bool = False
+    """Whether the sources may be copied in the background."""
+    fixed: bool = False
+    """Whether later snapshots copy from the same addresses."""
+
+
+def addressable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes can be copied from where they stand."""
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+class ImageWriter:
+    """Writes successive images of one layout into slots that it has exclusive use of, one at a time."""
+
+    def __init__(self, layout: ImageLayout, parts: Sequence[Part], rank: int, world: int, threads: int = 1) -> None:
+        """Args:
+        layout: where everything stands.
+        parts: what fills ``layout.entries``, in their order.
+        rank: whose image it is.
+        world: number of ranks.
+        threads: native threads that copy.
+        """
+        if [part.entry for part in parts] != list(layout.entries):
+            raise FormatError("the parts are not the layout's")
         self.layout = layout
         self._rank = rank
         self._world = world
+        self._slot: Slot | None = None
+        self._stamp: Stamp | None = None
+        self._audited = False
+        pieces: list[tuple[int, int, int, bool]] = []
+        self._owners: list[int] = []
+        """piece -> part"""
+        self._placed: list[int] = []
+        """parts that are copied by torch at every snapshot"""
+        for index, (part, start) in enumerate(zip(parts, layout.starts, strict=True)):
+            at = start
+            direct = part.fixed and all(addressable(source) for source in part.sources)
+            if not direct:
+                self._placed.append(index)
+            for source in part.sources:
+                size = source.numel() * source.element_size()
+                pieces.append((at, source.data_ptr() if direct else 0, size, not part.lazy))
+                self._owners.append(index)
+                at += size
+            if at != start + part.entry.nbytes:
+                raise FormatError(f"{part.entry.name}: its sources have {at - start} bytes, {part.entry.nbytes} belong")
+        pieces.append((layout.json_start, 0, layout.json_capacity, True))
+        self._names = [part.entry.name for part in parts]
+        self._watched = [(i, tensor) for i, part in enumerate(parts) if part.lazy for tensor in part.watched]
+        self._versions: list[int] = []
+        self._copier = engine.Copier(pieces, layout.data_start, layout.crc_start, threads)
 
-    def write(self, slot: Slot, key: Key, tensors: Sequence[torch.Tensor], json_bytes: bytes) -> bool:
-        """Write and publish one image.
+    def begin(self, slot: Slot, key: Key, parts: Sequence[Part], document: bytes, *, audit: bool = False) -> bool:
+        """Begin to write one image; `conclude` must follow before the next.
+
+        When this returns, everything but the lazy parts has been copied.
 
         Args:
-            slot: at least ``layout.total`` bytes.
+            slot: of exactly ``layout.total`` bytes.
             key: the state's identity.
-            tensors: the stored parts in the order of ``layout.entries``; any device, any strides.
-            json_bytes: non-tensor state, at most ``layout.json_capacity`` bytes.
+            parts: as at construction, with the present sources of those that are not fixed.
+            document: non-tensor state, at most ``layout.json_capacity`` bytes.
+            audit: copy everything at once, for `changed` to compare with later.
 
         Returns:
             False, with nothing touched, if somebody is reading the slot.
 
         Raises:
-            FormatError: if the tensors or the JSON do not fit the layout.
+            FormatError: if the state does not fit the layout.
         """
         layout = self.layout
-        if len(json_bytes) > layout.json_capacity or slot.size != layout.total or len(tensors) != len(layout.entries):
+        if len(document) > layout.json_capacity or slot.size != layout.total or self._slot is not None:
             raise FormatError("the state does not fit the image's layout")
         if not slot.try_lock(exclusive=True):
             return False
         try:
             engine.retract(slot.address)
             slot.map[8 : layout.data_start] = layout.header[8:]
-            sums = _BlockSums(slot, layout)
-            for start, tensor in zip(layout.starts, tensors, strict=True):
-                sums.copy(start, tensor)
-            padded = json_bytes.ljust(layout.json_capacity)
-            slot.map[layout.json_start : layout.crc_start] = padded
-            sums.add(layout.json_start, layout.json_capacity)
-            table = b"".join(value.to_bytes(4, "little") for value in sums.finish())
-            slot.map[layout.crc_start : layout.crc_start + len(table)] = table
-            crc = engine.crc32c(slot.address + layout.crc_start, len(table))
-            stamp = Stamp(key=key, rank=self._rank, world=self._world, json_length=len(json_bytes), crc=crc)
-            for at, value in stamp.fields():
-                slot.map[at : at + len(value)] = value
-            engine.publish(slot.address, layout.data_start - 8)
-        finally:
+            for index in self._placed:
+                _place(slot, layout.starts[index], parts[index].sources)
+            slot.map[layout.json_start : layout.crc_start] = document.ljust(layout.json_capacity)
+            self._versions = [tensor._version for _, tensor in self._watched]
+            self._copier.start(slot.address, audit)
+        except BaseException:
             slot.unlock()
+            raise
+        self._slot, self._audited = slot, audit
+        self._stamp = Stamp(key=key, rank=self._rank, world=self._world, json_length=len(document), crc=0)
         return True
 
+    def wait(self) -> None:
+        """Block until the copy is complete; afterwards the sources may change."""
+        self._copier.wait()
 
-class _BlockSums:
-    """Checksums of consecutive 1 MiB blocks, fed in file order."""
+    def conclude(self) -> list[str]:
+        """Wait for the copy, then publish the image, or drop it if a source was changed meanwhile.
 
-    def __init__(self, slot: Slot, layout: ImageLayout) -> None:
-        self._slot = slot
-        self._start = layout.data_start
-        self._at = layout.data_start
-        self._crc = 0
-        self._sums: list[int] = []
+        Returns:
+            Names of the entries that were changed; with any, there is no image.
+        """
+        slot, stamp = self._slot, self._stamp
+        if slot is None or stamp is None:
+            raise FormatError("no image is being written")
+        self._copier.wait()
+        torn = [] if self._audited else self._torn()
+        if not torn:
+            layout = self.layout
+            crc = engine.crc32c(slot.address + layout.crc_start, 4 * layout.blocks)
+            tail = layout.crc_start + 4 * layout.blocks
+            slot.map[tail : layout.total] = bytes(layout.total - tail)
+            for at, value in Stamp(
+                key=stamp.key, rank=stamp.rank, world=stamp.world, json_length=stamp.json_length, crc=crc
+            ).fields():
+                slot.map[at : at + len(value)] = value
+            engine.publish(slot.address, layout.data_start - 8)
+        slot.unlock()
+        self._slot = None
+        return torn
 
-    def copy(self, start: int, tensor: torch.Tensor) -> None:
-        """Copy a tensor's elements to ``start`` and sum them."""
-        size = tensor.numel() * tensor.element_size()
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
-            self._feed(start, size, tensor.data_ptr())
-            return
-        if size:
-            target = torch.frombuffer(self._slot.map, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-            target.view(tensor.shape).copy_(tensor)
-        self.add(start, size)
+    def _torn(self) -> list[str]:
+        pairs = zip(self._watched, self._versions, strict=True)
+        return sorted({self._names[index] for (index, tensor), version in pairs if tensor._version != version})
 
-    def add(self, start: int, size: int) -> None:
-        """Sum bytes that already stand in the slot."""
-        self._feed(start, size, None)
+    def changed(self) -> list[str]:
+        """Names of the entries whose sources differ from the audited image that was written last."""
+        return sorted({self._names[self._owners[piece]] for piece in self._copier.changed()})
 
-    def _feed(self, start: int, size: int, source: int | None) -> None:
-        if start != self._at:
-            raise FormatError(f"image data out of order: expected byte {self._at}, got {start}")
-        done = 0
-        while done < size:
-            room = BLOCK - (self._at - self._start) % BLOCK
-            n = min(room, size - done)
-            target = self._slot.address + self._at
-            if source is None:
-                self._crc = engine.crc32c(target, n, self._crc)
-            else:
-                self._crc = engine.copy_crc32c(target, source + done, n, self._crc)
-            self._at += n
-            done += n
-            if n == room:
-                self._sums.append(self._crc)
-                self._crc = 0
 
-    def finish(self) -> list[int]:
-        """All sums, the last block's included."""
-        if (self._at - self._start) % BLOCK:
-            self._sums.append(self._crc)
-        return self._sums
+def _place(slot: Slot, start: int, sources: Sequence[torch.Tensor]) -> None:
+    at = start
+    for source in sources:
+        count = source.numel()
+        if count:
+            target = torch.frombuffer(slot.map, dtype=source.dtype, count=count, offset=at)
+            target.view(source.shape).copy_(source)
+        at += count * source.element_size()

@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError, UnsupportedState
+from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError
 from resilient_train.image.reader import ImageReader
-from resilient_train.image.snapshot import SlotWriter
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
-from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key, Restore, ancestry
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker import host
 from resilient_train.worker.fill import fill
+from resilient_train.worker.slots import OwnSlot
+from resilient_train.worker.snapshots import Snapshots
 from resilient_train.worker.sources import MemorySource, TierSource
-from resilient_train.worker.state import Capture, State
+from resilient_train.worker.state import State
 from resilient_train.worker.world import World
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ class Checkpointer:
             often where writing takes more than a tenth of the time. The last state is made durable in any case when
             the job ends.
         keep_last: durable checkpoints to keep.
+        lazy: copy parameters and optimizer state during the next forward and backward, up to the next
+            ``optimizer.step()``. False: copy everything at the boundary, which is needed where optimizers step without
+            their hooks (captured CUDA graphs).
 
     Raises:
         ConfigError: for a malformed argument.
@@ -76,6 +79,7 @@ class Checkpointer:
         snapshot_every: int = 1,
         persist_every: int | str = "auto",
         keep_last: int = 3,
+        lazy: bool = True,
     ) -> None:
         if not isinstance(state, State):
             raise ConfigError(f"Checkpointer needs an rt.State, got {type(state).__name__}")
@@ -104,17 +108,17 @@ class Checkpointer:
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
-        self._writer: SlotWriter | None = None
-        self._planned: tuple[Entry, ...] = ()
+        self._snapshots = Snapshots(state, self._host, self._rank, self._size, lazy=lazy)
+        self._to_hand_over: Key | None = None
         self._lineage = 0
         self._restores: list[Restore] = []
         self._base: Key | None = None
-        self._newest: Key | None = None
         self._handed_over: Key | None = None
         self._pending: set[Key] = set()
         self._skipped = 0
         self._step: int | None = None
         self._host.on_leave(self._detach)
+        self._host.before_end = self._finish
 
     # ---- stepping ---------------------------------------------------------------------------------------------------
 
@@ -135,16 +139,21 @@ class Checkpointer:
     def _boundary(self, step: int, total: int) -> None:
         self._step = step
         stopping = self._host.reach(step)
-        due = step % self._snapshot_every == 0 or self._newest is None or step == total or stopping
-        if due and self._newest != Key(self._lineage, step):
+        newest = self._snapshots.newest
+        due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
+        if due and newest != Key(self._lineage, step):
             self.snapshot()
+        if step == total or stopping:
+            self._finish()
         if stopping:
             self._host.leave_at_boundary()
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def snapshot(self, step: int | None = None) -> bool:
-        """Copy the state to shared memory now; whether that was possible without waiting.
+        """Save the state as it is now to shared memory; whether there was a free slot for it.
+
+        Returns at once; the copy is complete before the next optimizer step.
 
         Must be called by all ranks at the same step, after `restore` or within `steps`.
 
@@ -161,27 +170,18 @@ class Checkpointer:
             raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
         key = Key(self._lineage, self._step)
-        if self._newest is not None and key <= self._newest:
+        newest = self._snapshots.newest
+        if newest is not None and key <= newest:
             raise ConfigError(
-                f"there is a snapshot of step {self._newest.step} already; outside of steps(), say snapshot(step)"
+                f"there is a snapshot of step {newest.step} already; outside of steps(), say snapshot(step)"
                 " with the number of finished steps, which only grows"
             )
+        self._finish()
         self._hear_keeper()
-        capture = self._state.capture(self._rank)
-        document = capture.document_bytes()
-        writer = self._layout(capture, document)
-        order = {(entry.name, entry.offset): i for i, entry in enumerate(capture.entries)}
-        tensors = [capture.tensors[order[entry.name, entry.offset]] for entry in writer.layout.entries]
-        for slot in self._host.slots.writable(writer.layout.total, self._safe(), self._past()):
-            slot.key = None
-            if writer.write(slot.memory, key, tensors, document):
-                slot.key = key
-                previous, self._newest = self._newest, key
-                self._host.board.report_published(self._host.index, key)
-                if self._to_persist(previous.step if previous is not None else key.step, key.step):
-                    self._hand_over(slot.number, key)
-                    slot.held = True
-                return True
+        if self._snapshots.take(key, self._safe(), self._past()):
+            if self._to_persist(newest.step if newest is not None else key.step, key.step):
+                self._to_hand_over = key
+            return True
         self._skipped += 1
         if self._skipped & (self._skipped - 1) == 0:
             logger.warning(
@@ -201,12 +201,12 @@ class Checkpointer:
         """
         if self._tier is None:
             raise ConfigError("this Checkpointer has no URL to persist to")
+        self._finish()
         self._hear_keeper()
-        slot = next((s for s in self._host.slots.all() if s.key is not None and s.key == self._newest), None)
+        slot = next((s for s in self._host.slots.all() if s.key is not None and s.key == self._snapshots.newest), None)
         if slot is None or slot.key is None or self._handed_over == slot.key:
             return False
-        self._hand_over(slot.number, slot.key)
-        slot.held = True
+        self._hand_over(slot, slot.key)
         return True
 
     def wait(self, timeout: float = 600.0) -> None:
@@ -215,6 +215,7 @@ class Checkpointer:
         Raises:
             StorageError: if it cannot be made durable, or not within ``timeout`` seconds.
         """
+        self._finish()
         while self._pending:
             failures = self._hear_keeper(timeout)
             if failures:
@@ -224,19 +225,17 @@ class Checkpointer:
 
     def close(self) -> None:
         """Let go of the keeper; it makes the last state durable and, where no agent runs it, ends."""
+        self._finish()
+        self._snapshots.close()
         self._host.release()
         self._host.close()
 
-    def _layout(self, capture: Capture, document: bytes) -> SlotWriter:
-        entries = tuple(capture.entries)
-        writer = self._writer
-        if writer is None or entries != self._planned or len(document) > writer.layout.json_capacity:
-            if len({entry.name for entry in entries}) != len(entries):
-                raise UnsupportedState("two parts of the state have the same name")
-            layout = plan_image(entries, len(document) + max(4096, len(document) // 4))
-            writer = self._writer = SlotWriter(layout, self._rank, self._size)
-            self._planned = entries
-        return writer
+    def _finish(self) -> None:
+        """Wait for the snapshot that is being copied, and hand it over if it is to be persisted."""
+        slot = self._snapshots.settle()
+        key, self._to_hand_over = self._to_hand_over, None
+        if slot is not None and key is not None and slot.key == key:
+            self._hand_over(slot, key)
 
     def _safe(self) -> Key | None:
         """The newest state that every rank has published: what is older may be overwritten."""
@@ -254,13 +253,14 @@ class Checkpointer:
             return step // self._every_steps > previous // self._every_steps
         return previous < self._host.board.persist_at() <= step
 
-    def _hand_over(self, slot: int, key: Key) -> None:
+    def _hand_over(self, slot: OwnSlot, key: Key) -> None:
+        slot.held = True
         self._handed_over = key
         self._pending.add(key)
         past = [[lineage, bound] for lineage, bound in self._past().items()]
         self._host.keeper.hand_over(
             Published(
-                slot=slot,
+                slot=slot.number,
                 lineage=key.lineage,
                 step=key.step,
                 rank=self._rank,
@@ -398,5 +398,7 @@ class Checkpointer:
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""
+        self._finish()
+        self._snapshots.close()
         del self._state
         self._host.release()

@@ -10,7 +10,8 @@ from resilient_train.errors import CheckpointDamaged, FormatError
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
 from resilient_train.spec.shard import Entry
-from resilient_train.worker.state import State, restore_rng, rng_name
+from resilient_train.worker.rng import restore_rng, rng_name
+from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, local_part, stored
 
 

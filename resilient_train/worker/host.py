@@ -37,6 +37,8 @@ class Host:
         self._local: tuple[int, ...] = (index,)
         self._claimed = False
         self._rounds = (0, 0)
+        self.before_end: Callable[[], None] | None = None
+        """What the Checkpointer has to finish before this process may end."""
 
     def claim(self) -> None:
         """Images are keyed by step, so there can be one Checkpointer at a time.
@@ -51,6 +53,7 @@ class Host:
     def release(self) -> None:
         """The Checkpointer is closed, or its generation over."""
         self._claimed = False
+        self.before_end = None
 
     def next_round(self) -> int:
         """A number that all ranks of a generation agree on, for exchanges through its store."""
@@ -185,7 +188,11 @@ def connect(url: str | None) -> Host:
 
 def _take_leave() -> None:
     """At the end of the process. After an error the keeper is left waiting: a launcher may restart the ranks."""
-    if _host is not None and not hasattr(sys, "last_value"):
+    if _host is None:
+        return
+    if _host.before_end is not None:
+        _host.before_end()
+    if not hasattr(sys, "last_value"):
         _host.close()
 
 

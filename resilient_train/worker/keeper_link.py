@@ -58,7 +58,7 @@ class KeeperLink:
     def _attach(self) -> Board:
         if self._channel is not None:
             self._channel.close()
-            self.board.close()
+            # The board before stays mapped: another thread may be writing to it.
             self.replaced = True
         self._channel = connect(self._address, _TIMEOUT)
         _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)

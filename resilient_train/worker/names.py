@@ -37,6 +37,11 @@ def _modules(module: torch.nn.Module, prefix: str) -> Iterator[tuple[str, torch.
         yield from _modules(child, f"{prefix}{name}.")
 
 
+def modules(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """All modules, wrappers left out."""
+    return [part for _, part in _modules(module, "")]
+
+
 def parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Canonical name to parameter; tied ones stand under their first name."""
     found: dict[str, torch.nn.Parameter] = {}

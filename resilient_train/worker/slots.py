@@ -10,7 +10,7 @@ from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.worker.keeper_link import KeeperLink
 
 SLOTS = 3
-"""One being written, one that is complete on all ranks, one being persisted."""
+"""One being written, one that is complete here, one that is complete on all ranks; one more while one is persisted."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Slots:
             self._keeper.discard(slot.number)
         fitting = [slot for slot in self._slots if slot.memory.size == size]
         yield from sorted((slot for slot in fitting if _free(slot, safe, past)), key=lambda s: s.key or Key(0, 0))
-        if len(fitting) < SLOTS:
+        if len(fitting) < SLOTS + any(slot.held for slot in fitting):
             number, memory = self._keeper.allocate(size)
             slot = OwnSlot(number, memory)
             self._slots.append(slot)

@@ -15,7 +15,7 @@ import torch
 from resilient_train.errors import CheckpointDamaged, MemoryRefused
 from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.image.reader import memory_reader
-from resilient_train.image.snapshot import SlotWriter
+from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.spec.shard import BLOCK, Entry, plan_image
 from resilient_train.spec.world import Key
 
@@ -35,21 +35,29 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def written() -> tuple[Slot, SlotWriter, list[torch.Tensor]]:
+def write(slot: Slot, writer: ImageWriter, key: Key, parts: list[Part], document: bytes = b"{}") -> bool:
+    if not writer.begin(slot, key, parts, document):
+        return False
+    assert writer.conclude() == []
+    return True
+
+
+def written() -> tuple[Slot, ImageWriter, list[Part]]:
     kinds = {torch.float32: "F32", torch.bfloat16: "BF16", torch.bool: "BOOL", torch.int64: "I64"}
-    entries, values = [], {}
+    parts = {}
     for name, value in tensors().items():
         shape = tuple(value.shape)
         dtype = kinds.get(value.dtype, "F8_E4M3")
-        entries.append(Entry(name=name, dtype=dtype, shape=shape, global_shape=shape, offset=(0,) * len(shape)))
-        values[name] = value
-    layout = plan_image(entries, 100)
+        entry = Entry(name=name, dtype=dtype, shape=shape, global_shape=shape, offset=(0,) * len(shape))
+        lazy = name in ("big", "half")
+        parts[name] = Part(entry=entry, sources=(value,), watched=(value,), lazy=lazy, fixed=lazy or name == "flag")
+    layout = plan_image([part.entry for part in parts.values()], 100)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
-    writer = SlotWriter(layout, rank=1, world=2)
-    ordered = [values[entry.name] for entry in layout.entries]
-    assert writer.write(slot, KEY, ordered, b'{"a": 1}')
+    ordered = [parts[entry.name] for entry in layout.entries]
+    writer = ImageWriter(layout, ordered, rank=1, world=2)
+    assert write(slot, writer, KEY, ordered, b'{"a": 1}')
     return slot, writer, ordered
 
 
@@ -61,7 +69,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         reader = memory_reader("image", view)
         assert reader.json() == {"a": 1}
         assert (reader.stamp.rank, reader.stamp.world) == (1, 2)
-        for entry, value in zip(writer.layout.entries, ordered, strict=True):
+        for entry, (value,) in zip(writer.layout.entries, [part.sources for part in ordered], strict=True):
             read = reader.tensor(entry)
             assert read.dtype == value.dtype
             assert read.shape == value.shape
@@ -75,7 +83,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_a_key_that_was_overwritten_is_not_read() -> None:
     """Readers name the state they mean."""
     slot, writer, ordered = written()
-    assert writer.write(slot, Key(2, 6), ordered, b"{}")
+    assert write(slot, writer, Key(2, 6), ordered)
     with slot.reading(KEY) as view:
         assert view is None
 
@@ -86,8 +94,48 @@ def test_a_slot_that_is_read_is_not_written() -> None:
     other = Slot(slot.fd)
     with other.reading(KEY) as view:
         assert view is not None
-        assert not writer.write(slot, Key(2, 6), ordered, b"{}")
-    assert writer.write(slot, Key(2, 6), ordered, b"{}")
+        assert not write(slot, writer, Key(2, 6), ordered)
+    assert write(slot, writer, Key(2, 6), ordered)
+
+
+def test_nothing_is_published_before_the_copy_is_complete() -> None:
+    """Between begin and conclude there is no image, and nobody can read the slot."""
+    slot, writer, ordered = written()
+    assert writer.begin(slot, Key(2, 6), ordered, b"{}")
+    assert slot.stamp() is None
+    other = Slot(slot.fd)
+    with other.reading(Key(2, 6)) as view:
+        assert view is None
+    assert writer.conclude() == []
+    with other.reading(Key(2, 6)) as view:
+        assert view is not None
+        read_all(view)
+
+
+def test_a_source_that_changes_under_the_copy_leaves_no_image() -> None:
+    """The entry is named; the state that half of it belongs to is never published."""
+    slot, writer, ordered = written()
+    assert writer.begin(slot, Key(2, 6), ordered, b"{}")
+    next(part for part in ordered if part.entry.name == "big").sources[0].add_(1)
+    assert writer.conclude() == ["big"]
+    assert slot.stamp() is None
+    assert write(slot, writer, Key(2, 7), ordered)
+
+
+def test_an_audit_finds_changes_that_no_version_counter_shows() -> None:
+    """The audited image is that of the boundary; the entry that changed later is named."""
+    slot, writer, ordered = written()
+    source = next(part for part in ordered if part.entry.name == "half").sources[0]
+    before = source.clone()
+    assert writer.begin(slot, Key(2, 6), ordered, b"{}", audit=True)
+    source.data.view(torch.uint8)[3] += 1
+    assert writer.conclude() == []
+    assert writer.changed() == ["half"]
+    with slot.reading(Key(2, 6)) as view:
+        assert view is not None
+        reader = memory_reader("image", view)
+        entry = next(entry for entry in reader.entries() if entry.name == "half")
+        assert torch.equal(reader.tensor(entry), before)
 
 
 def read_all(view: memoryview) -> None:
@@ -115,7 +163,7 @@ def test_a_writer_killed_at_any_instant_leaves_the_old_image_or_none() -> None:
     script = """
 import sys, torch
 from resilient_train.image.arena import Slot
-from resilient_train.image.snapshot import SlotWriter
+from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.spec.shard import parse_header
 from resilient_train.spec.world import Key
 slot = Slot(int(sys.argv[1]))
@@ -124,11 +172,14 @@ layout, _ = parse_header(slot.map[:length], slot.size)
 names = {"F32": torch.float32, "BF16": torch.bfloat16, "BOOL": torch.bool, "I64": torch.int64,
          "F8_E4M3": torch.float8_e4m3fn}
 values = [torch.ones(e.shape, dtype=torch.float32).to(names[e.dtype]) for e in layout.entries]
-writer = SlotWriter(layout, 1, 2)
+parts = [Part(entry=e, sources=(v,), watched=(v,), lazy=True, fixed=True)
+         for e, v in zip(layout.entries, values, strict=True)]
+writer = ImageWriter(layout, parts, 1, 2)
 print("ready", flush=True)
 step = 10
 while True:
-    writer.write(slot, Key(2, step), values, b"{}")
+    if writer.begin(slot, Key(2, step), parts, b"{}"):
+        writer.conclude()
     step += 1
 """
     complete = 0
@@ -157,7 +208,7 @@ while True:
         process.kill()
         process.wait()
         process.stdout.close()
-    assert writer.write(slot, Key(3, 1), ordered, b"{}"), "the killed writer's lock outlived it"
+    assert write(slot, writer, Key(3, 1), ordered), "the killed writer's lock outlived it"
 
 
 def test_refused_memory_says_what_to_do() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from resilient_train import _native
-from resilient_train.image.native import PythonEngine, checksum, crc32c_numpy, load
+from resilient_train.image.native import Engine, PythonEngine, checksum, crc32c_numpy, load
+from resilient_train.spec.shard import BLOCK
 
 ENGINES = [PythonEngine(), _native]
 
@@ -39,14 +40,61 @@ def test_all_engines_agree() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
-def test_copy_copies_and_sums(engine: PythonEngine) -> None:
-    """The copy is exact, the bytes around it untouched, the sum that of the source."""
-    source = np.random.default_rng(0).integers(0, 256, 300_001, dtype=np.uint8)
-    target = np.zeros(300_003, dtype=np.uint8)
-    crc = engine.copy_crc32c(target.ctypes.data + 1, source.ctypes.data, len(source))
-    assert (target[1:-1] == source).all()
-    assert target[0] == target[-1] == 0
-    assert crc == checksum(source.tobytes())
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_copier_copies_every_piece_and_sums_every_block(engine: Engine, threads: int) -> None:
+    """Pieces of any size and alignment, some of them in place already; the bytes around the image are untouched."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    source = np.frombuffer(chance.randbytes(4_000_000), dtype=np.uint8).copy()
+    image = np.zeros(5_100_000, dtype=np.uint8)
+    start = 4096 + chance.randrange(64)
+    pieces, expected, at = [], b"", start
+    while at < 3_500_000:
+        size = chance.choice([0, 1, 5, 4096, 40_000, 70_000, 1_500_000])
+        begin = chance.randrange(len(source) - size)
+        there = chance.random() < 0.2
+        pieces.append((at, 0 if there else source.ctypes.data + begin, size, chance.random() < 0.3))
+        if there:
+            image[at : at + size] = source[begin : begin + size]
+        expected += source[begin : begin + size].tobytes()
+        at += size
+    copier = engine.Copier(pieces, start, at, threads)
+    for all_now in (False, True):
+        for piece in pieces:
+            if piece[1]:
+                image[piece[0] : piece[0] + piece[2]] = 0
+        copier.start(image.ctypes.data, all_now)
+        copier.wait()
+        assert not copier.running()
+        assert image[start:at].tobytes() == expected
+        sums = [checksum(expected[i : i + BLOCK]) for i in range(0, len(expected), BLOCK)]
+        table = image[at : at + 4 * len(sums)].tobytes()
+        assert table == b"".join(value.to_bytes(4, "little") for value in sums)
+        assert not image[:start].any()
+        assert not image[at + len(table) :].any()
+    assert copier.changed() == []
+    index = next(i for i, piece in enumerate(pieces) if piece[1] and piece[2])
+    image[pieces[index][0]] ^= 1
+    assert copier.changed() == [index]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
+def test_pieces_with_holes_are_refused(engine: Engine) -> None:
+    """A plan that would leave bytes unsummed is no plan."""
+    for pieces in ([(10, 0, 5, True)], [(0, 0, 5, True), (6, 0, 4, True)], [(0, 0, 11, True)], [(0, 0, 9, True)]):
+        with pytest.raises(ValueError, match=r"piece"):
+            engine.Copier(pieces, 0, 10)
+
+
+def test_a_copier_is_started_once_at_a_time() -> None:
+    """A second start while a copy runs would tear the first."""
+    source, image = np.ones(200 << 20, dtype=np.uint8), np.zeros((200 << 20) + 1000, dtype=np.uint8)
+    copier = _native.Copier([(0, source.ctypes.data, 200 << 20, False)], 0, 200 << 20, 1)
+    copier.start(image.ctypes.data)
+    with pytest.raises(RuntimeError, match="running"):
+        copier.start(image.ctypes.data)
+    copier.wait()
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from resilient_train.errors import LinkLost, MemoryRefused
-from resilient_train.image.snapshot import SlotWriter
+from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.ipc.channel import connect
 from resilient_train.spec.messages import Adopt, Attach, Attached, Boxes, Flush, Flushed, Policy, Published, ReadBoxes
 from resilient_train.spec.shard import Entry, plan_image
@@ -45,7 +45,10 @@ def publish(link: KeeperLink, rank: int, key: Key) -> int:
     entry = Entry(name="t", dtype="F32", shape=(4, 5), global_shape=(8, 5), offset=(4 * rank, 0))
     layout = plan_image([entry], 10)
     number, slot = link.allocate(layout.total)
-    assert SlotWriter(layout, rank, 2).write(slot, key, [WHOLE[4 * rank : 4 * rank + 4]], b"{}")
+    parts = [Part(entry=entry, sources=(WHOLE[4 * rank : 4 * rank + 4],))]
+    writer = ImageWriter(layout, parts, rank, 2)
+    assert writer.begin(slot, key, parts, b"{}")
+    assert writer.conclude() == []
     slot.close()
     return number
 

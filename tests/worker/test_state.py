@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import nn
 from resilient_train.errors import StateMismatch, UnsupportedState
 from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.reader import ImageReader
-from resilient_train.image.snapshot import SlotWriter
+from resilient_train.image.snapshot import ImageWriter
 from resilient_train.spec.shard import plan_image
 from resilient_train.spec.world import Key
 from resilient_train.worker.fill import fill
@@ -23,15 +24,16 @@ from resilient_train.worker.state import State
 
 def saved(state: State, rank: int = 0, world: int = 1) -> ImageReader:
     """An image of the state, as bytes in memory."""
-    capture = state.capture(rank)
-    document = capture.document_bytes()
-    layout = plan_image(capture.entries, len(document) + 10)
+    frame = state.capture(rank)
+    layout = plan_image([part.entry for part in frame.parts], len(frame.document) + 10)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
-    order = {(e.name, e.offset): t for e, t in zip(capture.entries, capture.tensors, strict=True)}
-    tensors = [order[e.name, e.offset] for e in layout.entries]
-    assert SlotWriter(layout, rank, world).write(slot, Key(1, 1), tensors, document)
+    by_name = {part.entry.name: part for part in frame.parts}
+    parts = [by_name[entry.name] for entry in layout.entries]
+    writer = ImageWriter(layout, parts, rank, world)
+    assert writer.begin(slot, Key(1, 1), parts, frame.document)
+    assert writer.conclude() == []
     data = bytes(slot.map)
     slot.close()
     return ImageReader("image", len(data), lambda at, n: data[at : at + n])
@@ -160,10 +162,10 @@ def test_names_do_not_depend_on_wrappers() -> None:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     plain = model(0)
-    names = [entry.name for entry in State(model=plain).capture(0).entries]
+    names = [part.entry.name for part in State(model=plain).capture(0).parts]
     wrapped = model(0)
     wrapped[2] = checkpoint_wrapper(wrapped[2])
-    assert [entry.name for entry in State(model=torch.compile(wrapped)).capture(0).entries] == names
+    assert [part.entry.name for part in State(model=torch.compile(wrapped)).capture(0).parts] == names
     assert "model/0.weight" in names
 
 
@@ -177,9 +179,9 @@ def test_tied_parameters_are_stored_once() -> None:
             self.head.weight = self.embed.weight
 
     one, two = Tied(), Tied()
-    capture = State(model=one).capture(0)
-    assert sum(entry.name.startswith("model/") for entry in capture.entries) == 1
-    assert capture.document["model"]["aliases"] == {"head.weight": "embed.weight"}
+    frame = State(model=one).capture(0)
+    assert sum(part.entry.name.startswith("model/") for part in frame.parts) == 1
+    assert json.loads(frame.document)["model"]["aliases"] == {"head.weight": "embed.weight"}
     fill(State(model=two), [saved(State(model=one))], 0, 1)
     assert torch.equal(two.head.weight, one.embed.weight)
     assert two.head.weight is two.embed.weight

@@ -1,0 +1,51 @@
+"""Modules as state: parameters and buffers under canonical names, extra states in the document."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from resilient_train.errors import StateMismatch
+from resilient_train.spec import jsontree
+from resilient_train.worker import names
+from resilient_train.worker.capture import Capture
+from resilient_train.worker.targets import Targets
+
+
+def walk(name: str, module: torch.nn.Module, capture: Capture) -> dict[str, Any]:
+    """Add parameters and buffers to ``capture``; the document of what stays the same."""
+    for path, parameter in names.parameters(module).items():
+        capture.add(f"{name}/{path}", parameter, lazy=True, fixed=True)
+    for path, buffer in names.buffers(module).items():
+        # BatchNorm and its like change theirs in every forward.
+        capture.add(f"{name}/{path}", buffer, fixed=True)
+    for part in names.modules(module):
+        capture.contents += [part._parameters.values, part._buffers.values, part._modules.values]
+    return {"kind": "module", "aliases": names.aliases(module)}
+
+
+def fresh(module: torch.nn.Module) -> dict[str, Any]:
+    """The document of what any step may change."""
+    extra = {path: jsontree.encode(m.get_extra_state(), path) for path, m in names.extra_states(module).items()}
+    return {"extra": extra}
+
+
+def check(name: str, module: torch.nn.Module, document: Mapping[str, Any]) -> None:
+    """Raises:
+    StateMismatch: if a checkpoint's document is of a module with other extra states.
+    """
+    here, there = set(names.extra_states(module)), set(document["extra"])
+    if here != there:
+        raise StateMismatch(f"{name}: extra state differs in {', '.join(sorted(here ^ there))}")
+
+
+def add_targets(name: str, module: torch.nn.Module, document: Mapping[str, Any], targets: Targets) -> None:
+    """Say where a checkpoint's elements belong in ``module``."""
+    for path, tensor in {**names.parameters(module), **names.buffers(module)}.items():
+        targets.tensors[f"{name}/{path}"] = tensor
+    for path, part in names.extra_states(module).items():
+        value = jsontree.decode(document["extra"][path])
+        targets.after.append(functools.partial(part.set_extra_state, value))

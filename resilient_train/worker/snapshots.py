@@ -1,0 +1,205 @@
+"""One image after the other, copied while training goes on.
+
+Theory of operation.  Parameters and optimizer state do not change between one optimizer step and the next.  So a
+snapshot begins at a step boundary and its large parts are copied by native threads during the next forward and
+backward; a *fence*, run before any optimizer steps and at the next boundary, waits for them.  As soon as the copy is
+complete a thread publishes the image, so that a loss in the middle of a step still finds it.
+
+What does not keep to this is found out (`resilient_train.image.snapshot` says how) and copied at the boundary from then
+on: its image is dropped, and its name is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from resilient_train.errors import UnsupportedState
+from resilient_train.image.snapshot import ImageWriter, Part
+from resilient_train.spec.shard import plan_image
+from resilient_train.spec.world import Key
+from resilient_train.worker.host import Host
+from resilient_train.worker.slots import OwnSlot
+from resilient_train.worker.state import Frame, State
+
+logger = logging.getLogger(__name__)
+
+FIRST_AUDITS = 3
+"""The first snapshots of a generation are audited, and then every `AUDIT_EVERY`-th."""
+AUDIT_EVERY = 100
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A snapshot that has begun."""
+
+    writer: ImageWriter
+    slot: OwnSlot
+    key: Key
+    host: Host
+    audit: bool
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    concluded: bool = False
+    torn: list[str] = field(default_factory=list)
+
+    def conclude(self) -> None:
+        """Publish the image once its copy is complete; by whoever comes first, this thread or the publisher's."""
+        self.writer.wait()
+        with self.lock:
+            if self.concluded:
+                return
+            self.torn = self.writer.conclude()
+            self.concluded = True
+            if not self.torn:
+                self.slot.key = self.key
+                self.host.board.report_published(self.host.index, self.key)
+
+
+class Snapshots:
+    """The snapshots of one generation."""
+
+    def __init__(self, state: State, host: Host, rank: int, size: int, *, lazy: bool) -> None:
+        """Args:
+        state: what to save.
+        host: this process's slots and board.
+        rank: this rank.
+        size: the world size.
+        lazy: copy while training goes on.
+        """
+        self._state = state
+        self._host = host
+        self._rank = rank
+        self._size = size
+        self._lazy = lazy
+        self._frame: Frame | None = None
+        self._writer: ImageWriter | None = None
+        self._order: list[int] = []
+        self._eager: set[str] = set()
+        self._taken = 0
+        self._running: _Running | None = None
+        self.newest: Key | None = None
+        """The newest state that was begun and not dropped."""
+        self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
+        if lazy:
+            self._hook = register_optimizer_step_pre_hook(self._fence)
+            self._publisher = threading.Thread(target=self._publish, name="publish", daemon=True)
+            self._publisher.start()
+
+    def take(self, key: Key, safe: Key | None, past: Mapping[int, int | None]) -> bool:
+        """Begin an image of the state as it is now; False if there is no slot for it.
+
+        Args:
+            key: the state's identity.
+            safe: the newest state that every rank has published.
+            past: the job's ancestry.
+
+        Raises:
+            UnsupportedState: naming what cannot be saved.
+            MemoryRefused: if there is no memory for the image.
+        """
+        self.settle()
+        frame = self._state.capture(self._rank, self._frame)
+        writer = self._planned(frame)
+        parts = [frame.parts[index] for index in self._order]
+        audit = self._lazy and (self._taken < FIRST_AUDITS or self._taken % AUDIT_EVERY == 0)
+        for slot in self._host.slots.writable(writer.layout.total, safe, past):
+            slot.key = None
+            if writer.begin(slot.memory, key, parts, frame.document, audit=audit):
+                self._taken += 1
+                self.newest = key
+                self._running = _Running(writer=writer, slot=slot, key=key, host=self._host, audit=audit)
+                if self._lazy:
+                    self._queue.put(self._running)
+                else:
+                    self.settle()
+                return True
+        return False
+
+    def settle(self) -> OwnSlot | None:
+        """Wait until no copy is running; the slot of the newest image, if it was published."""
+        running = self._running
+        if running is None:
+            return None
+        running.conclude()
+        self._running = None
+        if running.audit:
+            self._copy_at_once(running.writer.changed())
+        if not running.torn:
+            return running.slot
+        self._copy_at_once(running.torn)
+        logger.warning("the snapshot of %s is dropped", running.key)
+        self.newest = None
+        return None
+
+    def close(self) -> None:
+        """Finish what is running and let go of the state."""
+        self.settle()
+        if self._lazy:
+            self._hook.remove()
+            self._queue.put(None)
+            self._publisher.join()
+        self._frame = self._writer = None
+        with contextlib.suppress(AttributeError):
+            del self._state
+
+    def _fence(self, *_: object) -> None:
+        """Before any optimizer changes anything."""
+        running = self._running
+        if running is not None:
+            running.conclude()
+            if running.audit:
+                running.audit = False
+                self._copy_at_once(running.writer.changed())
+
+    def _publish(self) -> None:
+        while (running := self._queue.get()) is not None:
+            running.conclude()
+
+    def _copy_at_once(self, names: list[str]) -> None:
+        """From now on, copy these entries at the boundary."""
+        new = set(names) - self._eager
+        if new:
+            some = ", ".join(sorted(new)[:5]) + (f" and {len(new) - 5} more" if len(new) > 5 else "")
+            logger.warning(
+                "changed outside of an optimizer step, and so copied at step boundaries from now on: %s", some
+            )
+            self._eager |= new
+            self._writer = None
+
+    def _planned(self, frame: Frame) -> ImageWriter:
+        """The writer for this frame, planned again when anything but the contents has changed."""
+        writer, before, self._frame = self._writer, self._frame, frame
+        if (
+            writer is not None
+            and before is not None
+            and frame.known is before.known
+            and len(frame.document) <= writer.layout.json_capacity
+            and [p.entry for p in frame.parts[len(frame.known.capture.parts) :]]
+            == [p.entry for p in before.parts[len(before.known.capture.parts) :]]
+        ):
+            return writer
+        entries = [part.entry for part in frame.parts]
+        if len({entry.name for entry in entries}) != len(entries):
+            raise UnsupportedState("two parts of the state have the same name")
+        same = writer is not None and len(frame.document) <= writer.layout.json_capacity
+        capacity = writer.layout.json_capacity if same and writer is not None else _roomy(len(frame.document))
+        layout = plan_image(entries, capacity)
+        index = {entry.name: i for i, entry in enumerate(entries)}
+        self._order = [index[entry.name] for entry in layout.entries]
+        parts = [self._lazily(frame.parts[i]) for i in self._order]
+        self._writer = ImageWriter(layout, parts, self._rank, self._size)
+        return self._writer
+
+    def _lazily(self, part: Part) -> Part:
+        lazy = part.lazy and self._lazy and part.entry.name not in self._eager
+        return part if lazy == part.lazy else replace(part, lazy=lazy)
+
+
+def _roomy(size: int) -> int:
+    return size + max(4096, size // 4)
