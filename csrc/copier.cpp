@@ -94,7 +94,8 @@ std::vector<std::size_t> Copier::changed() const {
   std::vector<std::size_t> found;
   for (std::size_t i = 0; i < pieces_.size(); ++i) {
     const Piece& piece = pieces_[i];
-    if (piece.source != 0 && piece.size > 0 && std::memcmp(image_ + piece.at, bytes(piece.source), piece.size) != 0)
+    if (piece.source != 0 && !piece.now && piece.size > 0 &&
+        std::memcmp(image_ + piece.at, bytes(piece.source), piece.size) != 0)
       found.push_back(i);
   }
   return found;

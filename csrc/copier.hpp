@@ -41,7 +41,7 @@ class Copier {
   bool running() const;
   // Blocks until no copy is running.
   void wait();
-  // Indices of the pieces with a source whose bytes differ from those in the image that was filled last.
+  // Indices of the pieces, those marked `now` left out, whose bytes differ from those in the image that was filled last.
   std::vector<std::size_t> changed() const;
 
  private:

@@ -35,7 +35,7 @@ class Copier(Protocol):
         ...
 
     def changed(self) -> list[int]:
-        """Indices of the pieces whose sources differ from what was copied."""
+        """Indices of the pieces, those copied at once left out, whose sources differ from what was copied."""
         ...
 
 
@@ -106,8 +106,8 @@ class PythonCopier:
 
     def changed(self) -> list[int]:
         found = []
-        for index, (at, source, size, _) in zip(self._indices, self._pieces, strict=True):
-            if ctypes.string_at(self._image + at, size) != ctypes.string_at(source, size):
+        for index, (at, source, size, now) in zip(self._indices, self._pieces, strict=True):
+            if not now and ctypes.string_at(self._image + at, size) != ctypes.string_at(source, size):
                 found.append(index)
         return found
 

@@ -59,6 +59,7 @@ class Job:
             env=variables,
             start_new_session=True,
         )
+        self._events: tuple[int, list[Event]] = (0, [])
         self.lines: list[tuple[float, str]] = []
         """(monotonic time, line) of everything the job printed."""
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -82,7 +83,11 @@ class Job:
     def events(self) -> list[Event]:
         """What the agent recorded so far."""
         path = self.log_dir / "events.jsonl"
-        return read_events(path) if path.exists() else []
+        # Only a file that has grown is read again: this is asked in loops beside a job that needs the processor.
+        size = path.stat().st_size if path.exists() else 0
+        if size != self._events[0]:
+            self._events = (size, read_events(path))
+        return list(self._events[1])
 
     def workers(self) -> dict[str, int]:
         """Member id to process id of the workers that run now."""

@@ -14,11 +14,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from resilient_train.errors import UnsupportedState
 from resilient_train.image.snapshot import ImageWriter, Part
@@ -86,8 +89,9 @@ class Snapshots:
         self.newest: Key | None = None
         """The newest state that was begun and not dropped."""
         self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
+        self._hook: RemovableHandle | None = None
+        self._undisturbed = False
         if lazy:
-            self._hook = register_optimizer_step_pre_hook(self._fence)
             self._publisher = threading.Thread(target=self._publish, name="publish", daemon=True)
             self._publisher.start()
 
@@ -104,6 +108,8 @@ class Snapshots:
             MemoryRefused: if there is no memory for the image.
         """
         self.settle()
+        if self._lazy:
+            self._guard()
         frame = self._state.capture(self._rank, self._frame)
         writer = self._planned(frame)
         parts = [frame.parts[index] for index in self._order]
@@ -140,13 +146,24 @@ class Snapshots:
     def close(self) -> None:
         """Finish what is running and let go of the state."""
         self.settle()
-        if self._lazy:
+        if self._hook is not None:
             self._hook.remove()
+        if self._lazy:
             self._queue.put(None)
             self._publisher.join()
         self._frame = self._writer = None
         with contextlib.suppress(AttributeError):
             del self._state
+
+    def _guard(self) -> None:
+        """Have every optimizer fence before it steps; outside of what `torch.compile` looks at, once it is in use."""
+        compiler = "torch._dynamo" in sys.modules
+        if self._hook is None or compiler != self._undisturbed:
+            if self._hook is not None:
+                self._hook.remove()
+            # To ask for it unasked would import the compiler, which takes 2 s.
+            fence = torch.compiler.disable(self._fence) if compiler else self._fence
+            self._hook, self._undisturbed = register_optimizer_step_pre_hook(fence), compiler
 
     def _fence(self, *_: object) -> None:
         """Before any optimizer changes anything."""
