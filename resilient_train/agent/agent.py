@@ -199,6 +199,8 @@ class Agent:
                 if channel is not None:
                     with contextlib.suppress(LinkLost):
                         channel.send(message)
+            case m.Say(text):
+                self._say(text)
             case m.Wake(at):
                 self._timers.at(at, self._tick)
             case m.End(code, text):
@@ -271,7 +273,7 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(m.StopAsked(str(error)))
+            self._feed(m.StopAsked(str(error), ExitCode.USER_ERROR))
             self._feed(m.WorkerExited(member, 1))
             return
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
@@ -410,7 +412,8 @@ class Agent:
         code = self._keeper.died()
         self._sink.put(LogEvent(at=self._clock.now(), kind="keeper_died", text=f"exit code {code}"))
         if self._keeper.starts > _KEEPER_RESTARTS:
-            self._feed(m.StopAsked(f"the keeper of this node died {self._keeper.starts} times (exit code {code})"))
+            text = f"the keeper of this node died {self._keeper.starts} times (exit code {code})"
+            self._feed(m.StopAsked(text, ExitCode.USER_ERROR))
             return
         self._say(f"the keeper died (exit code {code}); another takes over its images")
         self._start_keeper()

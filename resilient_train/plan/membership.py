@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from resilient_train.errors import ExitCode
 from resilient_train.plan.proposal import View, is_new_restore, propose
@@ -101,9 +102,10 @@ class EndpointReady:
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """The agent got a signal that asks it to end the job."""
+    """Something on this node asks for the end of the job."""
 
     text: str
+    exit_code: ExitCode = ExitCode.INTERRUPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Say:
+    """Print a line for people."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tell:
     """Send a message to a worker."""
 
@@ -169,7 +178,7 @@ class End:
     text: str
 
 
-Effect = Swap | Announce | Spawn | Stop | Tell | Wake | End
+Effect = Swap | Announce | Spawn | Stop | Say | Tell | Wake | End
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,8 +199,6 @@ class State:
     """Workers whose start was asked for."""
     over_at: float | None = None
     """When the job was first seen to be over."""
-    stop_asked: bool = False
-    """Somebody asked this agent to end the job."""
     ended: bool = False
     """`End` was said."""
 
@@ -212,6 +219,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     effects: list[Effect] = []
     if state.info != before.info:
         effects.append(Announce(state.info))
+    for slot in sorted(_given_up(state) - _given_up(before)):
+        effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
     state, tellings = _tell(before, state, event)
     effects += tellings
     state, doings = _local(state, now)
@@ -248,22 +257,19 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _with_info(state, progress=(generation, finished))
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
-        case StopAsked(text):
-            return _with_info(replace(state, stop_asked=True), failed=text)
+        case StopAsked(text, exit_code):
+            return _with_info(state, failed=text, exit_code=int(exit_code))
         case Tick():
             return state
 
 
-def _with_info(state: State, **changes: object) -> State:
-    info = replace(state.info, **changes)  # type: ignore[arg-type]
+def _with_info(state: State, **changes: Any) -> State:
+    info = replace(state.info, **changes)
     return replace(state, view=replace(state.view, nodes={**state.view.nodes, info.node: info}))
 
 
-def _with_worker(state: State, member: str, **changes: object) -> State:
-    workers = tuple(
-        replace(w, **changes) if w.member == member else w  # type: ignore[arg-type]
-        for w in state.info.workers
-    )
+def _with_worker(state: State, member: str, **changes: Any) -> State:
+    workers = tuple(replace(w, **changes) if w.member == member else w for w in state.info.workers)
     return _with_info(state, workers=workers)
 
 
@@ -305,7 +311,16 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         state = replace(state, failed_starts={**state.failed_starts, slot: state.failed_starts.get(slot, 0) + 1})
     # Only the newest ends matter; a long job must not grow its announcements.
     exits = (*state.info.exits, ended)[-4 * state.info.slots :]
-    return _with_info(state, workers=workers, exits=exits)
+    state = _with_info(state, workers=workers, exits=exits)
+    running = any(node.workers for node in state.view.nodes.values()) or state.spawning
+    if not running and _given_up(state) == set(range(state.info.slots)):
+        text = f"no worker of this job runs and none can be started any more; the last one {ended.describe()}"
+        return _with_info(state, failed=text, culprit=member)
+    return state
+
+
+def _given_up(state: State) -> set[int]:
+    return {slot for slot, count in state.failed_starts.items() if count >= FAILED_STARTS}
 
 
 def _worker_said(state: State, member: str, message: Message) -> State:
@@ -313,9 +328,9 @@ def _worker_said(state: State, member: str, message: Message) -> State:
         return state
     record = state.view.record
     match message:
-        case Hello(multiple=multiple):
+        case Hello(multiple=multiple, most=most):
             named = record is not None and member in record.members
-            return _with_worker(state, member, elastic=True, idle=not named, multiple=multiple)
+            return _with_worker(state, member, elastic=True, idle=not named, multiple=multiple, most=most)
         case Acknowledge(generation=generation):
             state = replace(state, failed_starts={**state.failed_starts, slot_of(member): 0})
             return _with_worker(state, member, acknowledged=generation)
@@ -328,7 +343,7 @@ def _worker_said(state: State, member: str, message: Message) -> State:
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
         case UserFailed(text=text):
-            return _with_info(state, failed=text, culprit=member)
+            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)
@@ -361,6 +376,9 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
         return _wind_up(state, record, now)
     state, effects = _stop_outsiders(state, record)
     wanted = [m for m in record.members if node_of(m) == state.view.me and not _known(state, m)]
+    if any(worker.member in state.stopping for worker in state.info.workers):
+        # They may still hold devices, ports and files that their successors need.
+        wanted = []
     more, wake = _replacements(state, record, now)
     wanted += more
     effects += [Spawn(member) for member in wanted]
@@ -391,11 +409,7 @@ def _replacements(state: State, record: WorldRecord, now: float) -> tuple[list[s
     if not state.view.elastic():
         return [], None
     taken = {slot_of(w.member) for w in state.info.workers} | {slot_of(m) for m in state.spawning}
-    vacant = [
-        slot
-        for slot in range(state.info.slots)
-        if slot not in taken and state.failed_starts.get(slot, 0) < FAILED_STARTS
-    ]
+    vacant = [slot for slot in range(state.info.slots) if slot not in taken | _given_up(state)]
     if not vacant or any(w.done == record.generation for w in state.info.workers):
         return [], None
     alive = state.view.workers()
@@ -436,13 +450,14 @@ def _wind_up(state: State, record: WorldRecord, now: float) -> tuple[State, list
 
 
 def _end(state: State, record: WorldRecord) -> End:
-    if record.phase is Phase.FAILED and state.stop_asked:
-        return End(ExitCode.INTERRUPTED, record.error)
     if record.phase is Phase.FAILED:
-        code = ExitCode.NO_PROGRESS if record.error.startswith("no step was finished") else ExitCode.USER_ERROR
-        return End(code, record.error)
-    # What happens after train() returned does not concern the world any more, but it is the script's result.
-    late = [e for e in state.info.exits if e.member in record.members and e.code != 0]
+        return End(ExitCode(record.exit_code), record.error)
+    # A kill after the agreed end changes nothing; how a process ends by itself is still the script's result.
+    late = [
+        e
+        for e in state.info.exits
+        if e.member in record.members and e.code != 0 and not (e.killed and e.done == record.generation)
+    ]
     if late:
         rank = record.members.index(late[0].member)
         return End(ExitCode.USER_ERROR, f"rank {rank} {late[0].describe()} after the training had finished")

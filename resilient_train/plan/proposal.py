@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+from resilient_train.errors import ExitCode
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
 from resilient_train.spec.world import (
     Phase,
@@ -57,7 +58,7 @@ class Limits:
     last_call: float = 30.0
     """Seconds to wait for further nodes once ``min_nodes`` are there."""
     crashes_at_step: int = 3
-    """Losses in a row, by processes' own doing, without a step gained between, that end the job."""
+    """Losses in a row, by processes' own doing, that all set the job back to the same step, and so end it."""
     kills_at_step: int = 6
     """The same for processes killed from outside."""
 
@@ -109,8 +110,10 @@ class View:
 
     def fitting(self, members: set[str], prefer: Collection[str] = ()) -> set[str]:
         """As many of ``members`` as the script's mesh takes, those in ``prefer`` first; the others stand by."""
-        multiple = max((worker.multiple for worker in self.workers().values()), default=1)
-        ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)
+        workers = self.workers().values()
+        multiple = max((worker.multiple for worker in workers), default=1)
+        most = min((worker.most for worker in workers if worker.most), default=len(members))
+        ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)[:most]
         return set(ordered[: len(ordered) - len(ordered) % multiple])
 
     def elastic(self) -> bool:
@@ -139,7 +142,7 @@ def propose(view: View, now: float) -> Proposal:
         return Proposal()
     failed = next((node for node in view.nodes.values() if node.failed), None)
     if failed is not None:
-        return Proposal(record=_failure(view, record, failed.failed, failed.culprit))
+        return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
         return Proposal(record=_with_restore(view, record, view.resume))
     alive, exits = view.workers(), view.exits()
@@ -198,9 +201,7 @@ def is_new_restore(record: WorldRecord, restore: Restore) -> bool:
 
 def _with_restore(view: View, record: WorldRecord, restore: Restore) -> WorldRecord:
     log = (*record.restores, restore)[-KEPT_RESTORES:]
-    # Steps that are computed again after an older state are steps gained again.
-    resumed = restore.source.step if restore.source else 0
-    return record.successor(restores=log, best_step=min(record.best_step, resumed), proposer=view.me)
+    return record.successor(restores=log, proposer=view.me)
 
 
 def _is_done(member: str, record: WorldRecord, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
@@ -237,8 +238,12 @@ def _first_world(view: View, now: float) -> Proposal:
     return Proposal(record=record)
 
 
-def _failure(view: View, record: WorldRecord, error: str, culprit: str) -> WorldRecord:
-    return record.successor(phase=Phase.FAILED, error=error, culprit=culprit, planned=None, proposer=view.me)
+def _failure(
+    view: View, record: WorldRecord, error: str, culprit: str, exit_code: int = ExitCode.USER_ERROR
+) -> WorldRecord:
+    return record.successor(
+        phase=Phase.FAILED, error=error, culprit=culprit, exit_code=int(exit_code), planned=None, proposer=view.me
+    )
 
 
 def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, boundary: int | None) -> WorldRecord:
@@ -266,11 +271,11 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     if broken or not view.elastic():
         return Proposal(record=_restart_group(view, record, lost, broken or ended))
     text = f"lost {_names(lost, record)}" + (f" ({ended[0].describe()})" if ended else "")
-    best, stalls = _stalls(view, record)
+    resumed, stalls = _stalls(record)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
     if stalls >= limit:
-        error = f"no step was finished between {stalls} losses in a row at step {best}; the last: {text}"
-        return Proposal(record=_failure(view, record, error, lost[0]))
+        error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {text}"
+        return Proposal(record=_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
     # Who is idle and warm takes a lost rank's place in the same transition.
     survivors = {m for m in record.members if m in alive}
     members = view.fitting(survivors | {m for m, w in alive.items() if w.idle}, survivors)
@@ -281,7 +286,9 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         if not survivors:
             return waits.proposal()
     after = _regroup(view, record, members, text, None)
-    return Proposal(record=replace(after, stalls=stalls, best_step=best))
+    steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
+    best = max([record.best_step, *steps])
+    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
 
 
 def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
@@ -295,13 +302,16 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
 
-def _stalls(view: View, record: WorldRecord) -> tuple[int, int]:
-    """(most finished steps seen, losses in a row without more), this loss included."""
-    steps = [step for generation, step in (n.progress for n in view.nodes.values()) if generation == record.generation]
-    best = max(steps, default=-1)
-    if best > record.best_step:
-        return best, 1
-    return record.best_step, record.stalls + 1
+def _stalls(record: WorldRecord) -> tuple[int, int]:
+    """(step that the lost generation had resumed, losses in a row without a later one), this loss included.
+
+    What a generation computed and lost again is no progress: what counts is from where the next one could go on.
+    """
+    logged = record.resumed()
+    if logged is None:
+        return record.stalled_at, record.stalls + 1
+    step = logged.source.step if logged.source else 0
+    return step, 1 if step > record.stalled_at else record.stalls + 1
 
 
 def _names(members: list[str], record: WorldRecord) -> str:

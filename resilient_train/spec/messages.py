@@ -40,9 +40,10 @@ class Hello(Message):
     """The worker runs an elastic function, is warm, its main thread is free, and it can be named in a world."""
 
     member: str
-    pid: int
     multiple: int = 1
     """The world size must be a multiple of this, for the mesh to fit."""
+    most: int = 0
+    """The most ranks that the mesh takes; 0 for any number."""
 
 
 @_message

@@ -19,6 +19,8 @@ class WorkerInfo:
     """It runs an elastic function (it has said hello)."""
     multiple: int = 1
     """The world size must be a multiple of this, for its mesh to fit."""
+    most: int = 0
+    """The most ranks that its mesh takes; 0 for any number."""
     idle: bool = False
     """It waits to be named in a world: it is warm and its main thread is free."""
     acknowledged: int = 0
@@ -82,6 +84,8 @@ class NodeInfo:
     """The error that a worker's own code raised, if one did."""
     culprit: str = ""
     """That worker."""
+    exit_code: int = 1
+    """How the job is to end because of it."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""

@@ -92,13 +92,17 @@ class WorldRecord:
     restarts: int = 0
     """How often the whole group of a script that is not elastic was restarted."""
     stalls: int = 0
-    """How many losses in a row found no more steps finished than the one before."""
+    """How many losses in a row hit generations that had resumed no later a step than the one before."""
+    stalled_at: int = -1
+    """The step that the last lost generation had resumed; -1 before the first loss."""
     best_step: int = -1
     """The most finished steps that any loss has found."""
     error: str = ""
     """Why the job failed, for people."""
     culprit: str = ""
     """The member whose error ended the job."""
+    exit_code: int = 0
+    """How the agents of a failed job end."""
     proposer: str = ""
     """The node that wrote this version."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gc
 import logging
-import os
 import sys
 import time
 import traceback
@@ -44,16 +43,17 @@ class LeaveGeneration(BaseException):
 class Session:
     """One worker process's part in an elastic job."""
 
-    def __init__(self, settings: config.Environment, multiple: int) -> None:
+    def __init__(self, settings: config.Environment, mesh: Mapping[str, int]) -> None:
         """Joins the job.
 
         Args:
             settings: how this process was started.
-            multiple: the world size must be a multiple of this, for the mesh to fit.
+            mesh: names and sizes of the mesh's dimensions.
         """
         rehearse(_device(slot_of(settings.member)))
         self.groups = ProcessGroups(GROUP_TIMEOUT)
-        hello = Hello(member=settings.member, pid=os.getpid(), multiple=multiple)
+        multiple = check_mesh(mesh)
+        hello = Hello(member=settings.member, multiple=multiple, most=0 if -1 in mesh.values() else multiple)
         self.link = AgentLink(settings.agent, hello, self.groups)
         self.slot = slot_of(settings.member)
         self.record: WorldRecord | None = None
@@ -330,7 +330,7 @@ def elastic(
         if not settings.agent:
             return _run_once(bound, settings, dims, backend)
         if _current is None:
-            _current = Session(settings, check_mesh(dims))
+            _current = Session(settings, dims)
         return _current.run(bound, dims, backend)
 
     return call

@@ -71,7 +71,7 @@ class Bench:
 
     def start(self) -> None:
         for member in self.record.members:
-            self.say(member, Hello(member=member, pid=1))
+            self.say(member, Hello(member=member))
         self.enter()
 
 
@@ -120,7 +120,7 @@ def lose_and_replace(bench: Bench) -> None:
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
     bench.feed(m.Progress(2, 40))
-    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(0.1)
 
 
@@ -195,7 +195,7 @@ def test_nobody_plans_a_change_while_ranks_are_done() -> None:
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
     bench.say("n/0.0", Done(generation=2))
-    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(10)
     assert bench.record.generation == 2
     assert bench.record.planned is None
@@ -210,7 +210,7 @@ def test_a_script_without_boundaries_grows_at_once_after_a_while() -> None:
         bench.say(member, Acknowledge(generation=2, at=bench.now))
         bench.say(member, Stage(generation=2, stage="formed", at=bench.now))
     bench.run_for(m.RESPAWN_AFTER)
-    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(30)
     assert bench.record.generation == 2
     bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 5), text=""))
@@ -280,29 +280,38 @@ def test_workers_that_do_not_end_after_a_failure_are_stopped() -> None:
 
 
 def test_crashing_again_at_the_same_step_fails_the_job() -> None:
-    """Three crashes without a step gained between; progress resets the count."""
+    """Crashes that set the job back to the same step each time, however far it got between, are no progress."""
     bench = running(slots=2)
-    bench.feed(m.Progress(1, 7))
-    for incarnation in range(3):
+    bench.say("n/0.0", Resumed(generation=1, lineage=1, source=None, text=""))
+    for incarnation in range(4):
+        bench.feed(m.Progress(bench.record.generation, 17))
         bench.feed(m.WorkerExited(f"n/1.{incarnation}", -6))
         bench.run_for(0.1)
         if bench.record.phase is Phase.FAILED:
             break
         bench.enter()
+        resume(bench, 10)
         bench.run_for(m.RESPAWN_AFTER)
         newcomer = f"n/1.{incarnation + 1}"
-        bench.feed(m.Progress(bench.record.generation, 7))
-        bench.say(newcomer, Hello(member=newcomer, pid=1))
+        bench.feed(m.Progress(bench.record.generation, 11))
+        bench.say(newcomer, Hello(member=newcomer))
         bench.run_for(0.1)
         for member in bench.record.members:
             bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
         bench.enter()
-        bench.feed(m.Progress(bench.record.generation, 7))
+        resume(bench, 10)
     assert bench.record.phase is Phase.FAILED
-    assert "step 7" in bench.record.error
+    assert "3 losses in a row set the job back to step 10" in bench.record.error
     for worker in list(bench.state.info.workers):
         bench.feed(m.WorkerExited(worker.member, 1))
     assert [e.code for e in bench.taken(m.End)] == [ExitCode.NO_PROGRESS]
+
+
+def resume(bench: Bench, step: int) -> None:
+    """Rank 0 says which step the generation resumed."""
+    generation = bench.record.generation
+    source = (generation - 1, step)
+    bench.say(bench.record.members[0], Resumed(generation=generation, lineage=generation, source=source, text=""))
 
 
 def test_kills_with_progress_between_never_fail_the_job() -> None:
@@ -316,11 +325,12 @@ def test_kills_with_progress_between_never_fail_the_job() -> None:
         bench.run_for(m.RESPAWN_AFTER)
         newcomer = f"n/1.{incarnation + 1}"
         bench.feed(m.Progress(bench.record.generation, 10 * incarnation + 1))
-        bench.say(newcomer, Hello(member=newcomer, pid=1))
+        bench.say(newcomer, Hello(member=newcomer))
         bench.run_for(0.1)
         for member in bench.record.members:
             bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
         bench.enter()
+        resume(bench, 10 * incarnation + 2)
     assert bench.record.phase is Phase.RUNNING
     assert bench.record.members == ("n/0.0", "n/1.12")
 
@@ -333,7 +343,7 @@ def test_all_killed_at_once_waits_for_replacements() -> None:
     bench.run_for(1)
     assert bench.record.generation == 1
     assert {e.member for e in bench.taken(m.Spawn)} == {"n/0.1", "n/1.1"}
-    bench.say("n/1.1", Hello(member="n/1.1", pid=1))
+    bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(0.1)
     assert bench.record.members == ("n/1.1",)
 
@@ -350,7 +360,7 @@ def test_a_late_member_is_left_out_alive_and_returns() -> None:
     assert bench.taken(m.Stop) == []
     bench.enter()
     bench.feed(m.Progress(3, 5))
-    bench.say("n/1.0", Hello(member="n/1.0", pid=1))
+    bench.say("n/1.0", Hello(member="n/1.0"))
     bench.run_for(0.1)
     assert bench.record.planned is not None
     assert "n/1.0" in bench.record.planned.members
@@ -359,7 +369,7 @@ def test_a_late_member_is_left_out_alive_and_returns() -> None:
 def test_who_is_still_starting_is_waited_for() -> None:
     """A worker that has not entered its function yet is not late: importing takes as long as it takes."""
     bench = Bench(slots=2)
-    bench.say("n/0.0", Hello(member="n/0.0", pid=1))
+    bench.say("n/0.0", Hello(member="n/0.0"))
     bench.say("n/0.0", Acknowledge(generation=1, at=bench.now))
     bench.run_for(300)
     assert bench.record.generation == 1
@@ -378,6 +388,47 @@ def test_a_slot_whose_replacements_never_get_warm_is_given_up() -> None:
     bench.run_for(10)
     assert bench.taken(m.Spawn) == []
     assert bench.record.phase is Phase.RUNNING
+    assert [e.text for e in bench.taken(m.Say)] == ["slot 1 is given up: 3 replacements in a row died while starting"]
+
+
+def test_when_every_slot_is_given_up_the_job_ends() -> None:
+    """Nobody runs and nobody can be started: an error that says so instead of waiting for ever."""
+    bench = running(slots=2)
+    for slot in (0, 1):
+        bench.feed(m.WorkerExited(f"n/{slot}.0", -9))
+    bench.run_for(0.1)
+    for incarnation in range(1, 4):
+        for slot in (0, 1):
+            bench.feed(m.WorkerExited(f"n/{slot}.{incarnation}", 3))
+        bench.run_for(2)
+    (end,) = bench.taken(m.End)
+    assert end.code is ExitCode.USER_ERROR
+    assert "none can be started any more; the last one exited with code 3" in end.text
+
+
+def test_a_kill_after_the_agreed_end_changes_nothing() -> None:
+    """The training has finished; only what a process does wrong by itself still counts."""
+    for code, expected in ((-9, ExitCode.SUCCESS), (5, ExitCode.USER_ERROR)):
+        bench = running(slots=2)
+        for member in bench.record.members:
+            bench.say(member, Done(generation=1))
+        assert bench.record.phase is Phase.FINISHED
+        bench.feed(m.WorkerExited("n/1.0", code))
+        bench.feed(m.WorkerExited("n/0.0", 0))
+        assert [e.code for e in bench.taken(m.End)] == [expected]
+
+
+def test_a_mesh_of_a_fixed_size_takes_no_more() -> None:
+    """Of four ranks two train, the others stand by and one of them replaces a lost one at once."""
+    bench = Bench(slots=4)
+    for member in bench.record.members:
+        bench.say(member, Hello(member=member, multiple=2, most=2))
+    assert bench.record.members == ("n/0.0", "n/1.0")
+    bench.say("n/2.0", Hello(member="n/2.0", multiple=2, most=2))
+    bench.enter()
+    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.run_for(0.1)
+    assert bench.record.members == ("n/1.0", "n/2.0")
 
 
 def test_restores_are_logged_once() -> None:
@@ -398,8 +449,9 @@ def test_scripts_that_are_not_elastic_restart_as_a_group() -> None:
     assert bench.record.restarts == 1
     assert bench.record.members == ("n/0.1", "n/1.1")
     assert [e.member for e in bench.taken(m.Stop)] == ["n/0.0"]
-    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.1", "n/1.1"]
+    assert bench.taken(m.Spawn) == [], "the old process may still hold its device"
     bench.feed(m.WorkerExited("n/0.0", -15))
+    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.1", "n/1.1"]
     bench.feed(m.WorkerExited("n/0.1", 3))
     bench.run_for(0.1)
     assert bench.record.phase is Phase.FAILED
@@ -419,7 +471,7 @@ def test_a_script_that_is_not_elastic_succeeds_when_all_do() -> None:
 def test_an_error_at_startup_of_an_elastic_script_fails_the_job() -> None:
     """A worker that ends itself before it entered train() has a broken script: no replacement helps."""
     bench = Bench(slots=2)
-    bench.say("n/0.0", Hello(member="n/0.0", pid=1))
+    bench.say("n/0.0", Hello(member="n/0.0"))
     bench.feed(m.WorkerExited("n/1.0", 1))
     bench.run_for(0.1)
     assert bench.record.phase is Phase.FAILED
@@ -445,10 +497,10 @@ def test_ranks_that_do_not_fit_the_mesh_stand_by() -> None:
     """A mesh with a fixed dimension of 2: of five ranks four train, and a loss takes the standby in at once."""
     bench = Bench(slots=5)
     for member in bench.record.members:
-        bench.say(member, Hello(member=member, pid=1, multiple=2))
+        bench.say(member, Hello(member=member, multiple=2))
     assert bench.record.generation == 2
     assert bench.record.members == ("n/0.0", "n/1.0", "n/2.0", "n/3.0")
-    bench.say("n/4.0", Hello(member="n/4.0", pid=1, multiple=2))
+    bench.say("n/4.0", Hello(member="n/4.0", multiple=2))
     bench.enter()
     bench.run_for(30)
     assert bench.record.generation == 2, "the standby alone makes no other mesh possible"
@@ -461,7 +513,7 @@ def test_too_few_for_the_mesh_wait_for_replacements() -> None:
     """A mesh of exactly two: the survivor lets go of its world, a replacement starts at once, both begin again."""
     bench = Bench(slots=2)
     for member in bench.record.members:
-        bench.say(member, Hello(member=member, pid=1, multiple=2))
+        bench.say(member, Hello(member=member, multiple=2))
     bench.enter()
     bench.taken(m.Spawn)
     bench.feed(m.WorkerExited("n/1.0", -9))
@@ -469,21 +521,20 @@ def test_too_few_for_the_mesh_wait_for_replacements() -> None:
     assert (bench.record.generation, bench.record.members) == (2, ())
     assert bench.record.phase is Phase.RUNNING
     assert [e.member for e in bench.taken(m.Spawn)] == ["n/1.1"]
-    bench.say("n/0.0", Hello(member="n/0.0", pid=1, multiple=2))
+    bench.say("n/0.0", Hello(member="n/0.0", multiple=2))
     bench.run_for(1)
     assert bench.record.generation == 2
-    bench.say("n/1.1", Hello(member="n/1.1", pid=1, multiple=2))
+    bench.say("n/1.1", Hello(member="n/1.1", multiple=2))
     bench.run_for(0.1)
     assert bench.record.members == ("n/0.0", "n/1.1")
 
 
 def test_a_process_that_cannot_be_started_ends_the_job() -> None:
-    """Nothing waits for a process that never was."""
+    """Nothing waits for a process that never was, and nobody is told that trying again may help."""
     bench = Bench(slots=1)
-    bench.state = m.step(bench.state, m.StopAsked("cannot start python"), bench.now)[0]
+    bench.feed(m.StopAsked("cannot start python", ExitCode.USER_ERROR))
     bench.feed(m.WorkerExited("n/0.0", 1))
-    bench.feed(m.RecordSeen(bench.record.successor(phase=Phase.FAILED, error="cannot start python")))
-    assert [e.code for e in bench.taken(m.End)] == [ExitCode.INTERRUPTED]
+    assert bench.taken(m.End) == [m.End(ExitCode.USER_ERROR, "cannot start python")]
 
 
 def test_a_late_report_of_a_restore_is_still_logged() -> None:
@@ -499,14 +550,15 @@ def test_a_late_report_of_a_restore_is_still_logged() -> None:
 
 
 def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
-    """Progress is counted from the resumed step, not from the furthest that ever was."""
-    bench = running(slots=3)
+    """Progress is counted from the step that the generation before had resumed, not from the furthest ever."""
+    bench = running(slots=5)
     bench.feed(m.Progress(1, 100))
-    bench.feed(m.WorkerExited("n/2.0", -9))
+    for lost, resumed, stalls in ((3, 90, 1), (2, 50, 1), (1, 60, 2)):
+        bench.feed(m.WorkerExited(f"n/{lost}.0", -9))
+        bench.run_for(0.1)
+        assert bench.record.stalls == stalls
+        bench.enter()
+        resume(bench, resumed)
+    bench.feed(m.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
-    bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 50), text=""))
-    bench.enter()
-    bench.feed(m.Progress(2, 60))
-    bench.feed(m.WorkerExited("n/1.0", -9))
-    bench.run_for(0.1)
-    assert (bench.record.best_step, bench.record.stalls) == (60, 1)
+    assert (bench.record.best_step, bench.record.stalled_at, bench.record.stalls) == (100, 60, 1)
