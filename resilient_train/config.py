@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from resilient_train.errors import ConfigError
 
@@ -31,8 +32,8 @@ class Environment:
     """Number of ranks on this node."""
     master_addr: str = ""
     """Where the ranks meet; empty if unknown."""
-    master_port: str = ""
-    """Its port."""
+    meeting_place: str = ""
+    """What tells this job's ranks from other jobs': the process that launched them, or where they meet."""
     job: str = ""
     """An id of the job that all of its processes share, if the launcher gave one."""
 
@@ -70,9 +71,32 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         local_rank=local_rank,
         local_world_size=number(1, "LOCAL_WORLD_SIZE"),
         master_addr=env.get("MASTER_ADDR", ""),
-        master_port=env.get("MASTER_PORT", ""),
+        # torchrun may move the meeting place at every restart; its own process stays.
+        meeting_place=_launcher()
+        if "TORCHELASTIC_RUN_ID" in env
+        else f"{env.get('MASTER_ADDR', '')}:{env.get('MASTER_PORT', '')}",
         job=env.get("TORCHELASTIC_RUN_ID") or (f"{env.get('SLURM_JOB_ID', '')}.{step}" if step else ""),
     )
+
+
+def _launcher() -> str:
+    """The parent process, as exactly as it can be named."""
+    parent = os.getppid()
+    try:
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"process {parent} of {started}"
+
+
+def prepare_nccl() -> None:
+    """Let NCCL groups be aborted and formed again in this process, before the first of them is made.
+
+    Its watchdog must not end the process when a peer dies, and NVLink SHARP's memory cannot be taken back by an abort.
+    """
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
 def process_environment() -> dict[str, str]:

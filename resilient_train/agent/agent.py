@@ -38,6 +38,10 @@ from resilient_train.spec.world import Phase, WorldRecord, slot_of
 _KEEPER_RESTARTS = 5
 _FLUSH_TIMEOUT = 600.0
 _KEEPER_STOP = 30.0
+_UNSENT = 0.05
+"""Seconds between attempts to send to a worker that does not read."""
+_AT_ONCE = 3
+"""Signals after which nothing is waited for any more."""
 _EARLY_RETURN = 10
 """Looks at the board, about one a second, between two mentions of ranks whose function has returned before others'."""
 
@@ -161,6 +165,8 @@ class Agent:
     def _once(self) -> None:
         now = self._clock.now()
         timeout = max(0.0, self._timers.heap[0][0] - now) if self._timers.heap else None
+        if not all(channel.push() for channel in self._channels.values()):
+            timeout = _UNSENT if timeout is None else min(timeout, _UNSENT)
         for key, _ in self._selector.select(timeout):
             key.data()
         for action in self._timers.due(self._clock.now()):
@@ -198,7 +204,7 @@ class Agent:
                 channel = self._channels.get(member)
                 if channel is not None:
                     with contextlib.suppress(LinkLost):
-                        channel.send(message)
+                        channel.post(message)
             case m.Say(text):
                 self._say(text)
             case m.Wake(at):
@@ -321,7 +327,7 @@ class Agent:
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
-                    channel.send(Welcome(job=self._settings.address, keeper=self._keeper.address))
+                    channel.post(Welcome(keeper=self._keeper.address))
             member = next((name for name, known in self._channels.items() if known is channel), "")
             if not member:
                 continue
@@ -420,25 +426,37 @@ class Agent:
 
     def _wind_up(self, outcome: Outcome) -> Outcome:
         """The workers are gone: wait for the last state to become durable, then end the keeper."""
-        deadline = self._clock.now() + _FLUSH_TIMEOUT
-        while self._keeper.channel is None and self._keeper.pidfd >= 0 and self._clock.now() < deadline:
-            self._once()
-        self._flushed = None
-        if self._keeper.flush():
-            hint = self._clock.now() + 1.0
-            while self._flushed is None and self._keeper.channel is not None and self._clock.now() < deadline:
-                self._timers.at(self._clock.now() + 0.5, lambda: None)
-                self._once()
-                if self._flushed is None and self._clock.now() > hint:
-                    self._say("waiting for the last state to become durable")
-                    hint = self._clock.now() + 10.0
-        unsaved = self._flushed or ""
+        unsaved = self._flush()
         if self._keeper.pidfd >= 0:
             self._selector.unregister(self._keeper.pidfd)
-        self._keeper.stop(_KEEPER_STOP)
+        self._keeper.stop(_KEEPER_STOP if self._interrupts < _AT_ONCE else 0.0)
         self._listener.close()
         self._calls.put(None)
         return replace(outcome, unsaved=unsaved, saved=self._saved)
+
+    def _flush(self) -> str:
+        """Have the keeper, or the one that takes over from it, make the last state durable; why it is not, if so."""
+        now = self._clock.now()
+        deadline, mention = now + _FLUSH_TIMEOUT, now + 1.0
+        asked: Channel | None = None
+        self._flushed = None
+        while self._flushed is None and self._keeper.pidfd >= 0 and self._clock.now() < deadline:
+            if self._interrupts >= _AT_ONCE:
+                break
+            if self._keeper.channel is not None and self._keeper.channel is not asked and self._keeper.flush():
+                asked = self._keeper.channel
+            self._timers.at(self._clock.now() + 0.5, lambda: None)
+            self._once()
+            if self._flushed is None and self._clock.now() > mention:
+                self._say("waiting for the last state to become durable")
+                mention = self._clock.now() + 10.0
+        if self._flushed is not None:
+            return self._flushed
+        standing = self._keeper.standing
+        if standing is None or standing.policy is None:
+            return ""
+        why = f"that took more than {_FLUSH_TIMEOUT:g} s" if self._clock.now() >= deadline else "it was not waited for"
+        return f"the last state may not be durable: {why if self._keeper.pidfd >= 0 else 'the keeper died too often'}"
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
@@ -460,7 +478,7 @@ class Agent:
                 signal.signal(number, handler)
 
     def _interrupted(self, name: str) -> None:
-        if self._interrupts >= 3:
+        if self._interrupts >= _AT_ONCE:
             for worker in self._workers.running():
                 self._workers.signal(worker.member, signal.SIGKILL)
         self._say(f"got {name}, ending the job")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board, reopen
 from resilient_train.ipc.channel import Channel, connect
-from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Withdraw
+from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Standing, Withdraw
 
 _START_TIMEOUT = 60.0
 
@@ -29,6 +30,8 @@ class KeeperProcess:
         self._slots = slots
         self._deposits: dict[int, tuple[int, str]] = {}
         self._board_fd = -1
+        self.standing: Standing | None = None
+        """What the next keeper has to know."""
         self.board: Board | None = None
         self.channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -55,7 +58,9 @@ class KeeperProcess:
             return False
         kept = sorted(self._deposits.items())
         descriptors = [self._board_fd, *(fd for _, (fd, _) in kept)] if self._board_fd >= 0 else []
-        if not self.tell(Adopt(slots=[[slot, owner] for slot, (_, owner) in kept], scratch=self._scratch), descriptors):
+        standing = None if self.standing is None else dataclasses.asdict(self.standing)
+        slots = [[slot, owner] for slot, (_, owner) in kept]
+        if not self.tell(Adopt(slots=slots, scratch=self._scratch, standing=standing), descriptors):
             self.channel.close()
             self.channel = None
             return False
@@ -85,6 +90,9 @@ class KeeperProcess:
                 # An open of our own: file locks that the keeper held when it died must go with it.
                 self._deposits[message.slot] = (reopen(descriptors[0]), message.owner)
                 os.close(descriptors[0])
+            return True
+        if isinstance(message, Standing):
+            self.standing = message
             return True
         if isinstance(message, Withdraw):
             fd, _ = self._deposits.pop(message.slot, (-1, ""))

@@ -52,6 +52,8 @@ class WorkerSpec:
     """Where output goes."""
     log_line_prefix: str | None = None
     """Template of the prefix of teed lines."""
+    signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+    """torchrun's ``--signals-to-handle``."""
     virtual_local_rank: bool = False
     """Every worker sees its device as number 0."""
     numa_options: Any = None
@@ -152,6 +154,7 @@ class Workers:
             "TORCHELASTIC_RESTART_COUNT": str(record.restarts),
             "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
             "TORCHELASTIC_RUN_ID": spec.run_id,
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": spec.signals,
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             config.AGENT: self._address,

@@ -30,6 +30,7 @@ class Channel:
         self._socket = sock
         self._sending = threading.Lock()
         self._buffer = bytearray()
+        self._unsent = bytearray()
         self._descriptors: list[int] = []
 
     def fileno(self) -> int:
@@ -53,6 +54,33 @@ class Channel:
                     self._socket.sendall(data)
             except OSError as error:
                 raise LinkLost(f"the other end of a local connection is gone: {error}") from error
+
+    def post(self, message: Message) -> None:
+        """Send without ever waiting; what the other end does not take now goes with later calls of `push`.
+
+        Raises:
+            LinkLost: if the other end is gone, or has not read for so long that too much is waiting for it.
+        """
+        body = encode(message)
+        self._unsent += _HEADER.pack(len(body), 0) + body
+        if len(self._unsent) > MAX_MESSAGE:
+            raise LinkLost("the other end of a local connection does not read")
+        self.push()
+
+    def push(self) -> bool:
+        """Send what `post` could not; whether nothing is left."""
+        with self._sending:
+            while self._unsent:
+                try:
+                    sent = self._socket.send(self._unsent, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    return False
+                except OSError:
+                    # Whoever reads from it will hear that it is gone.
+                    self._unsent.clear()
+                    return True
+                del self._unsent[:sent]
+        return True
 
     def receive(self, timeout: float | None = None) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors, which become the caller's; None after ``timeout`` seconds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ from resilient_train.spec.shard import DTYPE_SIZES, Entry, parse_header
 from resilient_train.spec.world import Key
 
 
-def read_boxes(memory: Slot | None, key: Key, requests: list[list[Any]]) -> Boxes:
+def read_boxes(descriptor: int, key: Key, requests: list[list[Any]]) -> Boxes:
     """The bytes of boxes ``[name, offset, shape]`` (global indices) of the image ``key`` in a slot, row-major."""
-    if memory is None:
+    if descriptor < 0:
         return Boxes(data=[], error="no such image")
-    with memory.reading(key) as view:
+    # Through an open of its own: letting go of this lock must not let go of the one under which it is persisted.
+    with closing(Slot(descriptor)) as memory, memory.reading(key) as view:
         if view is None:
             return Boxes(data=[], error=f"the image is not {key} any more")
         try:

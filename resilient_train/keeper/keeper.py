@@ -5,6 +5,7 @@ Every method runs on one thread, which never waits for storage.  Writing happens
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import selectors
 import shutil
@@ -41,6 +42,7 @@ from resilient_train.spec.messages import (
     Published,
     ReadBoxes,
     Refused,
+    Standing,
     Withdraw,
 )
 from resilient_train.spec.world import Key
@@ -173,6 +175,8 @@ class Keeper:
             return
         self._selector.unregister(client.channel)
         client.channel.close()
+        self._flushing = [waiting for waiting in self._flushing if waiting is not client]
+        self._flush()
         if not self._clients:
             self._alone_since = self._clock.now()
             if not self._had_agent:
@@ -206,7 +210,9 @@ class Keeper:
             case Discard(slot=slot):
                 self._drop(slot)
             case Policy():
-                self._policy = message
+                if message != self._policy:
+                    self._policy = message
+                    self._tell_standing()
             case Published():
                 self._published(client, message)
             case ListImages():
@@ -216,7 +222,7 @@ class Keeper:
                 self._answer(client, Opened(slots=there), [self.slots[slot].memory.fd for slot in there])
             case ReadBoxes(slot=slot, lineage=lineage, step=step, boxes=boxes):
                 kept = self.slots.get(slot)
-                self._answer(client, read_boxes(kept.memory if kept else None, Key(lineage, step), boxes))
+                self._answer(client, read_boxes(kept.memory.fd if kept else -1, Key(lineage, step), boxes))
             case Goodbye():
                 client.polite = True
             case Adopt():
@@ -225,10 +231,16 @@ class Keeper:
                 self._inherited.discard(member)
             case Flush():
                 self._flushing.append(client)
-                self._persist_newest()
-                self._answer_flushes()
+                self._flush()
             case _:
                 pass
+
+    def _flush(self) -> None:
+        """Persist the newest state: at once for an agent; without one, when every worker has nothing more to give."""
+        waiting = [client for client in self._clients if client.index >= 0 and client not in self._flushing]
+        if self._flushing and (self._agent in self._flushing or not waiting):
+            self._persist_newest()
+            self._answer_flushes()
 
     def _allocate(self, client: Client, size: int) -> None:
         try:
@@ -271,9 +283,26 @@ class Keeper:
                 self._next_slot = max(self._next_slot, slot + 1)
         else:
             self._answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
+        if message.standing is not None:
+            self._inherit(Standing(**message.standing))
         early, self._early = self._early or [], None
         for item in early:
             self._handle(*item)
+
+    def _inherit(self, standing: Standing) -> None:
+        """Go on where the keeper before was."""
+        self._policy = None if standing.policy is None else Policy(**standing.policy)
+        self._persisted = None if standing.persisted is None else Key(*standing.persisted)
+        self._past = {int(one or 0): bound for one, bound in standing.past}
+
+    def _tell_standing(self) -> None:
+        if self._agent is not None:
+            standing = Standing(
+                policy=None if self._policy is None else dataclasses.asdict(self._policy),
+                persisted=None if self._persisted is None else list(self._persisted),
+                past=[[lineage, bound] for lineage, bound in self._past.items()],
+            )
+            self._answer(self._agent, standing)
 
     def _drop(self, slot: int) -> None:
         kept = self.slots.pop(slot, None)
@@ -316,7 +345,9 @@ class Keeper:
     def _published(self, client: Client, message: Published) -> None:
         key = Key(message.lineage, message.step)
         past = {int(one or 0): bound for one, bound in message.past}
-        self._past = past
+        if past != self._past:
+            self._past = past
+            self._tell_standing()
         kept = self.slots.get(message.slot)
         if kept is None or not kept.memory.try_lock(exclusive=False):
             self._answer(client, Persisted(lineage=key.lineage, step=key.step, error="the slot is gone"))
@@ -363,6 +394,7 @@ class Keeper:
             self._last_duration = outcome.seconds
             if not outcome.error:
                 self._persisted = max(key, self._persisted or key)
+                self._tell_standing()
                 done = "is durable" if outcome.committed else "is written as far as this node has it"
                 text = f"{key} {done} in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
                 self._notice("persisted", text)
@@ -428,7 +460,10 @@ class Keeper:
             return
         newest = self._newest_complete()
         behind = newest is not None and (self._persisted is None or self._persisted < newest)
-        text = f"the last state ({newest}) could not be made durable" if self._policy and behind else ""
+        text = ""
+        if self._policy is not None and behind:
+            durable = f"the newest durable one is {self._persisted}" if self._persisted else "none of this job is"
+            text = f"the last state ({newest}) could not be made durable in {self._policy.url}; {durable}"
         for client in self._flushing:
             self._answer(client, Flushed(text=text))
         self._flushing = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from resilient_train.errors import OutsideError, ResilientError, StorageError
@@ -15,8 +16,8 @@ from resilient_train.plan.partition import assign
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, listing
-from resilient_train.storage.commit import MANIFEST, ImageFile, folder_of, image_name
+from resilient_train.storage.catalogue import commit, listing, read_manifest
+from resilient_train.storage.commit import ImageFile, folder_of, image_name
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.storage.tier import Tier
 
@@ -96,21 +97,37 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     Raises:
         OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
     """
-    if MANIFEST in tier.folders().get(folder_of(job.key), set()):
-        raise StorageError(
-            f"{tier.name}/{folder_of(job.key)} is committed already: another job writes to the same location"
-        )
+    committed, unfinished = listing(tier)
+    newer = [key for key in committed + unfinished if key.lineage > job.key.lineage]
+    if newer:
+        raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
     shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()})
-    files = []
-    for rank, slot in job.images.items():
-        layout, stamp = headers[rank]
-        files.append(_write(tier, slot, layout, stamp, shares[rank]))
-    committed = commit(tier, job.key, job.world, files, job.past)
-    if committed:
+    outgoing = [_outgoing(slot, *headers[rank], shares[rank]) for rank, slot in job.images.items()]
+    files = [image.file for image in outgoing]
+    if job.key in committed:
+        _check_same(tier, job.key, files)
+        return 0, True
+    try:
+        for image in outgoing:
+            tier.put(f"{folder_of(job.key)}/{image.file.name}", image.chunks)
+        complete = commit(tier, job.key, job.world, files, job.past)
+    except BaseException:
+        # Without this node's part it will never be complete; what is there only takes the room of the next one.
+        with contextlib.suppress(OutsideError):
+            tier.delete(folder_of(job.key))
+        raise
+    if complete:
         for key in superseded(*listing(tier), job.keep_last):
             tier.delete(folder_of(key))
-    return sum(file.size for file in files), committed
+    return sum(file.size for file in files), complete
+
+
+def _check_same(tier: Tier, key: Key, files: Sequence[ImageFile]) -> None:
+    """A keeper that died after it had committed was ours; any other content is another job's."""
+    there = {file.rank: file for file in read_manifest(tier, key).files}
+    if any(there.get(file.rank) != file for file in files):
+        raise StorageError(f"{tier.name}/{folder_of(key)} is committed already, by another job at the same location")
 
 
 def _header(slot: Slot, key: Key) -> tuple[ImageLayout, Stamp]:
@@ -121,24 +138,27 @@ def _header(slot: Slot, key: Key) -> tuple[ImageLayout, Stamp]:
     return parse_header(slot.map[:length], slot.size)
 
 
-def _write(tier: Tier, slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> ImageFile:
-    path = f"{folder_of(stamp.key)}/{image_name(stamp.rank, stamp.world)}"
-    with memoryview(slot.map) as view:
-        if len(share) == len(layout.entries):
-            header_crc = engine.crc32c(slot.address, layout.data_start)
-            size = tier.put(path, (view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK)))
-            table_crc = stamp.crc
-        else:
-            chunks = _PartialImage(view, layout, stamp, share)
-            size = tier.put(path, chunks)
-            header_crc, table_crc = chunks.header_crc, chunks.table_crc
-    return ImageFile(
-        name=image_name(stamp.rank, stamp.world),
-        rank=stamp.rank,
-        size=size,
-        header_crc=header_crc,
-        table_crc=table_crc,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outgoing:
+    """One image on its way."""
+
+    file: ImageFile
+    chunks: Iterable[memoryview]
+
+
+def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> _Outgoing:
+    view = memoryview(slot.map)
+    chunks: Iterable[memoryview]
+    if len(share) == len(layout.entries):
+        size, table_crc = layout.total, stamp.crc
+        header_crc = engine.crc32c(slot.address, layout.data_start)
+        chunks = (view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK))
+    else:
+        chunks = partial = _PartialImage(view, layout, stamp, share)
+        size, header_crc, table_crc = partial.size, partial.header_crc, partial.table_crc
+    name = image_name(stamp.rank, stamp.world)
+    file = ImageFile(name=name, rank=stamp.rank, size=size, header_crc=header_crc, table_crc=table_crc)
+    return _Outgoing(file=file, chunks=chunks)
 
 
 class _PartialImage:
@@ -161,6 +181,7 @@ class _PartialImage:
         for at, value in fields:
             header[at : at + len(value)] = value
         self.header_crc = checksum(header)
+        self.size = self._layout.total
         tail = self._layout.total - self._layout.crc_start - len(table)
         self._pieces = [memoryview(header), *self._data, memoryview(table), memoryview(bytes(tail))]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     launch, entrypoint, worker_args = _launch_config(args)
     host = launch.local_addr or asked[0]
     address = f"job-{uuid.uuid4().hex}"
-    control = serve(host, 0)
+    control = serve("127.0.0.1", 0)
     bootstraps: list[Any] = []
 
     def new_bootstrap() -> str:
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         role=launch.role,
         max_restarts=launch.max_restarts,
         logs=launch.logs_specs,
+        signals=getattr(launch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
         log_line_prefix=launch.log_line_prefix_template,
         virtual_local_rank=getattr(launch, "virtual_local_rank", False),
         numa_options=getattr(launch, "numa_options", None),
@@ -125,7 +127,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         settings,
         workers,
         KeeperProcess(f"{address}/keeper", launch.nproc_per_node, "" if write_events else args.log_dir),
-        TcpControlStore(host, control.port, launch.run_id),
+        TcpControlStore("127.0.0.1", control.port, launch.run_id),
         new_bootstrap,
         sink,
         print_line,
@@ -155,7 +157,12 @@ def _asked_endpoint(args: argparse.Namespace) -> tuple[str, int]:
     host, text = (host, text) if endpoint else (args.master_addr, str(port))
     if not text.isdigit() or int(text) > 65535:
         raise ConfigError(f"the endpoint must be HOST:PORT, it is {endpoint or text!r}")
-    return host or "127.0.0.1", int(text)
+    host = host or "127.0.0.1"
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ConfigError(f"the endpoint's host {host!r} is not known: {error}") from error
+    return host, int(text)
 
 
 def _signals(names: str) -> tuple[signal.Signals, ...]:

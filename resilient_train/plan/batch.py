@@ -52,7 +52,7 @@ class Pass:
     begin: int
     """First sample of the unit within the global batch."""
     count: int
-    """Number of samples, 1 for a filler."""
+    """Number of samples."""
     weight: float
     """What the mean loss of these samples is multiplied with; 0 for a filler."""
     last: bool
@@ -72,7 +72,8 @@ def passes(global_batch: int, micro_batch: int, rank: int, ranks: int) -> list[P
         unit = k * ranks + rank
         last = k == count - 1
         if unit >= units:
-            result.append(Pass(unit=-1, begin=0, count=1, weight=0.0, last=last))
+            # As large as a unit: the other ranks compute as long anyway, and some layers refuse single samples.
+            result.append(Pass(unit=-1, begin=0, count=min(micro_batch, global_batch), weight=0.0, last=last))
             continue
         begin = unit * micro_batch
         n = min(micro_batch, global_batch - begin)

@@ -155,6 +155,10 @@ def propose(view: View, now: float) -> Proposal:
         return _after_loss(view, record, lost, now)
     if not view.elastic():
         return Proposal()
+    left = [m for m in record.members if m not in alive and not exits[m].elastic]
+    if left:
+        text = f"{_names(left, record)} ended without calling the elastic function that others are in"
+        return Proposal(record=_failure(view, record, text, left[0]))
     waits = _Waits(view, now)
     change = _misfit(view, record) or _late(view, record, waits)
     if change is None and record.planned is not None:
@@ -323,6 +327,8 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
     what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
     culprit = ended[0].member if ended else lost[0]
     if record.restarts >= view.limits.max_restarts:
+        if ended and ended[0].killed and not view.elastic():
+            what += "; nobody had called an elastic function yet, and until then only --max-restarts helps"
         return _failure(view, record, what, culprit)
     newest: dict[tuple[str, int], int] = {}
     for member in [*view.workers(), *view.exits(), *record.members]:

@@ -111,7 +111,6 @@ class Boundaries(Message):
 class Welcome(Message):
     """Answer to `Hello`."""
 
-    job: str
     keeper: str
 
 
@@ -236,7 +235,7 @@ class Persisted(Message):
 
 @_message
 class Images(Message):
-    """Every complete image in memory: [slot, lineage, step, rank, world size, job's slot owner]."""
+    """Every complete image in memory: [slot, lineage, step, rank, world size]."""
 
     images: list[list[Any]]
 
@@ -266,6 +265,17 @@ class Adopt(Message):
     slots: list[list[Any]]
     scratch: str = ""
     """A folder to remove at the end."""
+    standing: dict[str, Any] | None = None
+    """The fields of the last `Standing`."""
+
+
+@_message
+class Standing(Message):
+    """Keeper: what another keeper in my place would have to know: where to persist, and what is durable."""
+
+    policy: dict[str, Any] | None
+    persisted: list[int] | None
+    past: list[list[int | None]]
 
 
 @_message
@@ -293,7 +303,7 @@ class Gone(Message):
 
 @_message
 class Flush(Message):
-    """Agent: persist the last complete state and say so with `Flushed`."""
+    """Agent, or every worker where there is none: persist the last complete state and say so with `Flushed`."""
 
 
 @_message

@@ -39,6 +39,8 @@ class Capture:
     """Where to look for objects that came, went or were replaced."""
     origins: list[torch.Tensor] = field(default_factory=list)
     """The tensors, as they stand there, whose memory may be exchanged (``parameter.data = other``)."""
+    before: list[Callable[[], Any]] = field(default_factory=list)
+    """What brings the state into the form that was walked."""
     fixed: bool = True
     """Whether a later walk finds the same as long as the same objects stand in the same places."""
 
@@ -119,6 +121,8 @@ class Known:
 
     def holds(self) -> bool:
         """Whether walking again would give the same parts with the same sources."""
+        for action in self.capture.before:
+            action()
         return self.capture.fixed and self._look() == self._ids and self._locate() == self._addresses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError
+from resilient_train.image.native import checksum
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
@@ -28,6 +30,11 @@ from resilient_train.worker.world import World
 
 logger = logging.getLogger(__name__)
 
+LAST_SLOT_TIMEOUT = 600.0
+"""Seconds to wait for a free slot where a state must be saved: at the end, and before a planned change."""
+_writable: set[str] = set()
+"""Locations that have been checked."""
+
 
 class Source(Protocol):
     """Where states can be restored from."""
@@ -36,6 +43,10 @@ class Source(Protocol):
 
     def keys(self, past: dict[int, int | None]) -> list[Key]:
         """Complete states of the past, newest first."""
+        ...
+
+    def newest_lineage(self) -> int:
+        """The highest lineage of any state there, complete or not; 0 if there is none."""
         ...
 
     def open(self, key: Key) -> AbstractContextManager[list[ImageReader]]:
@@ -83,8 +94,13 @@ class Checkpointer:
     ) -> None:
         if not isinstance(state, State):
             raise ConfigError(f"Checkpointer needs an rt.State, got {type(state).__name__}")
-        if snapshot_every < 1 or keep_last < 1:
-            raise ConfigError("snapshot_every and keep_last must be at least 1")
+        for name, value in (("snapshot_every", snapshot_every), ("keep_last", keep_last)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number and at least 1, it is {value!r}")
+        if url is not None and (not isinstance(url, str) or not url):
+            raise ConfigError(f"url must be a path or a URL, it is {url!r}")
+        if world is not None and not isinstance(world, World):
+            raise ConfigError(f"world must be the World that the elastic function got, it is {world!r}")
         try:
             self._every_steps, self._every_seconds = parse_interval(persist_every)
         except ValueError as error:
@@ -92,11 +108,13 @@ class Checkpointer:
         self._state = state
         self._snapshot_every = snapshot_every
         self._host = host.connect(url)
-        self._host.claim()
         self._tier = FilesystemTier(url) if url is not None else None
         if self._tier is not None:
-            self._tier.check_writable()
             assert url is not None
+            if url not in _writable:
+                # Once per process: a recovery must not wait for round trips to storage.
+                self._tier.check_writable()
+                _writable.add(url)
             self._host.keeper.set_policy(
                 Policy(
                     url=url,
@@ -105,6 +123,7 @@ class Checkpointer:
                     keep_last=keep_last,
                 )
             )
+        self._host.claim()
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
@@ -116,6 +135,7 @@ class Checkpointer:
         self._handed_over: Key | None = None
         self._pending: set[Key] = set()
         self._skipped = 0
+        self._closed = False
         self._step: int | None = None
         self._host.on_leave(self._detach)
         self._host.before_end = self._finish
@@ -127,6 +147,8 @@ class Checkpointer:
 
         Between two steps the state is snapshotted, and planned changes of the world take place.
         """
+        if not isinstance(total, int) or total < 0:
+            raise ConfigError(f"steps() needs a number of steps, it got {total!r}")
         first = self.restore() if self._step is None else self._step
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
@@ -141,12 +163,29 @@ class Checkpointer:
         stopping = self._host.reach(step)
         newest = self._snapshots.newest
         due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
-        if due and newest != Key(self._lineage, step):
-            self.snapshot()
-        if step == total or stopping:
+        last = step == total or stopping
+        if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
+            self._snapshot_at_last()
+        if last:
             self._finish()
         if stopping:
             self._host.leave_at_boundary()
+
+    def _snapshot_at_last(self) -> None:
+        """This state must not be lost, so wait until storage has let go of a slot."""
+        deadline = time.monotonic() + LAST_SLOT_TIMEOUT
+        said = time.monotonic()
+        while not self.snapshot():
+            now = time.monotonic()
+            if now > deadline:
+                raise StorageError(
+                    f"step {self._step} cannot be saved: writing earlier states did not end within"
+                    f" {LAST_SLOT_TIMEOUT:g} s, and they hold all image slots"
+                )
+            if now > said + 10:
+                logger.warning("waiting for storage to let go of a slot, to save step %s", self._step)
+                said = now
+            self._hear_keeper(1.0)
 
     # ---- saving -----------------------------------------------------------------------------------------------------
 
@@ -166,6 +205,9 @@ class Checkpointer:
             MemoryRefused: if there is no memory for the image.
         """
         self._host.leave_if_over()
+        self._check_open()
+        if step is not None and not isinstance(step, int):
+            raise ConfigError(f"snapshot() needs a number of finished steps, it got {step!r}")
         if self._step is None:
             raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
@@ -185,7 +227,7 @@ class Checkpointer:
         self._skipped += 1
         if self._skipped & (self._skipped - 1) == 0:
             logger.warning(
-                "no free slot for the snapshot of %s: %d skipped so far; a slow write to storage holds the others",
+                "no free slot for the snapshot of %s: %d skipped so far; storage, or a rank that is behind, holds them",
                 key,
                 self._skipped,
             )
@@ -199,6 +241,7 @@ class Checkpointer:
         Raises:
             ConfigError: without a URL.
         """
+        self._check_open()
         if self._tier is None:
             raise ConfigError("this Checkpointer has no URL to persist to")
         self._finish()
@@ -216,19 +259,33 @@ class Checkpointer:
             StorageError: if it cannot be made durable, or not within ``timeout`` seconds.
         """
         self._finish()
+        deadline = time.monotonic() + timeout
         while self._pending:
-            failures = self._hear_keeper(timeout)
+            failures = self._hear_keeper(max(0.0, deadline - time.monotonic()))
             if failures:
                 raise StorageError("; ".join(failures))
-            if not self._pending:
-                return
+            if self._pending and time.monotonic() >= deadline:
+                raise StorageError(f"not everything became durable within {timeout:g} s")
 
     def close(self) -> None:
-        """Let go of the keeper; it makes the last state durable and, where no agent runs it, ends."""
+        """Let go of the keeper. Where no agent runs it, the last state is durable when this returns, on all ranks.
+
+        Raises:
+            StorageError: if it could not be made durable.
+        """
+        if self._closed:
+            return
+        self._closed = True
         self._finish()
         self._snapshots.close()
         self._host.release()
-        self._host.close()
+        unsaved = self._host.close()
+        if unsaved:
+            raise StorageError(unsaved)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("this Checkpointer is closed")
 
     def _finish(self) -> None:
         """Wait for the snapshot that is being copied, and hand it over if it is to be persisted."""
@@ -276,19 +333,20 @@ class Checkpointer:
         news = self._host.keeper.news(timeout)
         if self._host.keeper.replaced:
             self._host.keeper.replaced = False
+            if self._host.keeper.started_here:
+                # The new one knows nothing of the images of the old one.
+                self._host.slots.close()
             self._host.slots.release_all()
             unsaved = bool(self._pending)
             self._pending.clear()
             return ["the keeper died before it had persisted everything; another goes on"] if unsaved else []
-        if timeout and not news:
-            failures.append(f"nothing became durable within {timeout:g} s")
         for item in news:
             key = Key(item.lineage, item.step)
             self._host.slots.released(key)
             self._pending.discard(key)
             if item.error:
                 failures.append(item.error)
-                if self._rank == 0:
+                if self._rank == 0 and self._host.keeper.started_here:  # An agent says it itself.
                     logger.warning("%s is not durable: %s", key, item.error)
         return failures
 
@@ -319,7 +377,7 @@ class Checkpointer:
                     f"every state that is left is damaged ({named}); not starting over on top of it"
                 )
             problem = self._try(choice["place"], key) if key is not None else None
-            if self._all_well(problem is None):
+            if self._all_well(problem is None, choice):
                 break
             assert key is not None
             if problem is not None:
@@ -364,7 +422,7 @@ class Checkpointer:
         if self._restores:
             last = self._restores[-1]
             return generation + last.lineage - last.generation
-        older = TierSource(self._tier).newest_lineage() if self._tier is not None else 0
+        older = max(source.newest_lineage() for source in self._sources())
         return generation + max(older, key.lineage if key else 0)
 
     def _exchange(self, value: dict[str, Any] | None) -> dict[str, Any]:
@@ -389,12 +447,17 @@ class Checkpointer:
             return str(error)
         return None
 
-    def _all_well(self, well: bool) -> bool:
+    def _all_well(self, well: bool, choice: dict[str, Any]) -> bool:
+        """Whether every rank is well, all having made the same choice."""
         if self._size == 1:
             return well
-        flag = torch.tensor([int(well)], dtype=torch.int32, device=self._host.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
+        chosen = checksum(json.dumps(choice).encode())
+        flags = torch.tensor([int(well), chosen, -chosen], dtype=torch.int64, device=self._host.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        lowest, highest = int(flags[1]), -int(flags[2])
+        if lowest != highest:
+            raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
+        return bool(flags[0])
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""

@@ -42,7 +42,7 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
         wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
         places[name] = (tensor, entry)
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
-    # Everything is read and verified before the first element is written.
+    # Everything is read and verified before the first element is written; room for optimizer state has been made.
     sources = [readers[copy.image].tensor(copy.entry) for copy in copies]
     generators = _generators(own, rank) if own is not None else {}
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.session import Session
 from resilient_train.worker.slots import Slots
 
+logger = logging.getLogger(__name__)
+
+_rounds = (0, 0)
+"""(generation, exchanges through its store so far); outlives hosts, because the store does."""
 LINGER = 60.0
 """Seconds that a keeper without an agent waits for workers to come back."""
 
@@ -36,7 +41,6 @@ class Host:
         self._session = session
         self._local: tuple[int, ...] = (index,)
         self._claimed = False
-        self._rounds = (0, 0)
         self.before_end: Callable[[], None] | None = None
         """What the Checkpointer has to finish before this process may end."""
 
@@ -57,10 +61,9 @@ class Host:
 
     def next_round(self) -> int:
         """A number that all ranks of a generation agree on, for exchanges through its store."""
-        if self._rounds[0] != self.generation:
-            self._rounds = (self.generation, 0)
-        self._rounds = (self.generation, self._rounds[1] + 1)
-        return self._rounds[1]
+        global _rounds
+        _rounds = (self.generation, _rounds[1] + 1 if _rounds[0] == self.generation else 1)
+        return _rounds[1]
 
     @property
     def board(self) -> Board:
@@ -140,12 +143,16 @@ class Host:
         if self._session is not None:
             self._session.resumed(restore.lineage, restore.source, text)
 
-    def close(self) -> None:
-        """Take leave of a keeper that was started for this job alone."""
+    def close(self) -> str:
+        """Take leave of a keeper without an agent, once the last state is durable; why it is not, if so."""
         global _host
-        if self._session is None:
-            self.keeper.close()
-            _host = None
+        if self._session is not None:
+            return ""
+        unsaved = self.keeper.flush() if self.keeper.started_here else ""
+        self.keeper.close()
+        self.slots.close()
+        _host = None
+        return unsaved
 
 
 _host: Host | None = None
@@ -193,7 +200,9 @@ def _take_leave() -> None:
     if _host.before_end is not None:
         _host.before_end()
     if not hasattr(sys, "last_value"):
-        _host.close()
+        unsaved = _host.close()
+        if unsaved:
+            logger.error("%s", unsaved)
 
 
 def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) -> KeeperLink:
@@ -201,16 +210,20 @@ def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) 
 
     Its address names the job as exactly as can be known, so that no other run is taken for this one's past.
     """
-    facts = (settings.job, settings.master_addr, settings.master_port, os.path.abspath(sys.argv[0]), str(url))
+    facts = (settings.job, settings.meeting_place, os.path.abspath(sys.argv[0]), str(url))
     job = "job-" + hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
     shared = dist.is_initialized() and settings.world_size > 1
     address = f"{job}/keeper" if shared else f"process-{uuid.uuid4().hex}/keeper"
-    attempts = 5
-    while True:
+
+    def start() -> None:
         if local_rank == 0:
             _start_keeper(address, settings.local_world_size, LINGER if shared else 0.0)
+
+    attempts = 5
+    while True:
+        start()
         try:
-            return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank)
+            return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank, start)
         except LinkLost:
             # An earlier keeper of this job was about to end when we met it.
             attempts -= 1

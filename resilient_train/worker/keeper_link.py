@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TypeVar
 
 from resilient_train.errors import LinkLost, MemoryRefused
@@ -15,6 +16,8 @@ from resilient_train.spec.messages import (
     Attach,
     Attached,
     Discard,
+    Flush,
+    Flushed,
     Goodbye,
     Images,
     ListImages,
@@ -30,6 +33,8 @@ from resilient_train.spec.world import Key
 
 _TIMEOUT = 300.0
 """Seconds for the keeper's answer; backing a large image's memory takes some."""
+FLUSH_TIMEOUT = 600.0
+"""Seconds for the last state to become durable."""
 _M = TypeVar("_M", bound=Message)
 
 
@@ -39,8 +44,14 @@ class KeeperLink:
     A keeper that dies is replaced by the agent, which holds its memory; the next request then goes to the new one.
     """
 
-    def __init__(self, address: str, member: str, index: int) -> None:
+    def __init__(self, address: str, member: str, index: int, restart: Callable[[], None] | None = None) -> None:
         """Connects and attaches.
+
+        Args:
+            address: where the keeper listens.
+            member: this worker.
+            index: its line on the board.
+            restart: starts another keeper in place of one that died; None where an agent does.
 
         Raises:
             LinkLost: if no keeper answers.
@@ -48,6 +59,7 @@ class KeeperLink:
         self._address = address
         self._member = member
         self._index = index
+        self._restart = restart
         self._policy: Policy | None = None
         self._news: list[Persisted] = []
         self._channel: Channel | None = None
@@ -55,11 +67,18 @@ class KeeperLink:
         """Another keeper has taken over since somebody last looked."""
         self.board = self._attach()
 
+    @property
+    def started_here(self) -> bool:
+        """Whether workers start the keeper, and no agent does."""
+        return self._restart is not None
+
     def _attach(self) -> Board:
         if self._channel is not None:
             self._channel.close()
             # The board before stays mapped: another thread may be writing to it.
             self.replaced = True
+            if self._restart is not None:
+                self._restart()
         self._channel = connect(self._address, _TIMEOUT)
         _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
         board = Board(descriptors[0])
@@ -68,16 +87,16 @@ class KeeperLink:
             self._channel.send(self._policy)
         return board
 
-    def _ask(self, request: Message, kind: type[_M]) -> tuple[_M, list[int]]:
+    def _ask(self, request: Message, kind: type[_M], timeout: float = _TIMEOUT) -> tuple[_M, list[int]]:
         """Send a request and wait for its answer; what the keeper says meanwhile is kept for `news`."""
         channel = self._channel
         if channel is None:
             raise LinkLost("not connected to the keeper")
         channel.send(request)
         while True:
-            received = channel.receive(_TIMEOUT)
+            received = channel.receive(timeout)
             if received is None:
-                raise LinkLost(f"the keeper did not answer within {_TIMEOUT:g} s")
+                raise LinkLost(f"the keeper did not answer within {timeout:g} s")
             message, descriptors = received
             if isinstance(message, kind):
                 return message, descriptors
@@ -164,6 +183,14 @@ class KeeperLink:
                 opened[slot] = Slot(descriptor)
                 os.close(descriptor)
         return opened
+
+    def flush(self) -> str:
+        """Wait until the last state is durable, with all other workers of this node; why it is not, if so."""
+        try:
+            answer, _ = self._ask(Flush(), Flushed, FLUSH_TIMEOUT)
+        except LinkLost as error:
+            return f"the last state may not be durable: {error}"
+        return answer.text
 
     def close(self) -> None:
         """Take leave."""

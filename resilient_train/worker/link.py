@@ -48,7 +48,7 @@ class AgentLink:
         received = self._channel.receive(_CONNECT_TIMEOUT)
         if received is None or not isinstance(received[0], Welcome):
             raise LinkLost("the agent did not welcome this worker")
-        self.job, self.keeper = received[0].job, received[0].keeper
+        self.keeper = received[0].keeper
         threading.Thread(target=self._listen, name="resilient_train monitor", daemon=True).start()
 
     def send(self, message: Message) -> None:
@@ -145,13 +145,14 @@ class AgentLink:
         while True:
             try:
                 received = self._channel.receive(_ABORT_EVERY if self._must_abort() else None)
+                if received is not None and isinstance(received[0], WorldIs):
+                    self._hear(WorldRecord.from_json(received[0].record))
             except (LinkLost, FormatError):
+                # The main thread, wherever it waits, must not wait for news that cannot come.
                 with self._changed:
                     self._lost = True
                     self._changed.notify_all()
                 return
-            if received is not None and isinstance(received[0], WorldIs):
-                self._hear(WorldRecord.from_json(received[0].record))
             if self._must_abort():
                 self._groups.abort()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from resilient_train.errors import StateMismatch
 from resilient_train.spec import jsontree
@@ -17,6 +18,11 @@ from resilient_train.worker.targets import Targets
 
 def walk(name: str, module: torch.nn.Module, capture: Capture) -> dict[str, Any]:
     """Add parameters and buffers to ``capture``; the document of what stays the same."""
+    for part in names.modules(module):
+        if isinstance(part, FSDPModule):
+            # A forward without a backward (an evaluation) leaves whole parameters in the places of the sharded ones.
+            part.reshard()
+            capture.before.append(part.reshard)
     for path, parameter in names.parameters(module).items():
         capture.add(f"{name}/{path}", parameter, lazy=True, fixed=True)
     for path, buffer in names.buffers(module).items():

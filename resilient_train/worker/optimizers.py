@@ -54,7 +54,8 @@ def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], 
         capture.add_pack(_pack_name(name, key, dtype), scalars)
     capture.contents.append(lambda: (value for held in optimizer.state.values() for value in held.values()))
     capture.contents.append(lambda: (parameter for group in optimizer.param_groups for parameter in group["params"]))
-    return {"kind": "optimizer", "parameters": [path for path, _ in named], "state": state}
+    kind = type(optimizer).__name__
+    return {"kind": "optimizer", "class": kind, "parameters": [path for path, _ in named], "state": state}
 
 
 def fresh(name: str, optimizer: torch.optim.Optimizer, capture: Capture) -> dict[str, Any]:
@@ -68,8 +69,11 @@ def fresh(name: str, optimizer: torch.optim.Optimizer, capture: Capture) -> dict
 
 def check(name: str, optimizer: torch.optim.Optimizer, document: Mapping[str, Any]) -> None:
     """Raises:
-    StateMismatch: if a checkpoint's document is of an optimizer with another number of groups.
+    StateMismatch: if a checkpoint's document is of another kind of optimizer or has another number of groups.
     """
+    kind = type(optimizer).__name__
+    if document["class"] != kind:
+        raise StateMismatch(f"{name} is an optimizer {kind} here, {document['class']} in the checkpoint")
     here, there = len(optimizer.param_groups), len(document["groups"])
     if here != there:
         raise StateMismatch(f"{name} has {here} parameter groups here, {there} in the checkpoint")

@@ -13,14 +13,15 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
-from torch.distributed.tensor import _redistribute, debug
+from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
 
 class ProcessGroups:
@@ -35,6 +36,7 @@ class ProcessGroups:
         self._lock = threading.Lock()
         self._ours: set[int] = set()
         self._before: set[int] | None = None
+        self._hosts: set[str] = set()
         self._nccl_aborted = False
         _observe_new_groups(self)
 
@@ -47,6 +49,7 @@ class ProcessGroups:
         # Every initialisation wraps the hook once more, with the rank that tracebacks are labelled with.
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
+        self._hosts = _addresses(host)
         with self._tracking():
             store = dist.TCPStore(host, port, None, False, self._timeout, wait_for_workers=False)
             dist.init_process_group(
@@ -82,7 +85,8 @@ class ProcessGroups:
         with self._lock:
             now = _sockets()
             ours = now.keys() - self._before if self._before is not None else set()
-            count = sum(_shut_down(now[inode], inode) for inode in (ours | self._ours) & now.keys())
+            hosts = self._hosts
+            count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
         self._abort_nccl()
         return count
 
@@ -113,7 +117,12 @@ class ProcessGroups:
 def _sockets() -> dict[int, int]:
     """inode -> descriptor of this process's sockets."""
     found = {}
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError:
+        # No descriptor is left to open the folder with.
+        return {}
+    for name in names:
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
@@ -123,8 +132,8 @@ def _sockets() -> dict[int, int]:
     return found
 
 
-def _shut_down(descriptor: int, inode: int) -> bool:
-    """Shut down an established TCP connection, making sure that the descriptor still is the socket we mean."""
+def _shut_down(descriptor: int, inode: int, hosts: Set[str]) -> bool:
+    """Shut down an established TCP connection to a host of the job, if the descriptor still is the socket we mean."""
     try:
         copy = os.dup(descriptor)
     except OSError:
@@ -137,6 +146,9 @@ def _shut_down(descriptor: int, inode: int) -> bool:
             tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
             if not tcp or sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 return False
+            peer = _address(sock.getpeername())
+            if peer not in hosts and peer != _address(sock.getsockname()):
+                return False  # A connection of the script's own, which it opened while the group was being formed.
             sock.shutdown(socket.SHUT_RDWR)
             return True
     except OSError:
@@ -144,6 +156,19 @@ def _shut_down(descriptor: int, inode: int) -> bool:
     finally:
         if copy >= 0:
             os.close(copy)
+
+
+def _address(name: tuple[Any, ...]) -> str:
+    """The host of a socket's name; an IPv4 address in IPv6 clothes as what it is."""
+    return str(name[0]).removeprefix("::ffff:")
+
+
+def _addresses(host: str) -> set[str]:
+    """Everything a host name stands for."""
+    try:
+        return {_address(info[4]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return set()
 
 
 _create_group = c10d._new_process_group_helper
@@ -160,13 +185,27 @@ def _observe_new_groups(groups: ProcessGroups) -> None:
 
 
 def clear_dtensor_caches() -> None:
-    """Empty the caches that DTensor keys by the equality of meshes."""
+    """Empty the caches that DTensor keys by the equality of meshes, and those that would grow with every generation."""
     debug._clear_sharding_prop_cache()
     transform_infos: Any = getattr(_redistribute, "_gen_transform_infos", None)
-    clear_planner: Any = getattr(_redistribute, "clear_redistribute_planner_cache", None)
-    for clear in (getattr(transform_infos, "cache_clear", None), clear_planner):
+    topology: Any = getattr(_collective_utils, "MeshTopoInfo", None)
+    clears = (
+        getattr(transform_infos, "cache_clear", None),
+        getattr(_redistribute, "clear_redistribute_planner_cache", None),
+        # Holds the first mesh of every world size, and with it that mesh's group: its threads and sockets.
+        getattr(getattr(topology, "build_from_mesh", None), "cache_clear", None),
+        # Filled again whenever the first is emptied, and keyed by scalars too, such as an optimizer's step size.
+        getattr(FakeTensorMode, "cache_clear", None),
+    )
+    for clear in clears:
         if clear is not None:
             clear()
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether ``error`` says that this process's accelerator failed, which no other attempt in it can mend."""
+    accelerator: Any = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 def is_communication_error(error: BaseException) -> bool:

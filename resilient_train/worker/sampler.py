@@ -17,7 +17,7 @@ class MicroBatch:
     """One forward and backward of this rank."""
 
     indices: torch.Tensor
-    """int64, shape [n]: which samples of the data set. One sample for a filler."""
+    """int64, shape [n]: which samples of the data set. A filler repeats the first unit's."""
     weight: float
     """Factor for their mean loss, such that gradients summed over passes and averaged over ranks are the mean over
     the global batch; 0 for a filler."""
@@ -49,6 +49,12 @@ class ElasticSampler:
     def __init__(
         self, length: int, *, global_batch: int, micro_batch: int, world: World, seed: int, shuffle: bool = True
     ) -> None:
+        if not isinstance(world, World):
+            raise ConfigError(f"world must be the World that the elastic function got, it is {world!r}")
+        numbers = {"length": length, "global_batch": global_batch, "micro_batch": micro_batch, "seed": seed}
+        for name, value in numbers.items():
+            if not isinstance(value, int):
+                raise ConfigError(f"{name} must be a whole number, it is {value!r}")
         if min(length, global_batch, micro_batch) < 1:
             raise ConfigError(
                 f"length, global_batch and micro_batch must be at least 1, got {length}, {global_batch}, {micro_batch}"
@@ -66,6 +72,8 @@ class ElasticSampler:
         Before each one, torch's generators are seeded from (seed, step, unit), so that dropout does not depend on
         which rank computes a unit either.
         """
+        if not isinstance(step, int) or step < 0:
+            raise ConfigError(f"micro_batches() needs the number of a step, it got {step!r}")
         for each in self._passes:
             torch.manual_seed(mix(self._seed, step, each.unit if each.unit >= 0 else -1 - self._rank) & (2**63 - 1))
             indices = torch.tensor(self._indices(step, each), dtype=torch.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import logging
 import sys
 import time
@@ -21,7 +22,7 @@ from resilient_train.errors import ConfigError, ExitCode, LinkLost, PeerFailed
 from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
-from resilient_train.worker.process_group import ProcessGroups, is_communication_error
+from resilient_train.worker.process_group import ProcessGroups, is_communication_error, is_device_error
 from resilient_train.worker.warmup import rehearse
 from resilient_train.worker.world import World, check_mesh, mesh_shape
 
@@ -50,6 +51,7 @@ class Session:
             settings: how this process was started.
             mesh: names and sizes of the mesh's dimensions.
         """
+        config.prepare_nccl()
         rehearse(_device(slot_of(settings.member)))
         self.groups = ProcessGroups(GROUP_TIMEOUT)
         multiple = check_mesh(mesh)
@@ -208,6 +210,9 @@ class Session:
         """
         if isinstance(error, (LinkLost, PeerFailed)):
             raise error
+        if is_device_error(error):
+            # The loss of this slot, not an error of the script: the process ends, another takes its place.
+            raise error
         if is_communication_error(error):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
             if verdict is not None and verdict.phase is Phase.FAILED:
@@ -317,10 +322,15 @@ def elastic(
         if __name__ == "__main__":
             train()
     """
+    if mesh is not None and not isinstance(mesh, Mapping):
+        raise ConfigError(f"mesh must name its dimensions, such as {{'data': -1}}; it is {mesh!r}")
     dims = dict(mesh or {"data": -1})
     check_mesh(dims)
     if fn is None:
         return functools.partial(elastic, mesh=dims, backend=backend)
+
+    if not callable(fn) or inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn):
+        raise ConfigError(f"elastic needs a plain function of a World, it got {fn!r}")
 
     @functools.wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:

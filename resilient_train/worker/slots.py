@@ -67,6 +67,12 @@ class Slots:
             if slot.key == key:
                 slot.held = False
 
+    def close(self) -> None:
+        """Unmap all slots; the keeper goes on holding them."""
+        for slot in self._slots:
+            slot.memory.close()
+        self._slots = []
+
     def release_all(self) -> None:
         """The keeper that held images is gone."""
         for slot in self._slots:

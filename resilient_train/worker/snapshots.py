@@ -16,6 +16,7 @@ import logging
 import queue
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -202,8 +203,9 @@ class Snapshots:
         ):
             return writer
         entries = [part.entry for part in frame.parts]
-        if len({entry.name for entry in entries}) != len(entries):
-            raise UnsupportedState("two parts of the state have the same name")
+        twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
+        if twice:
+            raise UnsupportedState(f"several parts of the state have the same name: {', '.join(sorted(twice)[:10])}")
         same = writer is not None and len(frame.document) <= writer.layout.json_capacity
         capacity = writer.layout.json_capacity if same and writer is not None else _roomy(len(frame.document))
         layout = plan_image(entries, capacity)

@@ -28,6 +28,10 @@ class MemorySource:
         """States of the job's past that are complete here, newest first."""
         return complete_keys((image for _, image in self._keeper.images()), past)
 
+    def newest_lineage(self) -> int:
+        """The highest lineage that any image here, of a complete state or not, was computed by; 0 if there is none."""
+        return max((image.key.lineage for _, image in self._keeper.images()), default=0)
+
     @contextmanager
     def open(self, key: Key) -> Iterator[list[ImageReader]]:
         """Readers of all images of ``key``, by rank; the images stay as they are meanwhile.
@@ -35,7 +39,10 @@ class MemorySource:
         Raises:
             CheckpointDamaged: if one is gone or fails its checksum.
         """
-        slots = {image.rank: slot for slot, image in self._keeper.images() if image.key == key}
+        images = [(image.rank, slot) for slot, image in self._keeper.images() if image.key == key]
+        slots = dict(images)
+        if len(slots) != len(images):
+            raise CheckpointDamaged(f"memory: several images of the same rank claim to be {key}")
         opened = self._keeper.open(list(slots.values()))
         with ExitStack() as stack:
             for memory in opened.values():

@@ -67,8 +67,16 @@ class State:
         for name, thing in stateful.items():
             if not isinstance(thing, Stateful):
                 raise UnsupportedState(f"{name} is a {type(thing).__name__}, without state_dict and load_state_dict")
-            if "/" in name or name == "rng":
+            if not name or "/" in name or name == "rng":
                 raise UnsupportedState(f"a part of the state cannot be called {name!r}")
+        if not stateful:
+            raise UnsupportedState("a State needs something to save")
+        names_of: dict[int, list[str]] = {}
+        for name, thing in stateful.items():
+            names_of.setdefault(id(thing), []).append(name)
+        for same in names_of.values():
+            if len(same) > 1:
+                raise UnsupportedState(f"{' and '.join(same)} are the same object: save it once")
         self._things: dict[str, Stateful] = dict(stateful)
 
     def capture(self, rank: int, before: Frame | None = None) -> Frame:
@@ -137,10 +145,10 @@ class State:
 
     def _parameter_names(self) -> dict[int, str]:
         known: dict[int, str] = {}
-        for thing in self._things.values():
+        for thing_name, thing in self._things.items():
             if isinstance(thing, torch.nn.Module):
                 for name, parameter in names.parameters(thing).items():
-                    known.setdefault(id(parameter), name)
+                    known.setdefault(id(parameter), f"{thing_name}.{name}")
         return known
 
 

@@ -11,8 +11,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from resilient_train.errors import ConfigError
 
-MODEL_DIMS = frozenset({"tensor", "tp", "pipeline", "pp", "context", "cp", "expert", "ep"})
-"""Mesh dimensions along which ranks share their samples instead of having their own."""
+DATA_DIMS = frozenset(
+    {"data", "dp", "replicate", "dp_replicate", "ddp", "shard", "dp_shard", "fsdp", "hsdp", "dp_cp", "batch"}
+)
+"""Mesh dimensions along which ranks have samples of their own."""
+MODEL_DIMS = frozenset(
+    {"tensor", "tp", "model", "mp", "pipeline", "pp", "stage", "context", "cp", "sequence", "sp", "expert", "ep"}
+)
+"""Mesh dimensions along which ranks share their samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +64,15 @@ def check_mesh(mesh: Mapping[str, int]) -> int:
     """The number that the world size must be a multiple of.
 
     Raises:
-        ConfigError: unless there is at most one -1 and all other sizes are positive.
+        ConfigError: unless there is at most one -1, all other sizes are positive, and every name is one of
+            `DATA_DIMS` or `MODEL_DIMS`, which say how samples are dealt out.
     """
+    unknown = mesh.keys() - DATA_DIMS - MODEL_DIMS
+    if unknown:
+        raise ConfigError(
+            f"mesh dimension {', '.join(sorted(unknown))}: the name must say whether ranks have samples of their own"
+            f" ({', '.join(sorted(DATA_DIMS))}) or share them ({', '.join(sorted(MODEL_DIMS))})"
+        )
     elastic = [name for name, n in mesh.items() if n == -1]
     if len(elastic) > 1 or any(n < 1 and n != -1 for n in mesh.values()) or not mesh:
         raise ConfigError(f"a mesh has at most one elastic dimension (-1) and positive sizes, got {dict(mesh)}")
