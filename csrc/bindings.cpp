@@ -74,4 +74,6 @@ NB_MODULE(_native, m) {
       "observe", [](std::uintptr_t word) { return rt::observe(aligned(word)); }, nb::arg("word"),
       "Acquire-load a 64-bit word.");
   bind_copier(m);
+  // At the end of a process Python does not promise to let go of everything, and there is nothing to flush.
+  nb::set_leak_warnings(false);
 }

@@ -34,6 +34,8 @@ from resilient_train.worker.state import Frame, State
 
 logger = logging.getLogger(__name__)
 
+AT_ONCE = 4 << 20
+"""Images up to this many bytes are waited for at the boundary: they take less than a millisecond."""
 FIRST_AUDITS = 3
 """The first snapshots of a generation are audited, and then every `AUDIT_EVERY`-th."""
 AUDIT_EVERY = 100
@@ -121,10 +123,10 @@ class Snapshots:
                 self._taken += 1
                 self.newest = key
                 self._running = _Running(writer=writer, slot=slot, key=key, host=self._host, audit=audit)
-                if self._lazy:
+                if self._lazy and writer.layout.total > AT_ONCE:
                     self._queue.put(self._running)
                 else:
-                    self.settle()
+                    self._running.conclude()
                 return True
         return False
 

@@ -53,3 +53,23 @@ def surviving(records: list[dict], log: list[Restore]) -> dict[int, list[dict]]:
         if key.lineage in past and in_ancestry(key, past):
             found.setdefault(record["step"], []).append(record)
     return found
+
+
+def digests(records: list[dict]) -> dict[int, dict[str, dict[int, int]]]:
+    """generation -> when (``finished``, ``restored``, ``final``) -> number of finished steps -> digest of the state.
+
+    Left out where a rank's part is missing.
+    """
+    parts: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
+    for record in records:
+        if "digest" in record:
+            when = "restored" if "restored" in record else "final" if "final" in record else "finished"
+            step = record["restored"] if when == "restored" else record["step"] + 1 if when == "finished" else 0
+            ranks = parts.setdefault((record["generation"], when, step), {})
+            ranks[record["rank"]] = (record["digest"], record["size"])
+    found: dict[int, dict[str, dict[int, int]]] = {}
+    for (generation, when, step), ranks in parts.items():
+        if len(ranks) == next(iter(ranks.values()))[1]:
+            total = sum(digest for digest, _ in ranks.values()) % 2**64
+            found.setdefault(generation, {}).setdefault(when, {})[step] = total
+    return found

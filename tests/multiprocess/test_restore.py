@@ -25,13 +25,13 @@ def run(tmp_path: Path, name: str, ranks: int, *args: str, launcher: list[str] |
     return records.read(folder)
 
 
-def final(found: list[dict]) -> str:
-    (digest,) = {record["final"] for record in found if "final" in record}
+def final(found: list[dict]) -> int:
+    (digest,) = (steps[0] for by_time in records.digests(found).values() for steps in [by_time.get("final")] if steps)
     return digest
 
 
-def restored(found: list[dict]) -> tuple[int, str]:
-    ((step, digest),) = {(record["restored"], record["digest"]) for record in found if "restored" in record}
+def restored(found: list[dict]) -> tuple[int, int]:
+    ((step, digest),) = (item for times in records.digests(found).values() for item in times["restored"].items())
     return step, digest
 
 

@@ -21,6 +21,7 @@ from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.image.native import Piece, PythonCopier, PythonEngine
 from resilient_train.image.reader import ImageReader, memory_reader
 from resilient_train.spec.world import Key
+from resilient_train.worker import snapshots
 from resilient_train.worker.slots import Slots
 from resilient_train.worker.snapshots import FIRST_AUDITS, Snapshots
 from resilient_train.worker.state import State
@@ -90,6 +91,7 @@ def latest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "engine", LatestEngine())
     monkeypatch.setattr(native, "_sum", _native.crc32c)
     monkeypatch.setattr(Snapshots, "_publish", lambda self: None)
+    monkeypatch.setattr(snapshots, "AT_ONCE", 0)
 
 
 class Run:

@@ -1,21 +1,23 @@
 """A small training that writes down everything it did, for tests.
 
 Every rank appends one JSON line per finished step to RECORD/<pid>.jsonl: which samples it used with which weight, in
-which generation, and the digest of the state that the step ended with; and the digest of a state right after it was
-restored.
+which generation, and its part of a digest of the state that the step ended with; and of the state right after it was
+restored, and at the end.
 """
 
 import argparse
 import gc
-import hashlib
 import json
 import os
 import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -31,6 +33,9 @@ parser.add_argument("--step-time", type=float, default=0.02)
 parser.add_argument("--record", type=Path)
 parser.add_argument("--url")
 parser.add_argument("--persist-every", default="auto")
+parser.add_argument("--snapshot-every", type=int, default=1)
+parser.add_argument("--eval", action="store_true", help="an evaluation at the end of every step")
+parser.add_argument("--linger", type=float, default=0.0, help="seconds to live on after train() returned")
 parser.add_argument("--width", type=int, default=30)
 parser.add_argument("--hidden", type=int, default=50)
 parser.add_argument("--raise-at", type=int, default=-1)
@@ -40,22 +45,31 @@ parser.add_argument("--kill-self-at", type=int, default=-1)
 args = parser.parse_args()
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def part(tensor, name):
+    """This rank's part of a digest of a tensor's bits; those of all shards add up (mod 2^64) to that of the whole."""
+    local, first = tensor.detach(), 0
+    if isinstance(tensor, DTensor):
+        local = tensor.to_local().detach()
+        rows = -(-tensor.shape[0] // tensor.device_mesh.size()) * tensor.device_mesh.get_local_rank()
+        first = rows * tensor[0].numel() if tensor.dim() > 1 else rows
+    bits = local.contiguous().view(-1).numpy().view(f"u{tensor.element_size()}").astype(np.uint64)
+    places = np.arange(first, first + len(bits), dtype=np.uint64)
+    salt = np.uint64(zlib.crc32(f"{name} {tensor.dtype}".encode()) | 1)
+    return int(((bits + np.uint64(1)) * (places * np.uint64(2) + np.uint64(1)) * salt).sum(dtype=np.uint64))
 
 
 def digest(model, optim):
-    """A digest of the complete state, the same on every world size."""
-    total = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        total.update(name.removeprefix("module.").encode())
-        total.update(whole(parameter.detach()).contiguous().numpy().tobytes())
-        for key, value in sorted(optim.state.get(parameter, {}).items()):
-            total.update(key.encode())
-            if isinstance(value, torch.Tensor):
-                total.update(str(value.dtype).encode())
-                total.update(whole(value).contiguous().numpy().tobytes())
-    return total.hexdigest()
+    """This rank's part of a digest of the complete state, which is the same on every world size.
+
+    Replicated tensors are counted on rank 0 only.
+    """
+    total = 0
+    for name, parameter in model.named_parameters():
+        name = name.removeprefix("module.")
+        for key, value in [("", parameter), *optim.state.get(parameter, {}).items()]:
+            if isinstance(value, torch.Tensor) and (isinstance(value, DTensor) or dist.get_rank() == 0):
+                total += part(value, f"{name}.{key}")
+    return total % 2**64
 
 
 def write(world, **fields):
@@ -99,7 +113,7 @@ def train(world):
     data = rt.ElasticSampler(len(samples), global_batch=24, micro_batch=4, world=world, seed=0)
     every = int(args.persist_every) if args.persist_every.isdigit() else args.persist_every
     state = rt.State(model=model, optim=optim, schedule=schedule)
-    ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every)
+    ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every, snapshot_every=args.snapshot_every)
     first = True
     write(world, usage=usage())
     for step in ckpt.steps(args.steps):
@@ -129,11 +143,15 @@ def train(world):
         if args.step_time:
             time.sleep(args.step_time)
         write(world, step=step, used=used, loss=total, digest=digest(model, optim))
+        if args.eval:
+            with torch.no_grad():
+                model(samples[:4])
         if world.rank == 0:
             print(f"step {step} size {world.size} generation {world.generation}", flush=True)
-    write(world, final=digest(model, optim))
+    write(world, final=True, digest=digest(model, optim))
     return world.size
 
 
 if __name__ == "__main__":
     print("result", train(), file=sys.stderr, flush=True)
+    time.sleep(args.linger)
