@@ -156,6 +156,8 @@ class Workers:
             "TORCHELASTIC_RUN_ID": spec.run_id,
             "TORCHELASTIC_SIGNALS_TO_HANDLE": spec.signals,
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            # torch's warnings about lost connections look up host names, which can hold a recovery up for seconds.
+            "TORCH_CPP_LOG_LEVEL": inherited.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": inherited.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
             config.AGENT: self._address,
             config.MEMBER: member,

@@ -24,6 +24,10 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
 
+_CONNECT_TIMEOUT = timedelta(seconds=10)
+"""For the store of a generation, which listens before the generation is agreed."""
+
+
 class ProcessGroups:
     """The process groups of one generation after another."""
 
@@ -50,8 +54,11 @@ class ProcessGroups:
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
         self._hosts = _addresses(host)
-        with self._tracking():
-            store = dist.TCPStore(host, port, None, False, self._timeout, wait_for_workers=False)
+        before = set(_sockets())
+        # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
+        store = dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
+        store.set_timeout(self._timeout)
+        with self._tracking(before):
             dist.init_process_group(
                 backend,
                 store=dist.PrefixStore(f"generation/{generation}", store),
@@ -61,12 +68,12 @@ class ProcessGroups:
             )
 
     @contextlib.contextmanager
-    def _tracking(self) -> Iterator[None]:
-        """Take the sockets that appear meanwhile for ours."""
+    def _tracking(self, before: set[int] | None = None) -> Iterator[None]:
+        """Take the sockets that appear meanwhile, or that were not there ``before``, for ours."""
         with self._lock:
             nested = self._before is not None
             if not nested:
-                self._before = set(_sockets())
+                self._before = set(_sockets()) if before is None else before
         try:
             yield
         finally:

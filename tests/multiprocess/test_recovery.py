@@ -55,6 +55,10 @@ def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
         for restore in log
         for step, digest in found.get(restore.generation, {}).get("finished", {}).items()
     }
+    # What a world resumed is its first state, and all that there is of it if it was lost in its first step.
+    for restore in log:
+        for step, digest in found.get(restore.generation, {}).get("restored", {}).items():
+            finished.setdefault(Key(restore.lineage, step), digest)
     compared = 0
     for restore in log:
         restored = found.get(restore.generation, {}).get("restored", {})
@@ -113,6 +117,7 @@ def test_twenty_kills_at_random_instants(tmp_path: Path) -> None:
             generation = running_generation(running)
             running.wait_for(lambda g=generation: running_generation(running) > g, 30, "a new generation")
             running.wait_for(lambda: full_strength(running), 60, "full strength again")
+        (tmp_path / "record" / "hurry").touch()
         assert running.finish(240) == 0, running.output
         assert (tmp_path / "record" / "killed").exists()
         assert kills == 19
@@ -127,11 +132,12 @@ def check_memory_is_flat(tmp_path: Path) -> None:
     by_process = [records.lines(path) for path in (tmp_path / "record").glob("*.jsonl")]
     usage = max(([r["usage"] for r in found if "usage" in r] for found in by_process), key=len)
     assert len(usage) >= 20
+    # The first few generations meet every world size and warm every allocator.
     early, late = usage[4], usage[-1]
-    assert late["tensors"] <= early["tensors"] + 5, usage
-    assert late["fds"] <= early["fds"] + 3, usage
-    assert late["threads"] <= early["threads"] + 3, usage
-    assert late["rss"] - early["rss"] < 3e6 * (len(usage) - 4), usage
+    assert late["tensors"] <= early["tensors"] + 2, usage
+    assert late["fds"] <= early["fds"] + 2, usage
+    assert late["threads"] <= early["threads"] + 2, usage
+    assert late["memory"] - early["memory"] < 0.3e6 * (len(usage) - 5), usage
 
 
 def wait(running: Job, seconds: float) -> None:

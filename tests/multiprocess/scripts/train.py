@@ -86,9 +86,10 @@ def usage():
     """What this process holds when a generation begins."""
     gc.collect()
     tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    rollup = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    memory = int(rollup["Private_Dirty"].split()[0]) * 1024
     threads = len(os.listdir("/proc/self/task"))
-    return {"rss": resident, "fds": len(os.listdir("/proc/self/fd")), "threads": threads, "tensors": tensors}
+    return {"memory": memory, "fds": len(os.listdir("/proc/self/fd")), "threads": threads, "tensors": tensors}
 
 
 def optimizer(parameters):
@@ -140,7 +141,7 @@ def train(world):
         optim.step()
         optim.zero_grad()
         schedule.step()
-        if args.step_time:
+        if args.step_time and not (args.record and (args.record / "hurry").exists()):
             time.sleep(args.step_time)
         write(world, step=step, used=used, loss=total, digest=digest(model, optim))
         if args.eval:
