@@ -4,6 +4,13 @@
 
 In the same run: the same script under torchrun, which restarts all processes, and the cost of the torch calls alone.
 Times are medians; the machine's noise is in the spread beside them.
+
+Also in the same run, where they are installed: NVIDIA's in-process restart and torchft (see `peers.py`).
+
+    pip install nvidia-resiliency-ext torchft-nightly
+
+Neither does the same work as ours: NVRx restores no state, and on gloo it recovers only with an abort that
+`scripts/nvrx.py` adds to its own; torchft holds whole replicas and reshards nothing.
 """
 
 from __future__ import annotations
@@ -21,36 +28,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import peers
 import torch
+from metrics import Metrics, last_first_step
 
 from resilient_train.events import STAGES, Incident, incidents
 from resilient_train.testing.job import Job
 
 HERE = Path(__file__).parent
 RANKS = 4
-
-
-class Metrics:
-    """The finished steps that ranks write down, read as they grow: the observer must not cost the observed a core."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self._folder = folder
-        self._offsets: dict[Path, int] = {}
-        self._rows: list[tuple[int, int, int, int, float]] = []
-
-    def rows(self) -> list[tuple[int, int, int, int, float]]:
-        """(step, size, generation, pid, time) of every finished step of every rank so far."""
-        for path in self._folder.iterdir():
-            with path.open() as file:
-                file.seek(self._offsets.get(path, 0))
-                text = file.read()
-            whole, _, _ = text.rpartition("\n")
-            self._offsets[path] = self._offsets.get(path, 0) + len(whole) + bool(whole)
-            for line in whole.splitlines():
-                step, size, generation, pid, at = line.split()
-                self._rows.append((int(step), int(size), int(generation), int(pid), float(at)))
-        return self._rows
 
 
 def wait(job: Job, condition: Callable[[], bool], what: str) -> None:
@@ -60,11 +46,6 @@ def wait(job: Job, condition: Callable[[], bool], what: str) -> None:
         if not job.running() or time.monotonic() > deadline:
             raise RuntimeError(f"{what} did not happen\n{job.output}")
         time.sleep(0.25)
-
-
-def last_first_step(rows: list[tuple[int, int, int, int, float]], after: float) -> float:
-    """When the last of the ranks in ``rows`` had finished its first step."""
-    return max(min(r[4] for r in rows if r[3] == pid) for pid in {r[3] for r in rows}) - after
 
 
 def ours(kills: int, folder: Path) -> tuple[list[float], list[Incident], list[float], float]:
@@ -132,10 +113,20 @@ def row(name: str, times: Sequence[float], base: float) -> str:
     return f"{name:<46}{middle:8.3f}   {min(times):7.3f} .. {max(times):6.3f}   n={len(times):<3}{middle / base:6.1f}x"
 
 
+def peer_row(outcome: peers.Outcome, base: float) -> str:
+    """A peer's line of the table, and what it did not recover from."""
+    if not outcome.times:
+        return f"{outcome.name:<46}{outcome.failures[0]} (all of {len(outcome.failures)})"
+    failed = f"   and {len(outcome.failures)}x {outcome.failures[0]}" if outcome.failures else ""
+    return row(outcome.name, outcome.times, base) + failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=9, help="of ours")
-    parser.add_argument("--peer-kills", type=int, default=3, help="of torchrun's, and runs of the floor")
+    parser.add_argument(
+        "--peer-kills", type=int, default=3, help="of torchrun's and of each peer's, and runs of the floor"
+    )
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
     print(f"command: {' '.join(['python', 'benchmarks/bench_recovery.py', *sys.argv[1:]])}\n")
@@ -145,9 +136,12 @@ def main() -> None:
         base = statistics.median(mine)
         bottom = floor(args.peer_kills)
         theirs = torchrun(args.peer_kills, folder)
+        others = peers.measure(args.peer_kills, folder)
     print(f"{'kill to first finished step of all, seconds':<46}{'median':>8}   {'min .. max':>17}")
     print(row("resilient_train, 3 survivors, state resharded", mine, base))
     print(row("torchrun, all 4 processes restarted", theirs, base))
+    for outcome in others:
+        print(peer_row(outcome, base))
     print(row("plain torch calls alone, nothing restored", [stepped for _, _, stepped in bottom], base))
     print(f"\na usual step on 4 ranks takes {usual:.3f} s")
     print(f"ours above the floor: {base - statistics.median(s for _, _, s in bottom):.3f} s")

@@ -18,9 +18,13 @@ METRICS, STEPS = Path(sys.argv[1]), int(sys.argv[2])
 WIDTH, LAYERS = 256, 3
 
 
-def build(mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
+def replica() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS)))
+    return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS)))
+
+
+def build(mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = replica()
     for block in model:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
