@@ -94,7 +94,7 @@ def wait(condition: Callable[[], bool], what: str, jobs: list[Job]) -> None:
         for job in jobs:
             if not job.running():
                 print(job.output, file=sys.stderr)
-                raise NoProgress(f"{what}: a process ended")
+                raise NoProgress(f"{what}: a process ended with {job.finish(1.0)}")
         if time.monotonic() > deadline:
             raise NoProgress(f"{what} within {PATIENCE:g} s")
         time.sleep(0.25)
