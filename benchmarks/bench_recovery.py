@@ -1,6 +1,6 @@
 """Kill of one of four ranks to the first finished step on the survivors, FSDP2, gloo, one machine.
 
-    python benchmarks/bench_recovery.py [--kills 7] [--peer-kills 3]
+    python benchmarks/bench_recovery.py [--kills 9] [--peer-kills 7]
 
 In the same run: the same script under torchrun, which restarts all processes, and the cost of the torch calls alone.
 Times are medians; the machine's noise is in the spread beside them.
@@ -125,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=9, help="of ours")
     parser.add_argument(
-        "--peer-kills", type=int, default=3, help="of torchrun's and of each peer's, and runs of the floor"
+        "--peer-kills", type=int, default=7, help="of torchrun's and of each peer's, and runs of the floor"
     )
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")

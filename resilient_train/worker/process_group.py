@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-
 _CONNECT_TIMEOUT = timedelta(seconds=10)
 """For the store of a generation, which listens before the generation is agreed."""
 
