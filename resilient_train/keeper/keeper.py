@@ -425,7 +425,9 @@ class Keeper:
         auto = policy.every_seconds < 0
         if due(auto=auto, seconds=policy.every_seconds, since_last=since, last_duration=self._last_duration):
             furthest = max((step for _, step in self._positions()), default=0)
-            if not furthest < self.board.persist_at() <= furthest + 2:
+            asked = self.board.persist_at()
+            # A step that was passed just now may still be on its way here: its copy ends during the step behind it.
+            if asked + 3 < furthest or asked > furthest + 2:
                 self.board.ask_to_persist(furthest + 2)
 
     def _positions(self) -> list[tuple[int, int]]:
