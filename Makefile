@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize bench clean
 
 demo: $(STAMP)
 	$(PYTHON) examples/demo.py
@@ -15,6 +15,15 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The native engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize:
+	mkdir -p build
+	for kind in address,undefined thread; do \
+	  $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-error=tsan -fsanitize=$$kind -fno-omit-frame-pointer \
+	    -pthread csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp -o build/sanitize && \
+	  echo "$$kind:" && build/sanitize || exit 1; \
+	done
 
 bench: $(STAMP)
 	$(PYTHON) benchmarks/bench_recovery.py

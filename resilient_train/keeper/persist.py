@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from resilient_train.errors import OutsideError, ResilientError, StorageError
@@ -18,10 +19,12 @@ from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_h
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import commit, listing, read_manifest
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
-from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
 
 _CHUNK = 8 << 20
+_AT_ONCE = 8
+"""Files that are written at the same time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ class Persister:
             began = time.monotonic()
             written, committed, error = 0, False, ""
             try:
-                written, committed = persist(FilesystemTier(job.url), job)
+                written, committed = persist(open_tier(job.url), job)
             except ResilientError as failure:
                 error = str(failure)
             except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
@@ -109,8 +112,9 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
         _check_same(tier, job.key, files)
         return 0, True
     try:
-        for image in outgoing:
-            tier.put(f"{folder_of(job.key)}/{image.file.name}", image.chunks)
+        with ThreadPoolExecutor(_AT_ONCE, "persist") as pool:
+            paths = [f"{folder_of(job.key)}/{image.file.name}" for image in outgoing]
+            list(pool.map(tier.put, paths, [image.chunks for image in outgoing]))
         complete = commit(tier, job.key, job.world, files, job.past)
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.
@@ -152,7 +156,7 @@ def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Ent
     if len(share) == len(layout.entries):
         size, table_crc = layout.total, stamp.crc
         header_crc = engine.crc32c(slot.address, layout.data_start)
-        chunks = (view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK))
+        chunks = [view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK)]
     else:
         chunks = partial = _PartialImage(view, layout, stamp, share)
         size, header_crc, table_crc = partial.size, partial.header_crc, partial.table_crc

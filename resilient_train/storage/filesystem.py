@@ -6,6 +6,7 @@ Object stores show an object only when its upload is complete, which is the same
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.storage.commit import MANIFEST
-from resilient_train.storage.tier import Chunk
+from resilient_train.storage.retrying import RetryingTier
+from resilient_train.storage.tier import Chunk, Tier
+
+_PART = 16 << 20
+"""Bytes held back for one part of a multipart upload."""
 
 
 class FilesystemTier:
@@ -33,11 +38,15 @@ class FilesystemTier:
         self.name = url
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError, OSError) as error:
+        except ImportError as error:
+            extra = " (pip install 'resilient-train[s3]')" if url.startswith("s3") else ""
+            raise StorageError(f"{url}: {error}{extra}") from error
+        except (ValueError, OSError) as error:
             raise StorageError(f"{url}: {error}") from error
         self._root = self._root.rstrip("/") or "/"
-        self._local = isinstance(self._fs, LocalFileSystem)
-        if not self._local:
+        self.local = isinstance(self._fs, LocalFileSystem)
+        """Whether the place is on a disk of this machine."""
+        if not self.local:
             # Listings must show what other processes just wrote.
             self._fs.use_listings_cache = False
 
@@ -85,15 +94,30 @@ class FilesystemTier:
     def put(self, path: str, chunks: Iterable[Chunk]) -> int:
         target = self._path(path)
         with self._mapped(path):
-            if self._local:
+            if self.local:
                 return _put_local(target, chunks)
-            written = 0
-            # A transaction, because closing a file after an error would publish what was written of it.
-            with self._fs.transaction, self._fs.open(target, "wb") as file:
+            return self._put_object(target, chunks)
+
+    def _put_object(self, target: str, chunks: Iterable[Chunk]) -> int:
+        # What fsspec's transactions do, file by file: a transaction belongs to all threads that share a file system.
+        # Without it, closing a file after an error would publish what was written of it.
+        file: Any = self._fs._open(target, mode="wb", block_size=_PART, autocommit=False)
+        written, complete = 0, False
+        try:
+            with file:
                 for chunk in chunks:
                     file.write(chunk)
                     written += len(chunk)
-            return written
+            complete = True
+        finally:
+            if complete:
+                file.commit()
+            else:
+                file.discard()
+                # Some backends (memory://) show a file from its first byte on.
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(target)
+        return written
 
     def delete(self, folder: str) -> None:
         with self._mapped(folder):
@@ -110,9 +134,21 @@ class FilesystemTier:
     def check_writable(self) -> None:
         probe = f".probe-{uuid.uuid4().hex}"
         with self._mapped("cannot be written"):
-            self._fs.makedirs(self._root, exist_ok=True)
+            if self.local:
+                # Object stores have no folders; s3fs would make a bucket that nobody asked for.
+                self._fs.makedirs(self._root, exist_ok=True)
             self._fs.pipe_file(self._path(probe), b"resilient_train")
             self._fs.rm_file(self._path(probe))
+
+
+def open_tier(url: str) -> Tier:
+    """The tier at a URL; one behind a network tries again what is refused.
+
+    Raises:
+        StorageError: if the URL's backend is unknown or not installed.
+    """
+    tier = FilesystemTier(url)
+    return tier if tier.local else RetryingTier(tier)
 
 
 def _last(path: str) -> str:

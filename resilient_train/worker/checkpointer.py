@@ -19,7 +19,7 @@ from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
 from resilient_train.spec.world import Key, Restore, ancestry
-from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
 from resilient_train.worker.fill import fill
 from resilient_train.worker.slots import OwnSlot
@@ -108,7 +108,7 @@ class Checkpointer:
         self._state = state
         self._snapshot_every = snapshot_every
         self._host = host.connect(url)
-        self._tier = FilesystemTier(url) if url is not None else None
+        self._tier = open_tier(url) if url is not None else None
         if self._tier is not None:
             assert url is not None
             if url not in _writable:

@@ -35,10 +35,6 @@ class TestMemoryTier(TierConformance):
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
 
-    def test_a_write_that_fails_leaves_no_file(self) -> None:
-        """memory:// publishes what was written when the file is closed; see the note in `FilesystemTier.put`."""
-        super().test_a_write_that_fails_leaves_no_file()
-
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     """A file where a folder should be: the error names the place before any training is done."""

@@ -1,0 +1,153 @@
+"""What `bench_checkpoint.py` runs in a process of its own: a training loop under one way of saving it.
+
+Prints one JSON object: seconds of every measured step, seconds from the end of the loop until everything is durable,
+seconds that each save blocked the loop, and the peak of the process's own memory.
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+import resilient_train as rt
+
+WARMUP = 6
+
+parser = argparse.ArgumentParser()
+parser.add_argument("mode", choices=("none", "ours", "ours-eager", "torch-save", "dcp-save", "dcp-async", "dcp-best"))
+parser.add_argument("folder", type=Path)
+parser.add_argument("--mib", type=int, required=True, help="size of the state")
+parser.add_argument("--batch", type=int, required=True, help="rows through the model: the length of a step")
+parser.add_argument("--steps", type=int, required=True)
+parser.add_argument("--every", type=int, required=True, help="steps between durable checkpoints")
+parser.add_argument("--threads", type=int, required=True)
+args = parser.parse_args()
+
+WIDTH = 1024
+
+
+def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Parameters and AdamW's two moments: three times the parameters' bytes."""
+    torch.manual_seed(0)
+    layers = max(1, round(args.mib * (1 << 20) / 3 / (4 * WIDTH * WIDTH)))
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def one_step(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> None:
+    model(data).square().mean().backward()
+    optim.step()
+    optim.zero_grad()
+
+
+class Peer:
+    """Saves every so many steps, as its documentation says."""
+
+    def __init__(self, model: nn.Module, optim: torch.optim.Optimizer) -> None:
+        self.model, self.optim = model, optim
+        self.pending = None
+        self.stager = None
+        if args.mode == "dcp-best":
+            options = StagingOptions(
+                use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
+            )
+            self.stager = DefaultStager(options)
+
+    def after(self, step: int) -> None:
+        if self.pending is not None and args.mode == "dcp-best":
+            # The state must not change before it is staged.
+            self.pending.staging_completion.result()
+        if step % args.every:
+            return
+        state = {"model": self.model.state_dict(), "optim": self.optim.state_dict()}
+        target = args.folder / f"step-{step}"
+        if args.mode == "torch-save":
+            torch.save(state, target)
+        elif args.mode == "dcp-save":
+            dcp.save(state, checkpoint_id=target)
+        elif args.mode == "dcp-async":
+            self.wait()
+            self.pending = dcp.async_save(state, checkpoint_id=target)
+        elif args.mode == "dcp-best":
+            self.wait()
+            self.pending = dcp.async_save(
+                state,
+                checkpoint_id=target,
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+                async_stager=self.stager,
+            )
+
+    def before_optimizer(self) -> None:
+        if self.pending is not None and args.mode == "dcp-best":
+            self.pending.staging_completion.result()
+
+    def wait(self) -> None:
+        if self.pending is not None:
+            done = self.pending.upload_completion if args.mode == "dcp-best" else self.pending
+            done.result()
+
+    def close(self) -> None:
+        self.wait()
+        if self.stager is not None:
+            self.stager.close()
+
+
+def with_peer(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
+    peer = Peer(model, optim)
+    optim.register_step_pre_hook(lambda *_: peer.before_optimizer())
+    times = []
+    for step in range(1, WARMUP + args.steps + 1):
+        began = time.perf_counter()
+        one_step(model, optim, data)
+        peer.after(step - WARMUP if step > WARMUP else 1 if args.every > 1 else 0)
+        times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    peer.close()
+    return times, time.perf_counter() - began
+
+
+def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
+    """A snapshot at every step; as many durable checkpoints as the peers make."""
+    state = rt.State(model=model, optim=optim)
+    ckpt = rt.Checkpointer(state, str(args.folder), persist_every=10**9, lazy=args.mode == "ours", keep_last=100)
+    times, began = [], time.perf_counter()
+    for step in ckpt.steps(WARMUP + args.steps):
+        now = time.perf_counter()
+        if step:
+            times.append(now - began)
+        began = now
+        if step > WARMUP and (step - WARMUP) % args.every == 0:
+            ckpt.persist()
+        one_step(model, optim, data)
+    times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    ckpt.persist()
+    ckpt.wait()
+    durable = time.perf_counter() - began
+    ckpt.close()
+    return times, durable
+
+
+def main() -> None:
+    torch.set_num_threads(args.threads)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    args.folder.mkdir(parents=True)
+    model, optim = build()
+    data = torch.randn(args.batch, WIDTH)
+    run = with_ours if args.mode.startswith("ours") else with_peer
+    times, durable = run(model, optim, data)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print("RESULT", json.dumps({"steps": times[WARMUP:], "durable": durable, "peak_mib": peak // 1024}))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+// Exercises the native engine under sanitizers (`make sanitize`): every copy is checked against a plain one.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "../copier.hpp"
+#include "../crc32c.hpp"
+#include "../publish.hpp"
+
+namespace rt = resilient_train;
+
+namespace {
+
+void check(bool held, const char* what) {
+  if (held) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+std::uint32_t word(const std::vector<unsigned char>& image, std::size_t at) {
+  return image[at] | image[at + 1] << 8 | image[at + 2] << 16 | static_cast<std::uint32_t>(image[at + 3]) << 24;
+}
+
+void copies(std::mt19937& chance) {
+  std::vector<unsigned char> source(5 << 20);
+  for (auto& byte : source) byte = static_cast<unsigned char>(chance());
+  const std::size_t start = 4096 + chance() % 64;
+  std::vector<rt::Piece> pieces;
+  std::vector<unsigned char> expected;
+  std::size_t at = start;
+  const std::size_t sizes[] = {0, 1, 63, 4096, 50000, 1500000};
+  while (expected.size() < (4u << 20)) {
+    const std::size_t size = sizes[chance() % 6];
+    const std::size_t begin = chance() % (source.size() - size);
+    pieces.push_back({at, reinterpret_cast<std::uint64_t>(source.data() + begin), size, chance() % 3 == 0});
+    expected.insert(expected.end(), source.begin() + begin, source.begin() + begin + size);
+    at += size;
+  }
+  const std::size_t blocks = (expected.size() + rt::kBlock - 1) / rt::kBlock;
+  // Exactly as long as it must be, so that one byte too far is an error.
+  std::vector<unsigned char> image(at + 4 * blocks);
+  rt::Copier copier(pieces, start, at, 1 + chance() % 4);
+  for (bool all_now : {false, true, false}) {
+    copier.start(image.data(), all_now);
+    std::thread other([&] { copier.wait(); });  // Whoever is first publishes; both may wait.
+    copier.wait();
+    other.join();
+    check(std::memcmp(image.data() + start, expected.data(), expected.size()) == 0, "the copy");
+    for (std::size_t block = 0; block < blocks; ++block) {
+      const std::size_t n = std::min(rt::kBlock, expected.size() - block * rt::kBlock);
+      check(word(image, at + 4 * block) == rt::crc32c_portable(0, expected.data() + block * rt::kBlock, n), "a sum");
+    }
+  }
+  check(copier.changed().empty(), "nothing changed");
+}
+
+void words() {
+  alignas(8) std::uint64_t published = 0;
+  std::uint64_t data = 0;
+  std::thread reader([&] {
+    while (rt::observe(&published) == 0) std::this_thread::yield();
+    check(data == 42, "what was written before publication is seen");
+  });
+  data = 42;
+  rt::publish(&published, 7);
+  reader.join();
+  rt::retract(&published);
+  check(rt::observe(&published) == 0, "retracted");
+}
+
+void refusals() {
+  bool thrown = false;
+  try {
+    rt::Copier({{10, 0, 5, true}}, 0, 10, 1);
+  } catch (const std::invalid_argument&) {
+    thrown = true;
+  }
+  check(thrown, "a plan with a hole is refused");
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 chance(1);
+  for (int round = 0; round < 20; ++round) copies(chance);
+  words();
+  refusals();
+  std::puts("native engine: all checks passed");
+}
