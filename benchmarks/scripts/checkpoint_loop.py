@@ -62,9 +62,6 @@ class Peer:
             self.stager = DefaultStager(options)
 
     def after(self, step: int) -> None:
-        if self.pending is not None and args.mode == "dcp-best":
-            # The state must not change before it is staged.
-            self.pending.staging_completion.result()
         if step % args.every:
             return
         state = {"model": self.model.state_dict(), "optim": self.optim.state_dict()}
@@ -86,6 +83,7 @@ class Peer:
             )
 
     def before_optimizer(self) -> None:
+        """The state must not change before it is staged."""
         if self.pending is not None and args.mode == "dcp-best":
             self.pending.staging_completion.result()
 
@@ -107,7 +105,10 @@ def with_peer(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
     for step in range(1, WARMUP + args.steps + 1):
         began = time.perf_counter()
         one_step(model, optim, data)
-        peer.after(step - WARMUP if step > WARMUP else 1 if args.every > 1 else 0)
+        if step == 1 or step > WARMUP:
+            peer.after(step - WARMUP if step > WARMUP else 0)
+        if step == WARMUP:
+            peer.wait()
         times.append(time.perf_counter() - began)
     began = time.perf_counter()
     peer.close()
@@ -124,8 +125,10 @@ def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
         if step:
             times.append(now - began)
         began = now
-        if step > WARMUP and (step - WARMUP) % args.every == 0:
+        if step == 2 or (step > WARMUP and (step - WARMUP) % args.every == 0):
             ckpt.persist()
+        if step == WARMUP:
+            ckpt.wait()
         one_step(model, optim, data)
     times.append(time.perf_counter() - began)
     began = time.perf_counter()
