@@ -83,3 +83,33 @@ def test_an_address_belongs_to_one_listener() -> None:
     assert server.receive(5.0) == (Flushed(text="hello"), [])
     for each in (client, server, listener):
         each.close()
+
+
+def test_posting_never_waits_for_a_reader() -> None:
+    """An agent must not stand still because a worker does; everything arrives once it reads again."""
+    one, other = pair()
+    texts = [f"{number}" + "x" * 100_000 for number in range(40)]
+    for text in texts:
+        one.post(Flushed(text=text))
+    received = []
+    while len(received) < len(texts):
+        received += [message for message, _ in other.pending()]
+        one.push()
+    assert received == [Flushed(text=text) for text in texts]
+    assert one.push()
+    one.close()
+    other.close()
+
+
+def test_a_reader_that_never_reads_is_given_up() -> None:
+    """What waits for it is bounded."""
+    one, other = pair()
+
+    def flood() -> None:
+        for _ in range(100):
+            one.post(Flushed(text="x" * 1_000_000))
+
+    with pytest.raises(LinkLost, match="does not read"):
+        flood()
+    one.close()
+    other.close()

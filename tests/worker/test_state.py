@@ -256,3 +256,31 @@ def test_extra_state_of_modules() -> None:
     one[0].seen = 11
     fill(State(model=two), [saved(State(model=one))], 0, 1)
     assert two[0].seen == 11
+
+
+def test_one_optimizer_over_two_modules() -> None:
+    """Parameters of the same path in different parts of the state are told apart."""
+    one, two = (model(0), model(1)), (model(2), model(3))
+    optims = [torch.optim.AdamW([p for net in nets for p in net.parameters()], lr=0.01) for nets in (one, two)]
+    for net in one:
+        train(net, optims[0])
+    fill(State(a=two[0], b=two[1], optim=optims[1]), [saved(State(a=one[0], b=one[1], optim=optims[0]))], 0, 1)
+    for mine, theirs in zip(optims[0].param_groups[0]["params"], optims[1].param_groups[0]["params"], strict=True):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(optims[0].state[mine]["exp_avg"], optims[1].state[theirs]["exp_avg"])
+
+
+def test_another_optimizer_is_refused_by_name() -> None:
+    """Its options and state mean something else."""
+    net = model(0)
+    image = saved(State(model=net, optim=torch.optim.AdamW(net.parameters())))
+    with pytest.raises(StateMismatch, match="optim is an optimizer SGD here, AdamW in the checkpoint"):
+        fill(State(model=net, optim=torch.optim.SGD(net.parameters())), [image], 0, 1)
+
+
+def test_what_a_state_needs_is_said() -> None:
+    """Nothing, nameless things and the same thing twice are refused."""
+    net = model(0)
+    for things in ({}, {"": net}, {"a": net, "b": net}):
+        with pytest.raises(UnsupportedState):
+            State(**things)
