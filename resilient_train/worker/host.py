@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from resilient_train import config
-from resilient_train.errors import ConfigError, LinkLost
+from resilient_train.errors import ConfigError
 from resilient_train.image.arena import Board
 from resilient_train.spec.world import Restore, node_of, slot_of
 from resilient_train.worker import session as sessions
@@ -219,16 +219,7 @@ def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) 
         if local_rank == 0:
             _start_keeper(address, settings.local_world_size, LINGER if shared else 0.0)
 
-    attempts = 5
-    while True:
-        start()
-        try:
-            return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank, start)
-        except LinkLost:
-            # An earlier keeper of this job was about to end when we met it.
-            attempts -= 1
-            if attempts == 0:
-                raise
+    return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank, start)
 
 
 def _start_keeper(address: str, lines: int, linger: float) -> None:

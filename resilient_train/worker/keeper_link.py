@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -33,6 +34,8 @@ from resilient_train.spec.world import Key
 
 _TIMEOUT = 300.0
 """Seconds for the keeper's answer; backing a large image's memory takes some."""
+_START_TIMEOUT = 15.0
+"""Seconds for a keeper that was started here to listen."""
 FLUSH_TIMEOUT = 600.0
 """Seconds for the last state to become durable."""
 _M = TypeVar("_M", bound=Message)
@@ -51,7 +54,7 @@ class KeeperLink:
             address: where the keeper listens.
             member: this worker.
             index: its line on the board.
-            restart: starts another keeper in place of one that died; None where an agent does.
+            restart: starts a keeper if there is none; None where an agent does.
 
         Raises:
             LinkLost: if no keeper answers.
@@ -77,10 +80,19 @@ class KeeperLink:
             self._channel.close()
             # The board before stays mapped: another thread may be writing to it.
             self.replaced = True
+        deadline = time.monotonic() + _TIMEOUT
+        while True:
             if self._restart is not None:
                 self._restart()
-        self._channel = connect(self._address, _TIMEOUT)
-        _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
+            try:
+                self._channel = connect(self._address, _TIMEOUT if self._restart is None else _START_TIMEOUT)
+                _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
+                break
+            except LinkLost:
+                # A keeper that is being killed still takes connections until the very end.
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.02)
         board = Board(descriptors[0])
         os.close(descriptors[0])
         if self._policy is not None:
