@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 from resilient_train.errors import CheckpointDamaged, FormatError
 from resilient_train.image.native import checksum
 from resilient_train.image.snapshot import TORCH_DTYPES
-from resilient_train.spec.shard import BLOCK, Entry, parse_header
+from resilient_train.spec import jsontree
+from resilient_train.spec.shard import BLOCK, Entry, header_size, parse_header
 
 ReadRange = Callable[[int, int], "memoryview | bytes"]
 """(offset, length) -> exactly those bytes of the file, or an error."""
@@ -37,9 +37,7 @@ class ImageReader:
         self._read = read
         self._stable = stable
         try:
-            prefix = read(0, min(size, 8))
-            length = 8 + int.from_bytes(bytes(prefix), "little")
-            header = read(0, min(size, length))
+            header = read(0, min(size, header_size(read(0, min(size, 8)))))
             self.layout, self.stamp = parse_header(header, size)
             self.header_crc = checksum(header)
         except FormatError as error:
@@ -49,10 +47,7 @@ class ImageReader:
             raise CheckpointDamaged(f"{name}: the checksum table is damaged")
         self._sums = np.frombuffer(table, dtype="<u4")
         self._checked = np.zeros(self.layout.blocks, dtype=bool)
-        self._by_name = {
-            (entry.name, entry.offset): (entry, start)
-            for entry, start in zip(self.layout.entries, self.layout.starts, strict=True)
-        }
+        self._starts = dict(zip(self.layout.entries, self.layout.starts, strict=True))
 
     def release(self) -> None:
         """Let go of the bytes behind the reader, so that mapped memory can be unmapped."""
@@ -72,13 +67,12 @@ class ImageReader:
         Raises:
             CheckpointDamaged: if a block it stands in fails its checksum.
         """
-        _, start = self._by_name[(entry.name, entry.offset)]
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
             raise CheckpointDamaged(f"{self.name}: {entry.name} has dtype {entry.dtype}, which torch lacks")
         if entry.nbytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
-        data = self._verified(start, entry.nbytes)
+        data = self._verified(self._starts[entry], entry.nbytes)
         array = np.frombuffer(data, dtype=np.uint8)
         if not array.flags.writeable or array.ctypes.data % dtype.itemsize:
             array = array.copy()
@@ -88,9 +82,9 @@ class ImageReader:
         """The non-tensor state as the JSON value it was stored as."""
         data = bytes(self._verified(self.layout.json_start, self.stamp.json_length))
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointDamaged(f"{self.name}: non-tensor state is not JSON: {error}") from error
+            return jsontree.parse(data)
+        except FormatError as error:
+            raise CheckpointDamaged(f"{self.name}: non-tensor state: {error}") from error
 
     def _verified(self, start: int, size: int) -> memoryview | bytes:
         """Bytes of the data area, read in whole blocks, each checked once."""

@@ -6,14 +6,49 @@ strings; here they are tagged.  Anything else is refused by the path at which it
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resilient_train.errors import FormatError, UnsupportedState
 
 _TAGS = frozenset({"$tuple", "$dict", "$float", "$bytes"})
 _MAX_DEPTH = 64
+
+
+def parse(text: bytes | str) -> Any:
+    """The value of a JSON text that says everything once.
+
+    Raises:
+        FormatError: if it is not JSON, nests too deeply, has a key twice in one object or a number that is not finite.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not JSON: {error}") from error
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def integer(value: Any, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    """``value`` if it is an integer, and not a boolean, from ``low`` to ``high``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{value!r:.50} is no integer from {low} to {high}")
+    return value
 
 
 def encode(value: Any, path: str = "") -> Any:
@@ -58,16 +93,22 @@ def decode(value: Any, depth: int = 0) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (tag, inner), *_ = value.items()
-        try:
-            if tag == "$tuple":
-                return tuple(decode(item, depth + 1) for item in inner)
-            if tag == "$float":
-                return float(inner)
-            if tag == "$bytes":
-                return bytes.fromhex(inner)
-            if tag == "$dict":
-                return {decode(key, depth + 1): decode(item, depth + 1) for key, item in inner}
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"malformed {tag} in non-tensor state: {error}") from error
+        ((tag, inner),) = value.items()
+        if tag in _TAGS:
+            if not isinstance(inner, list if tag in ("$tuple", "$dict") else str):
+                raise FormatError(f"malformed {tag} in non-tensor state: it holds a {type(inner).__name__}")
+            try:
+                return _untag(tag, inner, depth + 1)
+            except (TypeError, ValueError) as error:
+                raise FormatError(f"malformed {tag} in non-tensor state: {error}") from error
     return {key: decode(item, depth + 1) for key, item in value.items()}
+
+
+def _untag(tag: str, inner: Any, depth: int) -> Any:
+    if tag == "$float":
+        return float(inner)
+    if tag == "$bytes":
+        return bytes.fromhex(inner)
+    if tag == "$tuple":
+        return tuple(decode(item, depth) for item in inner)
+    return {decode(key, depth): decode(item, depth) for key, item in inner}

@@ -21,6 +21,7 @@ from math import prod
 from typing import Any
 
 from resilient_train.errors import FormatError
+from resilient_train.spec import jsontree
 from resilient_train.spec.layout import Box
 from resilient_train.spec.world import Key
 
@@ -32,6 +33,8 @@ MAX_HEADER = 100_000_000
 JSON_NAME, CRC_NAME, PAD_NAME = "__json__", "__crc__", "__pad__"
 _RESERVED = (JSON_NAME, CRC_NAME, PAD_NAME)
 _SPARE = 512
+_MAX_DIMENSIONS = 64
+_MAX_BYTES = (1 << 63) - 1
 
 DTYPE_SIZES: Mapping[str, int] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
@@ -193,6 +196,8 @@ def _stored_names(entries: Sequence[Entry]) -> list[str]:
     """Names as they stand in the file: several boxes of one tensor get suffixes."""
     seen: dict[str, int] = {}
     names = []
+    if len({(entry.name, entry.box) for entry in entries}) != len(entries):
+        raise FormatError("tensor names collide: a box of a tensor stands there twice")
     for entry in entries:
         count = seen.get(entry.name, 0)
         seen[entry.name] = count + 1
@@ -230,6 +235,8 @@ def peek(prefix: bytes | memoryview) -> Stamp | None:
     try:
         if raw["resilient_train"] != b"1" or data[8:25] != b'{"__metadata__":{':
             return None
+        if not all(value.isdigit() for name, value in raw.items() if name != "crc") or not raw["crc"].isalnum():
+            return None  # int() would take signs, spaces and underscores.
         return Stamp(
             key=Key(int(raw["lineage"]), int(raw["step"])),
             rank=int(raw["rank"]),
@@ -239,6 +246,11 @@ def peek(prefix: bytes | memoryview) -> Stamp | None:
         )
     except ValueError:
         return None
+
+
+def header_size(prefix: bytes | memoryview) -> int:
+    """How many bytes stand before the data, by a file's first 8; more than any image has if that is nonsense."""
+    return 8 + min(int.from_bytes(bytes(prefix[:8]), "little"), MAX_HEADER + 1)
 
 
 def parse_header(header: bytes | memoryview, file_size: int) -> tuple[ImageLayout, Stamp]:
@@ -254,41 +266,43 @@ def parse_header(header: bytes | memoryview, file_size: int) -> tuple[ImageLayou
     stamp = peek(header)
     if stamp is None:
         raise FormatError("not a published shard image")
-    start = 8 + int.from_bytes(bytes(header[:8]), "little")
+    start = header_size(header)
     if not PEEK <= start <= min(MAX_HEADER + 8, file_size) or start % PAGE or len(header) < start:
         raise FormatError(f"header length {start - 8} does not fit a file of {file_size} bytes")
     try:
-        return _parse_table(json.loads(bytes(header[8:start])), start, file_size, bytes(header[:start])), stamp
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FormatError(f"malformed header: {error!r}") from error
+        return _parse_table(jsontree.parse(bytes(header[8:start])), start, file_size, bytes(header[:start])), stamp
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"malformed header: {error!r:.500}") from error
 
 
 def _parse_table(document: dict[str, Any], start: int, file_size: int, header: bytes) -> ImageLayout:
     metadata = document.pop("__metadata__")
-    boxes, dtypes, aliases = (json.loads(metadata[name]) for name in ("boxes", "dtypes", "names"))
-    spans = {name: tuple(map(int, item["data_offsets"])) for name, item in document.items()}
+    boxes, dtypes, aliases = (jsontree.parse(metadata[name]) for name in ("boxes", "dtypes", "names"))
+    spans = {name: _numbers(item["data_offsets"]) for name, item in document.items()}
     at = 0
     entries, starts = [], []
     for name, item in sorted(document.items(), key=lambda pair: spans[pair[0]]):
         begin, end = spans[name]
-        shape = tuple(map(int, item["shape"]))
-        if begin != at or any(n < 0 for n in shape) or end - begin != prod(shape) * DTYPE_SIZES[item["dtype"]]:
-            raise ValueError(f"{name!r} does not stand where it must")
+        shape = _shape(item["shape"])
+        if begin != at or end - begin != prod(shape) * DTYPE_SIZES[item["dtype"]]:
+            raise ValueError(f"{name!r:.200} does not stand where it must")
         at = end
         if name in _RESERVED:
             continue
-        whole, offset = boxes.get(name, (shape, (0,) * len(shape)))
+        whole, offset = boxes.get(name, (item["shape"], [0] * len(shape)))
         entry = Entry(
-            name=aliases.get(name, name),
+            name=_text(aliases.get(name, name)),
             dtype=item["dtype"],
             shape=shape,
-            global_shape=tuple(map(int, whole)),
-            offset=tuple(map(int, offset)),
-            real_dtype=dtypes.get(name, ""),
+            global_shape=_shape(whole),
+            offset=_numbers(offset),
+            real_dtype=_text(dtypes.get(name, "")),
         )
         _check_box(entry)
         entries.append(entry)
         starts.append(start + begin)
+    if len({(entry.name, entry.box) for entry in entries}) != len(entries):
+        raise ValueError("a box of a tensor stands there twice")
     json_begin, crc_begin = spans[JSON_NAME]
     if start + at != file_size or spans[CRC_NAME][0] != crc_begin or crc_begin % 4:
         raise ValueError(f"the file has {file_size} bytes, its header says {start + at}")
@@ -306,9 +320,32 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
     )
 
 
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or len(values) > _MAX_DIMENSIONS:
+        raise ValueError(f"{values!r:.50} is no list of at most {_MAX_DIMENSIONS} numbers")
+    return tuple(jsontree.integer(value) for value in values)
+
+
+def _shape(values: Any) -> tuple[int, ...]:
+    """A shape whose strides can be computed, even if another dimension is 0."""
+    shape = _numbers(values)
+    if prod(n or 1 for n in shape) * max(DTYPE_SIZES.values()) > _MAX_BYTES:
+        raise ValueError(f"no tensor can have the shape {list(shape)}")
+    return shape
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.50} is no name")
+    return value
+
+
 def _check_box(entry: Entry) -> None:
     if not len(entry.shape) == len(entry.global_shape) == len(entry.offset):
-        raise ValueError(f"{entry.name!r}: box and shape differ in dimensions")
-    for n, whole, offset in zip(entry.shape, entry.global_shape, entry.offset, strict=True):
-        if offset < 0 or offset + n > whole:
-            raise ValueError(f"{entry.name!r}: box outside of the tensor")
+        raise ValueError(f"{entry.name!r:.200}: box and shape differ in dimensions")
+    if any(at + n > whole for n, whole, at in zip(entry.shape, entry.global_shape, entry.offset, strict=True)):
+        raise ValueError(f"{entry.name!r:.200}: box outside of the tensor")
+    # Of a dtype that is stored as bytes every part has all bytes of its elements.
+    bytewise = entry.dtype == "U8" and entry.shape[-1:] == entry.global_shape[-1:] != ()
+    if entry.real_dtype and not bytewise:
+        raise ValueError(f"{entry.name!r:.200}: is not stored as the bytes of {entry.real_dtype!r:.50}")

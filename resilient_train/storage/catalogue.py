@@ -8,6 +8,7 @@ from resilient_train.errors import CheckpointDamaged
 from resilient_train.spec.world import Key
 from resilient_train.storage.commit import (
     MANIFEST,
+    MAX_MANIFEST,
     ImageFile,
     Manifest,
     decode_part,
@@ -38,10 +39,17 @@ def read_manifest(tier: Tier, key: Key) -> Manifest:
         CheckpointDamaged: if it is missing, malformed, or another checkpoint's.
     """
     path = f"{folder_of(key)}/{MANIFEST}"
-    manifest = decode_part(tier.read(path, 0, tier.size(path)), f"{tier.name}: {path}")
-    if manifest.key != key or merge([manifest]) is None:
+    manifest = _read_part(tier, path)
+    if manifest.key != key or merge([manifest]) != manifest:
         raise CheckpointDamaged(f"{tier.name}: {path}: does not describe this checkpoint")
     return manifest
+
+
+def _read_part(tier: Tier, path: str) -> Manifest:
+    size = tier.size(path)
+    if size > MAX_MANIFEST:
+        raise CheckpointDamaged(f"{tier.name}: {path}: not a manifest, it has {size:,} bytes")
+    return decode_part(tier.read(path, 0, size), f"{tier.name}: {path}")
 
 
 def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
@@ -55,8 +63,7 @@ def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: M
     parts = []
     for name in sorted(names):
         if name.startswith("part-") and name.endswith(".json"):
-            path = f"{folder}/{name}"
-            parts.append(decode_part(tier.read(path, 0, tier.size(path)), path))
+            parts.append(_read_part(tier, f"{folder}/{name}"))
     manifest = merge(parts)
     if manifest is None:
         return False

@@ -12,12 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from resilient_train.errors import CheckpointDamaged
+from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.spec import jsontree
 from resilient_train.spec.world import Key
 
 MANIFEST = "manifest.json"
-_FOLDER = re.compile(r"step-(\d{9,13})\.g(\d+)")
+_FOLDER = re.compile(r"step-([0-9]{9,13})\.g([0-9]{1,8})")
+_FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 FORMAT = 1
+MAX_MANIFEST = 64 << 20
+"""No manifest is longer: what is, is read by nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +62,8 @@ def folder_of(key: Key) -> str:
 def key_of(folder: str) -> Key | None:
     """The inverse of `folder_of`; None for other names."""
     match = _FOLDER.fullmatch(folder)
-    return Key(int(match[2]), int(match[1])) if match else None
+    key = Key(int(match[2]), int(match[1])) if match else None
+    return key if key is not None and folder_of(key) == folder else None
 
 
 def image_name(rank: int, world: int) -> str:
@@ -90,28 +95,26 @@ def decode_part(data: bytes, path: str) -> Manifest:
         CheckpointDamaged: naming ``path``, if ``data`` is anything else.
     """
     try:
-        document = json.loads(data)
+        document = jsontree.parse(data)
         if document["format"] != FORMAT:
-            raise CheckpointDamaged(f"{path}: format {document['format']!r} is not known to this version")
+            raise CheckpointDamaged(f"{path}: format {document['format']!r:.50} is not known to this version")
         files = tuple(_file(item) for item in document["files"])
-        lineage, step = map(int, document["key"])
-        past = {int(one): None if bound is None else int(bound) for one, bound in document["past"]}
-        return Manifest(key=Key(lineage, step), world=int(document["world"]), files=files, past=past)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointDamaged(f"{path}: not a manifest: {error!r}") from error
+        lineage, step = map(jsontree.integer, document["key"])
+        world = jsontree.integer(document["world"], 1)
+        past = {
+            jsontree.integer(one): None if bound is None else jsontree.integer(bound) for one, bound in document["past"]
+        }
+        return Manifest(key=Key(lineage, step), world=world, files=files, past=past)
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointDamaged(f"{path}: not a manifest: {error!r:.500}") from error
 
 
 def _file(item: Mapping[str, Any]) -> ImageFile:
-    file = ImageFile(
-        name=str(item["name"]),
-        rank=int(item["rank"]),
-        size=int(item["size"]),
-        header_crc=int(item["header_crc"]),
-        table_crc=int(item["table_crc"]),
-    )
-    if "/" in file.name or file.name.startswith(".") or file.size < 0 or file.rank < 0:
-        raise ValueError(f"no image file: {file}")
-    return file
+    name = item["name"]
+    if not isinstance(name, str) or not _FILE.fullmatch(name):
+        raise ValueError(f"{name!r:.100} is no name of an image file")
+    numbers = {key: jsontree.integer(item[key]) for key in ("rank", "size", "header_crc", "table_crc")}
+    return ImageFile(name=name, **numbers)
 
 
 def merge(parts: Iterable[Manifest]) -> Manifest | None:
@@ -123,7 +126,7 @@ def merge(parts: Iterable[Manifest]) -> Manifest | None:
     if any((part.key, part.world) != (first.key, first.world) for part in parts):
         return None
     files = {file.rank: file for part in parts for file in part.files}
-    if set(files) != set(range(first.world)):
+    if len(files) != first.world or max(files) >= first.world:
         return None
     ordered = tuple(files[rank] for rank in range(first.world))
     return Manifest(key=first.key, world=first.world, files=ordered, past=first.past)

@@ -14,9 +14,9 @@ import torch
 
 from resilient_train.errors import CheckpointDamaged, MemoryRefused
 from resilient_train.image.arena import Board, Slot, create_memory
-from resilient_train.image.reader import memory_reader
+from resilient_train.image.reader import ImageReader, memory_reader
 from resilient_train.image.snapshot import ImageWriter, Part
-from resilient_train.spec.shard import BLOCK, Entry, plan_image
+from resilient_train.spec.shard import BLOCK, MAX_HEADER, Entry, plan_image
 from resilient_train.spec.world import Key
 
 KEY = Key(2, 5)
@@ -155,6 +155,20 @@ def test_every_flipped_bit_of_the_data_is_found() -> None:
         with slot.reading(KEY) as view, pytest.raises(CheckpointDamaged, match="my image"):
             read_all(view)
         slot.map[place] ^= 4
+
+
+@pytest.mark.parametrize("length", [1 << 39, (1 << 64) - 1])
+def test_no_more_is_read_than_a_header_can_have(length: int) -> None:
+    """One damaged bit of the length does not bring a terabyte into memory."""
+    asked = []
+
+    def read(offset: int, count: int) -> bytes:
+        asked.append(offset + count)
+        return length.to_bytes(8, "little") + bytes(100)
+
+    with pytest.raises(CheckpointDamaged, match="my file"):
+        ImageReader("my file", 1 << 40, read)
+    assert max(asked) <= MAX_HEADER + 16
 
 
 def test_a_writer_killed_at_any_instant_leaves_the_old_image_or_none() -> None:

@@ -76,6 +76,8 @@ def test_names_may_not_collide() -> None:
         bad = Entry(name=name, dtype="U8", shape=(1,), global_shape=(1,), offset=(0,))
         with pytest.raises(FormatError, match="collide"):
             plan_image([*ENTRIES, bad], 10)
+    with pytest.raises(FormatError, match="collide"):
+        plan_image([*ENTRIES, ENTRIES[0]], 10)
 
 
 def test_damaged_headers_are_refused_or_harmless() -> None:

@@ -69,6 +69,11 @@ def test_folder_names_are_keys() -> None:
     assert key_of("step-000000041.g3") == Key(3, 41)
     assert key_of("step-41") is None
     assert key_of("models") is None
+    # Not what folder_of makes: another folder's name for the same key, or lineages that no key can have.
+    assert key_of("step-000000041.g03") is None
+    assert key_of("step-0000000041.g3") is None
+    assert key_of("step-000000041.g999999999") is None
+    assert key_of("step-00000004\u0661.g3") is None
 
 
 def test_nonsense_manifests_are_refused_by_name() -> None:
@@ -81,6 +86,16 @@ def test_nonsense_manifests_are_refused_by_name() -> None:
             decode_part(data, "p")
     assert merge([]) is None
     assert merge([good, Manifest(key=Key(1, 3), world=1, files=good.files, past={})]) is None
+
+
+def test_an_endless_manifest_is_not_read(tmp_path: Path) -> None:
+    """A terabyte in the manifest's place is an error by its size."""
+    folder = tmp_path / folder_of(Key(1, 2))
+    folder.mkdir()
+    with open(folder / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointDamaged, match=r"step-000000002.g1/manifest.json: not a manifest"):
+        read_manifest(FilesystemTier(str(tmp_path)), Key(1, 2))
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
