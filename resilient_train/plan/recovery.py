@@ -122,11 +122,12 @@ def _check_fit(wants: Sequence[Want], holders: Mapping[str, Sequence[tuple[int, 
         if held is None:
             problems.append(f"{want.name} {list(want.global_shape)}: not in the checkpoint")
             continue
-        entry = held[0][1]
-        if entry.global_shape != want.global_shape:
-            problems.append(f"{want.name}: shape {list(want.global_shape)} here, {list(entry.global_shape)} there")
-        elif want.dtype and want.dtype != (entry.real_dtype or entry.dtype):
-            problems.append(f"{want.name}: dtype {want.dtype} here, {entry.real_dtype or entry.dtype} there")
+        shapes = {entry.global_shape for _, entry in held} - {want.global_shape}
+        dtypes = {entry.real_dtype or entry.dtype for _, entry in held} - {want.dtype or ""}
+        if shapes:
+            problems.append(f"{want.name}: shape {list(want.global_shape)} here, {list(min(shapes))} there")
+        elif want.dtype and dtypes:
+            problems.append(f"{want.name}: dtype {want.dtype} here, {min(dtypes)} there")
     problems += [
         f"{name} {list(held[0][1].global_shape)}: in the checkpoint, not in this state"
         for name, held in sorted(holders.items())

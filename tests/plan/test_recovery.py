@@ -80,6 +80,15 @@ def test_another_models_checkpoint_names_what_differs() -> None:
     assert "rng" not in text
 
 
+def test_images_that_disagree_are_refused() -> None:
+    """Every rank's part must have the dtype and the shape, not only the first that is found."""
+    first, second = Box((0,), (2,)), Box((2,), (2,))
+    want = Want(name="t", dtype="F32", global_shape=(4,), box=Box.whole((4,)))
+    for other in (entry("t", (4,), second, "I32"), entry("t", (5,), second)):
+        with pytest.raises(StateMismatch, match="t: "):
+            plan_copies([want], [[entry("t", (4,), first)], [other]])
+
+
 def test_only_complete_states_of_the_past_are_candidates() -> None:
     """A key counts when every rank's image is there and the job's history contains it."""
     found = [
