@@ -10,7 +10,7 @@ from resilient_train.errors import CheckpointDamaged, FormatError
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
 from resilient_train.spec.shard import Entry
-from resilient_train.worker.rng import restore_rng, rng_name
+from resilient_train.worker.rng import rng_name, rng_setters
 from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, local_part, stored
 
@@ -29,13 +29,15 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
     entries = {entry.name: entry for image in images for entry in image}
     # A rank's document differs from the others' only in its generators; any rank's will do for the rest.
     own = next((r for r in readers if (r.stamp.rank, r.stamp.world) == (rank, world)), None)
-    document = (own or readers[0]).json()
+    told = own or readers[0]
+    document = told.json()
     if not isinstance(document, dict):
-        raise CheckpointDamaged(f"{readers[0].name}: the document is not an object")
+        raise CheckpointDamaged(f"{told.name}: the document is not an object")
     try:
         targets = state.targets(document, entries)
+        setters = rng_setters(document.get("rng"), _generators(own, rank)) if own is not None else []
     except FormatError as error:
-        raise CheckpointDamaged(f"{readers[0].name}: {error}") from error
+        raise CheckpointDamaged(f"{told.name}: {error}") from error
     wants, places = [], {}
     for name, tensor in targets.tensors.items():
         entry, _ = stored(name, tensor)
@@ -44,16 +46,12 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
     # Everything is read and verified before the first element is written; room for optimizer state has been made.
     sources = [readers[copy.image].tensor(copy.entry) for copy in copies]
-    generators = _generators(own, rank) if own is not None else {}
     with torch.no_grad():
         for copy, source in zip(copies, sources, strict=True):
             tensor, entry = places[copy.name]
             _copy(source, copy, tensor, entry)
-        for action in targets.after:
+        for action in (*targets.after, *setters):
             action()
-    recorded = document.get("rng")
-    if "torch" in generators and isinstance(recorded, dict):
-        restore_rng(recorded, generators)
 
 
 def _dtype(entry: Entry) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,7 @@ def check(name: str, module: torch.nn.Module, document: Mapping[str, Any]) -> No
 def add_targets(name: str, module: torch.nn.Module, document: Mapping[str, Any], targets: Targets) -> None:
     """Say where a checkpoint's elements belong in ``module``."""
     for path, tensor in {**names.parameters(module), **names.buffers(module)}.items():
-        targets.tensors[f"{name}/{path}"] = tensor
+        targets.add(f"{name}/{path}", tensor)
     for path, part in names.extra_states(module).items():
         value = jsontree.decode(document["extra"][path])
-        targets.after.append(functools.partial(part.set_extra_state, value))
+        targets.load(f"{name}.{path}", part.set_extra_state, value)

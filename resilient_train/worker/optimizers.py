@@ -7,17 +7,16 @@ casts and aliases.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from resilient_train.errors import StateMismatch
-from resilient_train.spec import jsontree
+from resilient_train.errors import FormatError, StateMismatch
 from resilient_train.spec.shard import Entry
 from resilient_train.worker.capture import Capture
-from resilient_train.worker.targets import Targets, put_tensors
-from resilient_train.worker.tensors import like_parameter, real_dtype
+from resilient_train.worker.targets import Targets, built
+from resilient_train.worker.tensors import device_named, dtype_named, like_parameter, real_dtype, real_shape
 
 
 def _names_in_groups(
@@ -41,7 +40,7 @@ def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], 
         capture: receives the tensors.
     """
     named = _names_in_groups(name, optimizer, known)
-    packs: dict[tuple[str, torch.dtype, str], list[torch.Tensor]] = {}
+    packs: dict[tuple[str, torch.dtype], list[torch.Tensor]] = {}
     state: dict[str, dict[str, Any]] = {}
     for path, parameter in named:
         described = {}
@@ -50,7 +49,7 @@ def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], 
         if described:
             state[path] = described
     # Thousands of one-element tensors (AdamW's step) travel as one.
-    for (key, dtype, _), scalars in packs.items():
+    for (key, dtype), scalars in packs.items():
         capture.add_pack(_pack_name(name, key, dtype), scalars)
     capture.contents.append(lambda: (value for held in optimizer.state.values() for value in held.values()))
     capture.contents.append(lambda: (parameter for group in optimizer.param_groups for parameter in group["params"]))
@@ -88,7 +87,7 @@ def _describe(
     key: str,
     value: Any,
     parameter: torch.Tensor,
-    packs: dict[tuple[str, torch.dtype, str], list[torch.Tensor]],
+    packs: dict[tuple[str, torch.dtype], list[torch.Tensor]],
     capture: Capture,
 ) -> dict[str, Any]:
     if not isinstance(value, torch.Tensor):
@@ -97,7 +96,7 @@ def _describe(
         return {"value": capture.encode(value, f"{path}/{key}")}
     device = "parameter" if value.device.type == parameter.device.type else value.device.type
     if value.dim() == 0 and type(value) is torch.Tensor and parameter.dim() > 0:
-        pack = packs.setdefault((key, value.dtype, value.device.type), [])
+        pack = packs.setdefault((key, value.dtype), [])
         pack.append(value)
         return {"packed": len(pack) - 1, "dtype": str(value.dtype).removeprefix("torch."), "device": device}
     capture.add(f"{path}/{key}", value, lazy=True, fixed=True)
@@ -115,66 +114,71 @@ def add_targets(
     """Say where a checkpoint's elements belong in ``optimizer``; what it has no room for yet is allocated."""
     named = _names_in_groups(name, optimizer, known)
     _check_parameters(name, [path for path, _ in named], document["parameters"])
-    packs: dict[str, torch.Tensor] = {}
+    packs: dict[str, _Pack] = {}
     for path, parameter in named:
         described = document["state"].get(path, {})
         state = optimizer.state[parameter] if described or parameter in optimizer.state else {}
         for key in [key for key in state if key not in described]:
             del state[key]
         for key, item in described.items():
+            place = f"{name}/{path}/{key}"
             if "value" in item:
-                value = put_tensors(jsontree.decode(item["value"]), entries, targets)
-                targets.after.append(_setter(state, key, value))
+                value = built(item["value"], place, entries, targets)
+                targets.after.append(functools.partial(state.__setitem__, key, value))
             elif "packed" in item:
-                dtype = getattr(torch, item["dtype"])
-                pack = _pack(_pack_name(name, key, dtype), dtype, entries, packs, targets)
+                dtype = dtype_named(item["dtype"])
+                pack_name = _pack_name(name, key, dtype)
+                if pack_name not in packs:
+                    packs[pack_name] = _Pack(pack_name, dtype, entries[pack_name], targets)
                 scalar = _existing(state.get(key), (), dtype)
                 if scalar is None:
-                    where = parameter.device if item["device"] == "parameter" else torch.device(item["device"])
+                    where = parameter.device if item["device"] == "parameter" else device_named(item["device"])
                     scalar = state[key] = torch.empty((), dtype=dtype, device=where)
-                targets.after.append(_copy_scalar(scalar, pack, int(item["packed"])))
+                packs[pack_name].take(item["packed"], scalar)
+            elif item["tensor"] == place:
+                targets.add(place, _state_tensor(state, key, parameter, item["device"], entries[place]))
             else:
-                targets.tensors[item["tensor"]] = _state_tensor(state, key, parameter, item, entries)
-    for group, options in zip(optimizer.param_groups, document["groups"], strict=True):
-        restored = put_tensors(jsontree.decode(options), entries, targets)
-        targets.after.append(functools.partial(_update, group, restored))
+                raise FormatError(f"{place} is said to be the tensor {item['tensor']!r:.200}")
+    for pack in packs.values():
+        pack.close()
+    for index, (group, encoded) in enumerate(zip(optimizer.param_groups, document["groups"], strict=True)):
+        options = built(encoded, f"{name}/group{index}", entries, targets)
+        if not isinstance(options, dict) or not all(isinstance(key, str) for key in options) or "params" in options:
+            raise FormatError(f"{name}/group{index} has no options")
+        targets.after.append(functools.partial(group.update, options))
 
 
-def _setter(state: dict[str, Any], key: str, value: Callable[[], Any]) -> Callable[[], None]:
-    def put() -> None:
-        state[key] = value()
+class _Pack:
+    """One-element tensors of a checkpoint that are filled from one entry, in the order in which they were packed."""
 
-    return put
+    def __init__(self, name: str, dtype: torch.dtype, entry: Entry, targets: Targets) -> None:
+        self._name = name
+        self._whole = torch.empty(real_shape(entry), dtype=dtype)
+        self._scalars: list[torch.Tensor] = []
+        targets.add(name, self._whole)
+        targets.after.append(self._fill)
+
+    def take(self, index: Any, scalar: torch.Tensor) -> None:
+        """The next element, which the document says is number ``index``, belongs to ``scalar``."""
+        if type(index) is not int or index != len(self._scalars):
+            raise FormatError(f"{self._name}: {index!r:.50} stands where {len(self._scalars)} must")
+        self._scalars.append(scalar)
+
+    def close(self) -> None:
+        """There are no further ones."""
+        if tuple(self._whole.shape) != (len(self._scalars),):
+            raise FormatError(f"{self._name} has the shape {list(self._whole.shape)} for {len(self._scalars)} elements")
+
+    def _fill(self) -> None:
+        for scalar, element in zip(self._scalars, self._whole, strict=True):
+            scalar.copy_(element)
 
 
-def _update(group: dict[str, Any], options: Callable[[], Any]) -> None:
-    group.update(options())
-
-
-def _pack(
-    name: str, dtype: torch.dtype, entries: Mapping[str, Entry], packs: dict[str, torch.Tensor], targets: Targets
-) -> torch.Tensor:
-    if name not in packs:
-        packs[name] = targets.tensors[name] = torch.empty(entries[name].global_shape, dtype=dtype)
-    return packs[name]
-
-
-def _copy_scalar(scalar: torch.Tensor, pack: torch.Tensor, index: int) -> Callable[[], None]:
-    def copy() -> None:
-        scalar.copy_(pack[index])
-
-    return copy
-
-
-def _state_tensor(
-    state: dict[str, Any], key: str, parameter: torch.Tensor, item: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> torch.Tensor:
-    entry = entries[item["tensor"]]
-    dtype = real_dtype(entry)
-    shape = entry.global_shape[:-1] if entry.real_dtype else entry.global_shape
+def _state_tensor(state: dict[str, Any], key: str, parameter: torch.Tensor, device: Any, entry: Entry) -> torch.Tensor:
+    dtype, shape = real_dtype(entry), real_shape(entry)
     tensor = _existing(state.get(key), shape, dtype)
     if tensor is None:
-        tensor = state[key] = like_parameter(parameter, shape, dtype, item["device"])
+        tensor = state[key] = like_parameter(parameter, shape, dtype, device)
     return tensor
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from resilient_train.errors import FormatError
 from resilient_train.plan.partition import PRIVATE
+from resilient_train.spec.jsontree import integer
 from resilient_train.worker.capture import Capture
 
 
@@ -31,18 +35,40 @@ def capture_rng(rank: int, capture: Capture) -> dict[str, Any]:
     }
 
 
-def restore_rng(document: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the generators of this process back.
+def rng_setters(document: Any, tensors: Mapping[str, torch.Tensor]) -> list[Callable[[], Any]]:
+    """What puts the generators of this process back; all has been tried on other generators.
 
     Args:
         document: the ``rng`` part of this rank's own image.
         tensors: ``torch`` and, if there was one, ``cuda`` generator states.
+
+    Raises:
+        FormatError: if they are no states of generators.
     """
-    torch.set_rng_state(tensors["torch"].clone())
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"].clone())
-    version, words, gauss = document["python"]
-    random.setstate((version, tuple(np.frombuffer(bytes.fromhex(words), dtype=np.uint32).tolist()), gauss))
-    keys, position, has_gauss, cached = document["numpy"]
-    state = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
-    np.random.set_state(("MT19937", state, position, has_gauss, cached))
+    try:
+        version, words, gauss = document["python"]
+        keys, position, has_gauss, cached = document["numpy"]
+        python = (integer(version, 3, 3), tuple(_words(words).tolist()), None if gauss is None else _real(gauss))
+        # Beyond its end numpy would go on with the memory behind.
+        numpy = ("MT19937", _words(keys), integer(position, 0, 624), integer(has_gauss, 0, 1), _real(cached))
+        states = {which: tensor.clone() for which, tensor in tensors.items()}
+        torch.Generator().set_state(states["torch"])
+        random.Random().setstate(python)
+        np.random.RandomState(0).set_state(numpy)
+        setters = [partial(torch.set_rng_state, states["torch"])]
+        if "cuda" in states and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(states["cuda"])
+            setters.append(partial(torch.cuda.set_rng_state, states["cuda"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"malformed states of random generators: {error!r:.500}") from error
+    return [*setters, partial(random.setstate, python), partial(np.random.set_state, numpy)]
+
+
+def _words(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(bytes.fromhex(text), dtype=np.uint32)
+
+
+def _real(value: Any) -> float:
+    if type(value) is not float:
+        raise ValueError(f"{value!r:.50} is no real number")
+    return value

@@ -15,12 +15,11 @@ import torch
 
 from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
 from resilient_train.image.snapshot import Part
-from resilient_train.spec import jsontree
 from resilient_train.spec.shard import Entry
 from resilient_train.worker import modules, names, optimizers
 from resilient_train.worker.capture import Capture, Known, join
 from resilient_train.worker.rng import capture_rng
-from resilient_train.worker.targets import Targets, put_tensors
+from resilient_train.worker.targets import Targets, built
 
 
 @runtime_checkable
@@ -138,9 +137,10 @@ class State:
                 elif isinstance(thing, torch.optim.Optimizer):
                     optimizers.add_targets(name, thing, known, document[name], entries, targets)
                 else:
-                    _stateful_targets(name, thing, document[name], entries, targets)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise FormatError(f"malformed document in the checkpoint: {error!r}") from error
+                    value = built(document[name]["value"], name, entries, targets)
+                    targets.load(name, thing.load_state_dict, value)
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise FormatError(f"malformed document in the checkpoint: {error!r:.500}") from error
         return targets
 
     def _parameter_names(self) -> dict[int, str]:
@@ -167,17 +167,3 @@ def _kind(thing: Stateful) -> str:
     if isinstance(thing, torch.nn.Module):
         return "module"
     return "optimizer" if isinstance(thing, torch.optim.Optimizer) else "stateful"
-
-
-def _stateful_targets(
-    name: str, thing: Stateful, document: Mapping[str, Any], entries: Mapping[str, Entry], targets: Targets
-) -> None:
-    value = put_tensors(jsontree.decode(document["value"]), entries, targets)
-    targets.after.append(lambda: _load(name, thing, value()))
-
-
-def _load(name: str, thing: Stateful, value: dict[str, Any]) -> None:
-    try:
-        thing.load_state_dict(value)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise StateMismatch(f"{name} does not take the checkpoint's state: {error}") from error

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from resilient_train.errors import FormatError, StateMismatch
+from resilient_train.spec import jsontree
 from resilient_train.spec.shard import Entry
-from resilient_train.worker.tensors import real_dtype
+from resilient_train.worker.tensors import device_named, real_dtype, real_shape
 
 
 @dataclass(kw_only=True)
@@ -21,24 +23,49 @@ class Targets:
     after: list[Callable[[], None]] = field(default_factory=list)
     """To be called once all tensors are filled."""
 
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Say that ``tensor`` receives the elements of ``name``.
 
-def put_tensors(tree: Any, entries: Mapping[str, Entry], targets: Targets) -> Callable[[], Any]:
-    """The inverse; the result is complete once the targets are filled."""
-    fresh: dict[str, torch.Tensor] = {}
+        Raises:
+            FormatError: if another receives them already, which would be left as it is.
+        """
+        if name in self.tensors:
+            raise FormatError(f"{name} is named twice by the document")
+        self.tensors[name] = tensor
 
-    def visit(node: Any) -> Any:
+    def load(self, name: str, load: Callable[[Any], Any], value: Any) -> None:
+        """Have ``load(value)`` called at the end, whose code is the user's."""
+
+        def action() -> None:
+            try:
+                load(value)
+            except Exception as error:  # Whatever it raises, it has been given another state than it expects.
+                raise StateMismatch(
+                    f"{name} does not take the checkpoint's state: {type(error).__name__}: {error}"
+                ) from error
+
+        self.after.append(action)
+
+
+def built(encoded: Any, path: str, entries: Mapping[str, Entry], targets: Targets) -> Any:
+    """The inverse of `Capture.encode`; its tensors are complete once the targets are filled.
+
+    Raises:
+        FormatError: if ``encoded`` is malformed, or names a tensor that does not stand where `Capture.encode` put it.
+    """
+
+    def visit(node: Any, path: str) -> Any:
         if isinstance(node, dict) and "$tensor" in node:
-            name = str(node["$tensor"])
-            entry = entries[name]
-            dtype = real_dtype(entry)
-            shape = entry.global_shape[:-1] if entry.real_dtype else entry.global_shape
-            fresh[name] = targets.tensors[name] = torch.empty(shape, dtype=dtype, device=str(node["device"]))
-            return fresh[name]
+            if node["$tensor"] != path or path not in entries:
+                raise FormatError(f"{path} is said to be the tensor {node['$tensor']!r:.200}")
+            entry = entries[path]
+            tensor = torch.empty(real_shape(entry), dtype=real_dtype(entry), device=device_named(node.get("device")))
+            targets.add(path, tensor)
+            return tensor
         if isinstance(node, dict):
-            return {key: visit(value) for key, value in node.items()}
+            return {key: visit(value, f"{path}/{key}") for key, value in node.items()}
         if isinstance(node, (list, tuple)):
-            return type(node)(visit(value) for value in node)
+            return type(node)(visit(value, f"{path}/{index}") for index, value in enumerate(node))
         return node
 
-    built = visit(tree)
-    return lambda: built
+    return visit(jsontree.decode(encoded), path)

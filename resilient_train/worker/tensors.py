@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from resilient_train.errors import UnsupportedState
-from resilient_train.image.snapshot import DTYPES
+from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
+from resilient_train.image.snapshot import DTYPES, TORCH_DTYPES
 from resilient_train.spec.layout import Box, shard_box
 from resilient_train.spec.shard import Entry
 
@@ -78,15 +79,49 @@ def real_dtype(entry: Entry) -> torch.dtype:
     Raises:
         UnsupportedState: if this torch has no such dtype.
     """
-    if not entry.real_dtype:
-        return next(dtype for dtype, name in DTYPES.items() if name == entry.dtype)
-    dtype = getattr(torch, entry.real_dtype, None)
+    dtype = getattr(torch, entry.real_dtype, None) if entry.real_dtype else TORCH_DTYPES.get(entry.dtype)
     if not isinstance(dtype, torch.dtype):
-        raise UnsupportedState(f"{entry.name}: this torch has no dtype {entry.real_dtype}")
+        raise UnsupportedState(f"{entry.name}: this torch has no dtype {entry.real_dtype or entry.dtype:.50}")
     return dtype
 
 
-def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: str) -> torch.Tensor:
+def real_shape(entry: Entry) -> tuple[int, ...]:
+    """The shape of the whole tensor that an entry is a part of."""
+    return entry.global_shape[:-1] if entry.real_dtype else entry.global_shape
+
+
+def dtype_named(name: Any) -> torch.dtype:
+    """The inverse of how a document names dtypes.
+
+    Raises:
+        FormatError: if it is no dtype's name.
+    """
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise FormatError(f"{name!r:.50} is no dtype")
+    return dtype
+
+
+def device_named(name: Any) -> torch.device:
+    """The device on which to put what stood on a device of this type.
+
+    Raises:
+        FormatError: if it is no type of device that holds elements.
+        StateMismatch: if there is none of this type here.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    try:
+        device = torch.device(name if isinstance(name, str) else "")
+    except RuntimeError as error:
+        raise FormatError(f"{name!r:.50} is no device") from error
+    if device.index is not None or device.type == "meta":
+        raise FormatError(f"{name!r:.50} is no type of device that holds elements")
+    if device.type != "cpu" and (accelerator is None or device.type != accelerator.type):
+        raise StateMismatch(f"the checkpoint holds tensors of a {device.type} device, and here is none")
+    return device
+
+
+def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: Any) -> torch.Tensor:
     """Uninitialised optimizer state of a global ``shape``: sharded like the parameter if it has its shape."""
     if isinstance(parameter, DTensor) and tuple(shape) == tuple(parameter.shape):
         local = torch.empty_like(parameter.to_local(), dtype=dtype)
@@ -98,7 +133,7 @@ def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.d
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-    where = parameter.device if device == "parameter" else torch.device(device)
+    where = parameter.device if device == "parameter" else device_named(device)
     memory_format = torch.preserve_format if tuple(shape) == tuple(parameter.shape) else torch.contiguous_format
     if memory_format is torch.preserve_format and not isinstance(parameter, DTensor):
         return torch.empty_like(parameter, dtype=dtype, device=where, requires_grad=False)
