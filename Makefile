@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo test lint sanitize soak bench clean
 
 demo: $(STAMP)
 	$(PYTHON) examples/demo.py
@@ -24,6 +24,10 @@ sanitize:
 	    -pthread csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp -o build/sanitize && \
 	  echo "$$kind:" && build/sanitize || exit 1; \
 	done
+
+# 10,000 damaged checkpoints, each restored: a few minutes.
+soak: $(STAMP)
+	$(PYTHON) tests/storage/test_corruption.py 10000
 
 bench: $(STAMP)
 	$(PYTHON) benchmarks/bench_recovery.py
