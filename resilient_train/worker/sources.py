@@ -99,8 +99,7 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
     if size != file.size:
         raise CheckpointDamaged(f"{name}: has {size} bytes, the manifest says {file.size}")
     reader = ImageReader(name, size, functools.partial(tier.read, path))
-    if (reader.header_crc, reader.stamp.crc) != (file.header_crc, file.table_crc):
-        raise CheckpointDamaged(f"{name}: the header is not the one that was committed")
-    if (reader.stamp.key, reader.stamp.rank, reader.stamp.world) != (manifest.key, file.rank, manifest.world):
-        raise CheckpointDamaged(f"{name}: is an image of another state or rank")
+    reader.check(
+        key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
+    )
     return reader

@@ -1,0 +1,133 @@
+"""A shard image as verified bytes: whatever is handed out belongs to a block whose checksum matched.  Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.image.native import checksum
+from resilient_train.spec import jsontree
+from resilient_train.spec.shard import BLOCK, Entry, header_size, parse_header
+from resilient_train.spec.world import Key
+
+ReadRange = Callable[[int, int], "memoryview | bytes"]
+"""(offset, length) -> exactly those bytes of the file, or an error."""
+
+
+class VerifiedImage:
+    """One image behind a function that reads byte ranges: shared memory, a file, an object."""
+
+    def __init__(self, name: str, size: int, read: ReadRange, *, stable: bool = False) -> None:
+        """Reads and checks the header.
+
+        Args:
+            name: what errors call the image, a path or ``memory of rank 2``.
+            size: length of the image in bytes.
+            read: how to get byte ranges.
+            stable: whether two reads of a range give the same bytes, so that one check of a block is enough.
+
+        Raises:
+            CheckpointDamaged: if it is no image, or header or checksum table are damaged.
+        """
+        self.name = name
+        self._read = read
+        self._stable = stable
+        try:
+            header = read(0, min(size, header_size(read(0, min(size, 8)))))
+            self.layout, self.stamp = parse_header(header, size)
+            self.header_crc = checksum(header)
+        except FormatError as error:
+            raise CheckpointDamaged(f"{name}: {error}") from error
+        table = bytes(read(self.layout.crc_start, 4 * self.layout.blocks))
+        if checksum(table) != self.stamp.crc:
+            raise CheckpointDamaged(f"{name}: the checksum table is damaged")
+        self._sums = np.frombuffer(table, dtype="<u4")
+        self._checked = np.zeros(self.layout.blocks, dtype=bool)
+        self._starts = dict(zip(self.layout.entries, self.layout.starts, strict=True))
+
+    def release(self) -> None:
+        """Let go of the bytes behind the reader, so that mapped memory can be unmapped."""
+
+        def gone(offset: int, length: int) -> bytes:
+            raise CheckpointDamaged(f"{self.name}: read after it was closed ({length} bytes at {offset})")
+
+        self._read = gone
+
+    def check(self, *, key: Key, rank: int, world: int, header_crc: int, table_crc: int) -> None:
+        """Hold the image against what was committed.
+
+        Raises:
+            CheckpointDamaged: if it has another header, or is an image of another state or rank.
+        """
+        if (self.header_crc, self.stamp.crc) != (header_crc, table_crc):
+            raise CheckpointDamaged(f"{self.name}: the header is not the one that was committed")
+        if (self.stamp.key, self.stamp.rank, self.stamp.world) != (key, rank, world):
+            raise CheckpointDamaged(f"{self.name}: is an image of another state or rank")
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What the image holds."""
+        return self.layout.entries
+
+    def data(self, entry: Entry, begin: int = 0, size: int | None = None) -> memoryview | bytes:
+        """``size`` bytes (default: all) of an entry from its byte ``begin`` on.
+
+        Raises:
+            CheckpointDamaged: if a block they stand in fails its checksum.
+        """
+        return self._verified(self._starts[entry] + begin, entry.nbytes - begin if size is None else size)
+
+    def json(self) -> Any:
+        """The non-tensor state as the JSON value it was stored as.
+
+        Raises:
+            CheckpointDamaged: if it fails its checksum or is no JSON.
+        """
+        data = bytes(self._verified(self.layout.json_start, self.stamp.json_length))
+        try:
+            return jsontree.parse(data)
+        except FormatError as error:
+            raise CheckpointDamaged(f"{self.name}: non-tensor state: {error}") from error
+
+    def bad_blocks(self, first: int, last: int) -> list[int]:
+        """Which of the blocks ``first`` to ``last`` (included) fail their checksums, read anew."""
+        return self._failing(self._blocks(first, last), first, last)
+
+    def padding(self) -> memoryview | bytes:
+        """What stands behind the checksum table; no checksum covers it, and all of it is zero."""
+        end = self.layout.crc_start + 4 * self.layout.blocks
+        return self._read(end, self.layout.total - end)
+
+    def _verified(self, start: int, size: int) -> memoryview | bytes:
+        """Bytes of the data area, read in whole blocks, each checked once."""
+        layout = self.layout
+        first, last = (start - layout.data_start) // BLOCK, (start + size - 1 - layout.data_start) // BLOCK
+        if size < 0 or start < layout.data_start or start + size > layout.crc_start:
+            raise CheckpointDamaged(f"{self.name}: bytes {start} to {start + size} are outside of the data")
+        if size == 0:
+            return b""
+        begin = layout.data_start + first * BLOCK
+        data = self._blocks(first, last)
+        for block in self._failing(data, first, last, known=self._stable):
+            at = layout.data_start + block * BLOCK
+            raise CheckpointDamaged(f"{self.name}: block {block} (from byte {at}) fails its checksum")
+        return data[start - begin : start - begin + size]
+
+    def _blocks(self, first: int, last: int) -> memoryview:
+        begin = self.layout.data_start + first * BLOCK
+        end = min(self.layout.data_start + (last + 1) * BLOCK, self.layout.crc_start)
+        return memoryview(self._read(begin, end - begin))
+
+    def _failing(self, data: memoryview, first: int, last: int, *, known: bool = False) -> list[int]:
+        """Blocks that fail; with ``known``, those that were found sound before are not summed again."""
+        bad = []
+        for block in range(first, last + 1):
+            if known and self._checked[block]:
+                continue
+            piece = data[(block - first) * BLOCK : (block - first + 1) * BLOCK]
+            self._checked[block] = sound = checksum(piece) == self._sums[block]
+            if not sound:
+                bad.append(block)
+        return bad
