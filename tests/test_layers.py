@@ -14,7 +14,7 @@ LAYERS = [
     {"spec"},
     {"plan"},
     {"control", "ipc", "image", "storage"},
-    {"agent", "keeper", "worker", "testing"},
+    {"agent", "keeper", "worker", "tools", "testing"},
     {"launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

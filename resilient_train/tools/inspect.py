@@ -1,0 +1,98 @@
+"""What a checkpoint holds: facts of the manifest, parts of the state, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from resilient_train.spec.shard import DTYPE_SIZES, Entry
+from resilient_train.spec.world import Key
+from resilient_train.storage.catalogue import read_manifest
+from resilient_train.storage.commit import Manifest
+from resilient_train.storage.tier import Tier
+from resilient_train.tools.images import holders, open_image, parts_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorLine:
+    """One tensor of the state."""
+
+    name: str
+    """Part of the state and canonical name."""
+    dtype: str
+    """safetensors' dtype, or torch's where safetensors has none."""
+    shape: tuple[int, ...]
+    """The whole tensor's."""
+    shards: int
+    """Number of boxes it is stored in."""
+    nbytes: int
+    """Bytes of the whole tensor."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "shards": self.shards,
+            "bytes": self.nbytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """A checkpoint."""
+
+    manifest: Manifest
+    """Its manifest."""
+    parts: Mapping[str, str]
+    """Name of a part of the state to its kind: ``module``, ``optimizer``, ``stateful``."""
+    tensors: tuple[TensorLine, ...]
+    """All tensors by name."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        manifest = self.manifest
+        return {
+            "step": manifest.key.step,
+            "lineage": manifest.key.lineage,
+            "ranks": manifest.world,
+            "files": [{"name": file.name, "rank": file.rank, "bytes": file.size} for file in manifest.files],
+            "past": [[lineage, bound] for lineage, bound in sorted(manifest.past.items())],
+            "parts": dict(self.parts),
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+            "tensor_bytes": self.nbytes,
+        }
+
+
+def inspect(tier: Tier, key: Key) -> Content:
+    """Read a checkpoint's manifest, headers and document, not its tensors.
+
+    Raises:
+        CheckpointDamaged: if one of these is missing or damaged.
+    """
+    manifest = read_manifest(tier, key)
+    images = [open_image(tier, manifest, file) for file in manifest.files]
+    parts = {name: str(part["kind"]) for name, part in parts_of(images[0]).items()} if images else {}
+    held = holders(image.entries() for image in images)
+    lines = tuple(_line(name, [entry for _, entry in found]) for name, found in sorted(held.items()))
+    return Content(manifest=manifest, parts=parts, tensors=lines)
+
+
+def _line(name: str, entries: list[Entry]) -> TensorLine:
+    first = entries[0]
+    shape = first.global_shape[:-1] if first.real_dtype else first.global_shape
+    return TensorLine(
+        name=name,
+        dtype=first.real_dtype or first.dtype,
+        shape=shape,
+        shards=len({entry.box for entry in entries}),
+        nbytes=prod(first.global_shape) * DTYPE_SIZES[first.dtype],
+    )
