@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
 from torch.distributed import run as torchrun
 
 import resilient_train
-from resilient_train.launch import rtrun
+from resilient_train.launch import rtctl, rtrun
 
 
 def test_public_names() -> None:
@@ -20,7 +21,8 @@ def test_public_names() -> None:
 
 def test_importing_the_package_does_not_import_torch() -> None:
     """The keeper and tools start fast."""
-    code = "import sys, resilient_train, resilient_train.keeper.keeper; sys.exit('torch' in sys.modules)"
+    modules = "resilient_train.keeper.keeper, resilient_train.launch.rtctl"
+    code = f"import sys, resilient_train, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -36,3 +38,34 @@ def test_help_says_what_is_different() -> None:
     text = rtrun.parser().format_help()
     assert "resilient_train.elastic" in text
     assert "exit codes" in text
+
+
+def test_rtctl_commands_and_options() -> None:
+    """Every command with its arguments and their defaults."""
+    (commands,) = (a for a in rtctl.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found = {
+        name: {" ".join(a.option_strings) or a.metavar: a.default for a in sub._actions if a.dest != "help"}
+        for name, sub in commands.choices.items()
+    }
+    assert found == {
+        "ls": {"URL": None, "--json": False},
+        "inspect": {"URL[@STEP]": None, "--json": False},
+        "verify": {"URL[@STEP]": None, "--all": False, "--json": False},
+        "export": {
+            "URL[@STEP]": None,
+            "--to": None,
+            "--part": None,
+            "--max-shard-size": "5GB",
+            "--force": False,
+        },
+        "clean": {"URL": None, "--keep": None, "--yes": False},
+    }
+    assert "exit codes" in rtctl.parser().format_help()
+
+
+def test_rtctl_is_a_program() -> None:
+    """It runs as a module, and ends with the exit codes it names."""
+    command = [sys.executable, "-m", "resilient_train.launch.rtctl"]
+    assert subprocess.run([*command, "ls", "/nowhere"], check=False, capture_output=True).returncode == 0
+    assert subprocess.run([*command, "inspect", "/nowhere"], check=False, capture_output=True).returncode == 1
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 2
