@@ -32,12 +32,13 @@ soak: $(STAMP)
 bench: $(STAMP)
 	$(PYTHON) benchmarks/bench_recovery.py
 
-# torch comes first and pinned: the CPU build is enough here, and a newer one would bring gigabytes of CUDA.
+# torch comes first and stays pinned: the CPU build is enough here, and a newer one would bring gigabytes of CUDA.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) requirements-dev.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements-dev.txt)"
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,dev]"
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  --constraint requirements-dev.txt --editable ".[demo,dev]"
 	touch $(STAMP)
 
 clean:
