@@ -14,7 +14,7 @@ from typing import Any
 from resilient_train.errors import ConfigError, ExitCode, ResilientError
 from resilient_train.storage.catalogue import listing
 from resilient_train.storage.commit import folder_of
-from resilient_train.storage.filesystem import FilesystemTier
+from resilient_train.storage.filesystem import open_tier
 from resilient_train.tools.clean import propose, remove
 from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
@@ -98,7 +98,7 @@ def run(argv: Sequence[str] | None = None) -> ExitCode:
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:
-    found = survey(FilesystemTier(args.place))
+    found = survey(open_tier(args.place))
     total = sum(one.nbytes or 0 for one in found)
     if args.json:
         _print_json({"url": args.place, "checkpoints": [one.to_json() for one in found], "total_bytes": total})
@@ -120,7 +120,7 @@ def _row(one: Checkpoint) -> tuple[str, ...]:
 
 def _inspect(args: argparse.Namespace) -> ExitCode:
     location = parse(args.place)
-    tier = FilesystemTier(location.url)
+    tier = open_tier(location.url)
     content = inspect(tier, find(tier, location))
     if args.json:
         _print_json({"url": location.url, **content.to_json()})
@@ -153,7 +153,7 @@ def _describe(url: str, content: Content) -> list[str]:
 
 def _verify(args: argparse.Namespace) -> ExitCode:
     location = parse(args.place)
-    tier = FilesystemTier(location.url)
+    tier = open_tier(location.url)
     if args.all and location.step is not None:
         raise ConfigError("--all means every checkpoint: leave the step out")
     newest = find(tier, location)
@@ -179,7 +179,7 @@ def _judge(verdict: Verdict) -> str:
 def _export(args: argparse.Namespace) -> ExitCode:
     limit = parse_size(args.max_shard_size)
     location = parse(args.place)
-    tier = FilesystemTier(location.url)
+    tier = open_tier(location.url)
     done = export(
         tier,
         find(tier, location),
@@ -201,7 +201,7 @@ def _export(args: argparse.Namespace) -> ExitCode:
 def _clean(args: argparse.Namespace) -> ExitCode:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep must be at least 1, it is {args.keep}")
-    tier = FilesystemTier(args.place)
+    tier = open_tier(args.place)
     proposal = propose(tier, args.keep)
     for one in proposal.kept:
         print(f"keep    {folder_of(one.key)}  {human(one.nbytes)}  {one.state}{f': {one.note}' if one.note else ''}")
