@@ -14,6 +14,7 @@ from resilient_train.spec.shard import DTYPE_SIZES, MAX_HEADER
 
 INDEX = "model.safetensors.index.json"
 _ALIGNMENT = 8
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ def plan_files(tensors: Sequence[Whole], aliases: Mapping[str, str], limit: int)
     aliases of (``alias: name``), as `safetensors.torch.save_model` puts them.
 
     Raises:
-        FormatError: if a header grows beyond what safetensors reads.
+        FormatError: if a header grows beyond what safetensors reads, or a tensor is called what it cannot be.
     """
     groups: list[list[Whole]] = [[]]
     filled = 0
@@ -78,8 +79,10 @@ def _file(name: str, tensors: Sequence[Whole], aliases: Mapping[str, str]) -> Ou
     # Largest elements first, so that every tensor is aligned without holes.
     ordered = tuple(sorted(tensors, key=lambda one: (-DTYPE_SIZES[one.dtype], one.name)))
     here = {tensor.name for tensor in ordered}
+    if _METADATA in here:
+        raise FormatError(f"safetensors cannot hold a tensor that is called {_METADATA}")
     shared = {alias: first for alias, first in sorted(aliases.items()) if first in here}
-    table: dict[str, Any] = {"__metadata__": {**shared, "format": "pt"}}
+    table: dict[str, Any] = {_METADATA: {**shared, "format": "pt"}}
     at = 0
     for tensor in ordered:
         end = at + tensor.nbytes

@@ -126,7 +126,7 @@ def _aliases(document: Mapping[str, Any], held: Held, where: str) -> dict[str, s
     if not isinstance(aliases, dict) or not isinstance(document.get("extra", {}), dict):
         raise CheckpointDamaged(f"{where}: the document of the module is malformed")
     for alias, name in aliases.items():
-        if name not in held or alias in held:
+        if not isinstance(name, str) or name not in held or alias in held:
             raise CheckpointDamaged(f"{where}: {alias} is said to be the same as {name}, which is not so")
     return aliases
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from resilient_train.errors import ExitCode
+from resilient_train.errors import ExitCode, FormatError
 from resilient_train.launch.rtctl import run
+from resilient_train.plan.consolidated import plan_files
 from resilient_train.spec.layout import Box
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.tools import export
@@ -163,6 +164,22 @@ def test_parts_and_dtypes_that_cannot_be_exported_are_named(
     assert not (tmp_path / "out").exists()
     assert run([*command, "--part", "small"]) == 0
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"weight", "bias"}
+
+
+def test_documents_that_say_nonsense_are_damage(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Aliases of what is not there, or of no name: an error, nothing written; no tensor takes the header's place."""
+    make(tmp_path / "run", 7)
+    command = ["export", str(tmp_path / "run"), "--to", str(tmp_path / "out")]
+    for nonsense in ({"x": "gone"}, {"x": ["embed.weight"]}, {"scale": "one"}, [1], 3):
+        document = {"model": {"kind": "module", "aliases": nonsense, "extra": {}}}
+        monkeypatch.setattr("resilient_train.image.verified.VerifiedImage.json", lambda image, d=document: d)
+        assert run(command) is ExitCode.USER_ERROR, nonsense
+        assert "model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FormatError, match="__metadata__"):
+        plan_files([export.Whole(name="__metadata__", dtype="F32", shape=(1,))], {}, 10)
 
 
 def test_slabs_cut_rows_and_lose_none() -> None:
