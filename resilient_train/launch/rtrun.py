@@ -30,9 +30,9 @@ not restarted when a worker dies: the others go on in their processes, and a rep
 --max-restarts counts restarts of the whole group and concerns other scripts. With --log-dir DIR, everything that
 happened to the job is written to DIR/events.jsonl. This version runs one node (--nnodes=1).
 
-exit codes: 0 success; 1 an error of the script; 2 a wrong command line; 66 ranks died again and again without a step
-finished between; 67 the control store was lost; 74 the training finished, but its last state could not be made
-durable; 130 ended by a signal.
+exit codes: 0 success; 1 an error of the script; 2 a wrong command line; 66 losses set the job back to the same step
+again and again; 67 the control store was lost; 74 the training finished, but its last state could not be made durable;
+130 ended by a signal.
 """
 
 
