@@ -55,10 +55,13 @@ def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
         for restore in log
         for step, digest in found.get(restore.generation, {}).get("finished", {}).items()
     }
-    # What a world resumed is its first state, and all that there is of it if it was lost in its first step.
+    # What a world resumed is its first state, and all that there is of it if it was lost in its first step: written
+    # down by itself or, where a rank was killed before it wrote, by the world that had finished that step.
     for restore in log:
         for step, digest in found.get(restore.generation, {}).get("restored", {}).items():
             finished.setdefault(Key(restore.lineage, step), digest)
+        if restore.source in finished:
+            finished.setdefault(Key(restore.lineage, restore.source.step), finished[restore.source])
     compared = 0
     for restore in log:
         restored = found.get(restore.generation, {}).get("restored", {})
