@@ -21,7 +21,7 @@ sanitize:
 	mkdir -p build
 	for kind in address,undefined thread; do \
 	  $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-error=tsan -fsanitize=$$kind -fno-omit-frame-pointer \
-	    -pthread csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp -o build/sanitize && \
+	    -pthread csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp csrc/scatter.cpp -o build/sanitize && \
 	  echo "$$kind:" && build/sanitize || exit 1; \
 	done
 

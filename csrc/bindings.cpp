@@ -10,6 +10,7 @@
 #include "copier.hpp"
 #include "crc32c.hpp"
 #include "publish.hpp"
+#include "scatter.hpp"
 
 namespace nb = nanobind;
 namespace rt = resilient_train;
@@ -73,6 +74,18 @@ NB_MODULE(_native, m) {
   m.def(
       "observe", [](std::uintptr_t word) { return rt::observe(aligned(word)); }, nb::arg("word"),
       "Acquire-load a 64-bit word.");
+  m.def(
+      "scatter",
+      [](std::uintptr_t source, const std::vector<std::tuple<std::uint64_t, std::uint64_t>>& segments,
+         const std::vector<std::uint32_t>& sums) {
+        std::vector<rt::Segment> copied;
+        copied.reserve(segments.size());
+        for (const auto& [target, size] : segments) copied.push_back({target, size});
+        nb::gil_scoped_release unlocked;
+        return rt::scatter(reinterpret_cast<const unsigned char*>(source), copied, sums);
+      },
+      nb::arg("source"), nb::arg("segments"), nb::arg("sums"),
+      "Put consecutive blocks of an image where they belong; the first that fails its checksum, or -1.");
   bind_copier(m);
   // At the end of a process Python does not promise to let go of everything, and there is nothing to flush.
   nb::set_leak_warnings(false);

@@ -60,6 +60,22 @@ class Engine(Protocol):
         """CRC32C of ``size`` bytes at address ``data``, continuing ``crc``."""
         ...
 
+    def scatter(self, source: int, segments: Sequence[tuple[int, int]], sums: Sequence[int]) -> int:
+        """Put consecutive blocks of an image where they belong, and verify them in the same pass.
+
+        Args:
+            source: address of the blocks' bytes; 0 if they stand at their targets already.
+            segments: (address or 0 for what nobody wants, size) one after the other.
+            sums: the CRC32C of every block.
+
+        Returns:
+            Index of the first block that fails its checksum, or -1.
+
+        Raises:
+            ValueError: if there are not as many checksums as the segments have blocks.
+        """
+        ...
+
     def publish(self, word: int, value: int) -> None:
         """Store a 64-bit word after everything written before."""
         ...
@@ -128,6 +144,23 @@ class PythonEngine:
 
     def crc32c(self, data: int, size: int, crc: int = 0) -> int:
         return _sum(data, size, crc) if size else crc
+
+    def scatter(self, source: int, segments: Sequence[tuple[int, int]], sums: Sequence[int]) -> int:
+        if not source and any(size and not target for target, size in segments):
+            raise ValueError("bytes that stand nowhere cannot be checked")
+        if len(sums) != -(-sum(size for _, size in segments) // BLOCK):
+            raise ValueError("the segments do not fill the blocks")
+        at, crcs = 0, [0] * len(sums)
+        for target, size in segments:
+            if source and target:
+                ctypes.memmove(target, source + at, size)
+            done = 0
+            while done < size:
+                n = min(size - done, BLOCK - at % BLOCK)
+                crcs[at // BLOCK] = _sum(source + at if source else target + done, n, crcs[at // BLOCK])
+                done += n
+                at += n
+        return next((i for i, (found, known) in enumerate(zip(crcs, sums, strict=True)) if found != known), -1)
 
     def publish(self, word: int, value: int) -> None:
         ctypes.c_uint64.from_address(word).value = value

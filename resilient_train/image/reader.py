@@ -33,4 +33,5 @@ class ImageReader(VerifiedImage):
 
 def memory_reader(name: str, view: memoryview) -> ImageReader:
     """A reader of an image in mapped memory; ``view`` must stay locked against its writer while it is used."""
-    return ImageReader(name, len(view), lambda offset, length: view[offset : offset + length], stable=True)
+    address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+    return ImageReader(name, len(view), lambda offset, length: view[offset : offset + length], address=address)

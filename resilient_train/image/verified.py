@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from resilient_train.errors import CheckpointDamaged, FormatError
-from resilient_train.image.native import checksum
+from resilient_train.image.fetch import Range, Run, plan_runs
+from resilient_train.image.native import checksum, engine
 from resilient_train.spec import jsontree
 from resilient_train.spec.shard import BLOCK, Entry, header_size, parse_header
 from resilient_train.spec.world import Key
 
 ReadRange = Callable[[int, int], "memoryview | bytes"]
 """(offset, length) -> exactly those bytes of the file, or an error."""
+ReadInto = Callable[[int, Sequence[memoryview]], None]
+"""(offset, buffers): fills the buffers with the bytes from ``offset`` on, or an error."""
 
 
 class VerifiedImage:
     """One image behind a function that reads byte ranges: shared memory, a file, an object."""
 
-    def __init__(self, name: str, size: int, read: ReadRange, *, stable: bool = False) -> None:
+    def __init__(
+        self, name: str, size: int, read: ReadRange, *, read_into: ReadInto | None = None, address: int = 0
+    ) -> None:
         """Reads and checks the header.
 
         Args:
             name: what errors call the image, a path or ``memory of rank 2``.
             size: length of the image in bytes.
             read: how to get byte ranges.
-            stable: whether two reads of a range give the same bytes, so that one check of a block is enough.
+            read_into: the same, straight into buffers; default: by way of ``read``.
+            address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
+                one check of a block is enough.
 
         Raises:
             CheckpointDamaged: if it is no image, or header or checksum table are damaged.
         """
         self.name = name
         self._read = read
-        self._stable = stable
+        self._read_into = read_into or self._copied
+        self._address = address
         try:
             header = read(0, min(size, header_size(read(0, min(size, 8)))))
             self.layout, self.stamp = parse_header(header, size)
@@ -55,6 +65,8 @@ class VerifiedImage:
             raise CheckpointDamaged(f"{self.name}: read after it was closed ({length} bytes at {offset})")
 
         self._read = gone
+        self._read_into = self._copied
+        self._address = 0
 
     def check(self, *, key: Key, rank: int, world: int, header_crc: int, table_crc: int) -> None:
         """Hold the image against what was committed.
@@ -71,6 +83,10 @@ class VerifiedImage:
         """What the image holds."""
         return self.layout.entries
 
+    def start(self, entry: Entry) -> int:
+        """First byte of an entry, from the beginning of the image."""
+        return self._starts[entry]
+
     def data(self, entry: Entry, begin: int = 0, size: int | None = None) -> memoryview | bytes:
         """``size`` bytes (default: all) of an entry from its byte ``begin`` on.
 
@@ -78,6 +94,42 @@ class VerifiedImage:
             CheckpointDamaged: if a block they stand in fails its checksum.
         """
         return self._verified(self._starts[entry] + begin, entry.nbytes - begin if size is None else size)
+
+    def fetching(self, ranges: Iterable[Range]) -> list[Callable[[], None]]:
+        """What to do, in any order and side by side, for ranges of the image to be at their addresses.
+
+        Every block is verified after its bytes have arrived: if one fails, its bytes stand at their addresses.  The
+        memory at the addresses must stay until everything is done.
+
+        Each raises:
+            CheckpointDamaged: if a block fails its checksum.
+        """
+        return [functools.partial(self._fetch, run) for run in plan_runs(ranges, self.layout)]
+
+    def _fetch(self, run: Run) -> None:
+        begin = self.layout.data_start + run.first * BLOCK
+        sums = self._sums[run.first : run.last + 1].tolist()
+        if self._address:
+            bad = engine.scatter(self._address + begin, run.segments, sums)
+        else:
+            nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
+            segments, at = [], nobodys.ctypes.data
+            for address, size in run.segments:
+                segments.append((address or at, size))
+                at += 0 if address else size
+            self._read_into(begin, [_buffer(*segment) for segment in segments])
+            bad = engine.scatter(0, segments, sums)
+        if bad >= 0:
+            raise self._failed(run.first + bad)
+
+    def _copied(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        data = memoryview(self._read(offset, sum(len(buffer) for buffer in buffers)))
+        for buffer in buffers:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+
+    def _failed(self, block: int) -> CheckpointDamaged:
+        at = self.layout.data_start + block * BLOCK
+        return CheckpointDamaged(f"{self.name}: block {block} (from byte {at}) fails its checksum")
 
     def json(self) -> Any:
         """The non-tensor state as the JSON value it was stored as.
@@ -110,9 +162,8 @@ class VerifiedImage:
             return b""
         begin = layout.data_start + first * BLOCK
         data = self._blocks(first, last)
-        for block in self._failing(data, first, last, known=self._stable):
-            at = layout.data_start + block * BLOCK
-            raise CheckpointDamaged(f"{self.name}: block {block} (from byte {at}) fails its checksum")
+        for block in self._failing(data, first, last, known=self._address != 0):
+            raise self._failed(block)
         return data[start - begin : start - begin + size]
 
     def _blocks(self, first: int, last: int) -> memoryview:
@@ -131,3 +182,7 @@ class VerifiedImage:
             if not sound:
                 bad.append(block)
         return bad
+
+
+def _buffer(address: int, size: int) -> memoryview:
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")

@@ -44,6 +44,17 @@ class Box:
         starts = [a - b for a, b in zip(self.offset, outer.offset, strict=True)]
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 
+    def span_in(self, outer: Box) -> tuple[int, int]:
+        """(first element, number of elements up to the last) of this box among the elements of ``outer``, row-major.
+
+        They are this box's elements alone if there are `size` of them.
+        """
+        first = last = 0
+        for begin, end, start, n in zip(self.offset, self.end, outer.offset, outer.shape, strict=True):
+            first = first * n + begin - start
+            last = last * n + end - 1 - start
+        return first, last - first + 1
+
     def minus(self, other: Box) -> list[Box]:
         """What is left of this box without ``other``, as disjoint boxes."""
         common = self.intersect(other)

@@ -1,15 +1,14 @@
 """A durable tier at any fsspec URL.
 
-On local disks a file is written beside its place, flushed to the device and renamed, and the folder is flushed too.
+On local disks (`resilient_train.storage.local`) a file is written beside its place, flushed to the device and renamed.
 Object stores show an object only when its upload is complete, which is the same promise.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.storage.commit import MANIFEST
+from resilient_train.storage.local import read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
 from resilient_train.storage.tier import Chunk, Tier
 
@@ -85,17 +85,30 @@ class FilesystemTier:
     def read(self, path: str, offset: int, length: int) -> bytes:
         with self._mapped(path):
             data: Any = self._fs.cat_file(self._path(path), start=offset, end=offset + length) if length else b""
-        if len(data) != length:
-            raise CheckpointDamaged(
-                f"{self.name}: {path}: truncated, {length} bytes asked for at byte {offset}, {len(data)} are there"
-            )
+        self._check_length(path, offset, length, len(data))
         return bytes(data)
+
+    def _check_length(self, path: str, offset: int, wanted: int, length: int) -> None:
+        if length != wanted:
+            raise CheckpointDamaged(
+                f"{self.name}: {path}: truncated, {wanted} bytes asked for at byte {offset}, {length} are there"
+            )
+
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        if not self.local:
+            data = memoryview(self.read(path, offset, sum(map(len, buffers))))
+            for buffer in buffers:
+                buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+            return
+        with self._mapped(path):
+            length = read_into(self._path(path), offset, buffers)
+        self._check_length(path, offset, sum(map(len, buffers)), length)
 
     def put(self, path: str, chunks: Iterable[Chunk]) -> int:
         target = self._path(path)
         with self._mapped(path):
             if self.local:
-                return _put_local(target, chunks)
+                return write_file(target, chunks)
             return self._put_object(target, chunks)
 
     def _put_object(self, target: str, chunks: Iterable[Chunk]) -> int:
@@ -153,33 +166,3 @@ def open_tier(url: str) -> Tier:
 
 def _last(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
-
-
-def _put_local(target: str, chunks: Iterable[Chunk]) -> int:
-    folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    written = 0
-    try:
-        with open(temporary, "wb", buffering=0) as file:
-            for chunk in chunks:
-                view = memoryview(chunk)
-                while len(view):
-                    done = file.write(view)
-                    view = view[done:]
-                    written += done
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        raise
-    for directory in (folder, os.path.dirname(folder)):
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from resilient_train.errors import CheckpointDamaged, StorageError
@@ -40,6 +40,9 @@ class RetryingTier:
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         return self._again(lambda: self._tier.read(path, offset, length))
+
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        self._again(lambda: self._tier.read_into(path, offset, buffers))
 
     def put(self, path: str, chunks: Iterable[Chunk]) -> int:
         if iter(chunks) is chunks:

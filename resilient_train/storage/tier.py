@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 Chunk = bytes | memoryview
@@ -30,8 +30,15 @@ class Tier(Protocol):
         """Exactly these bytes of a file; fewer is an error."""
         ...
 
+    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes of a file from ``offset`` on; fewer is an error."""
+        ...
+
     def put(self, path: str, chunks: Iterable[Chunk]) -> int:
-        """Write a file that becomes visible whole or not at all, durable when this returns; its length."""
+        """Write a file that becomes visible whole or not at all, durable when this returns; its length.
+
+        What is in the chunks must not change until then.
+        """
         ...
 
     def delete(self, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -32,12 +33,35 @@ class TierConformance(ABC):
         assert other.read("a/x", 11, 0) == b""
         assert other.folders() == {"a": {"x"}}
 
+    def test_bytes_are_read_into_their_places(self) -> None:
+        """One range of a file into buffers of any length, empty ones among them."""
+        data = bytes(range(256)) * 20
+        self.tier().put("a/x", [data])
+        held = bytearray(4000)
+        view, sizes = memoryview(held), (1, 0, 2500, 7, 1492)
+        buffers, at = [], 0
+        for size in sizes:
+            buffers.append(view[at : at + size])
+            at += size
+        self.tier().read_into("a/x", 1000, buffers)
+        assert bytes(held) == data[1000:5000]
+
+    def test_large_chunks_of_any_alignment_arrive(self) -> None:
+        """Whatever is written directly, gathered first or split: the file is the chunks one after the other."""
+        whole = memoryview(bytes(range(251)) * 100_000)
+        cuts = (0, 4096, 4097, 9_000_000, 9_004_096, 17_500_000, len(whole))
+        chunks = [whole[a:b] for a, b in itertools.pairwise(cuts)]
+        assert self.tier().put("a/x", chunks) == len(whole)
+        assert self.tier().read("a/x", 0, len(whole)) == whole
+
     def test_reading_beyond_the_end_names_the_file(self) -> None:
         """Fewer bytes than asked for are damage, not data."""
         tier = self.tier()
         tier.put("a/x", [b"123"])
         with pytest.raises(CheckpointDamaged, match="a/x"):
             tier.read("a/x", 1, 3)
+        with pytest.raises(CheckpointDamaged, match="a/x"):
+            tier.read_into("a/x", 1, [memoryview(bytearray(3))])
         with pytest.raises(CheckpointDamaged, match="a/y"):
             tier.size("a/y")
 

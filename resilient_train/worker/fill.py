@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
+from resilient_train.image.snapshot import addressable
 from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
 from resilient_train.spec.shard import Entry
 from resilient_train.worker.rng import rng_name, rng_setters
@@ -15,8 +19,18 @@ from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, local_part, stored
 
 
-def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) -> None:
+def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, threads: int = 1) -> None:
     """Write the images' state into ``state``; nothing of it refers to the images afterwards.
+
+    Every byte is verified, after it has been written: with an error, the tensors are neither what they were nor what
+    they should be.
+
+    Args:
+        state: what to fill.
+        readers: of every image of one key.
+        rank: this rank.
+        world: number of ranks.
+        threads: that read and verify.
 
     Raises:
         StateMismatch: if the images are of another model; every tensor that differs is named.
@@ -44,31 +58,49 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
         wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
         places[name] = (tensor, entry)
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
-    # Everything is read and verified before the first element is written; room for optimizer state has been made.
-    sources = [readers[copy.image].tensor(copy.entry) for copy in copies]
+    ranges: list[list[Range]] = [[] for _ in readers]
+    later: list[Callable[[], object]] = []
     with torch.no_grad():
-        for copy, source in zip(copies, sources, strict=True):
-            tensor, entry = places[copy.name]
-            _copy(source, copy, tensor, entry)
-        for action in (*targets.after, *setters):
-            action()
+        for copy in copies:
+            wanted, after = _arranged(copy, *places[copy.name], readers[copy.image].start(copy.entry))
+            ranges[copy.image].append(wanted)
+            later += after
+        tasks = [task for reader, wanted in zip(readers, ranges, strict=True) for task in reader.fetching(wanted)]
+        with ThreadPoolExecutor(threads, "restore") as pool:
+            for done in [pool.submit(task) for task in tasks]:
+                done.result()
+        for act in (*later, *targets.after, *setters):
+            act()
 
 
 def _dtype(entry: Entry) -> str:
     return entry.real_dtype or entry.dtype
 
 
-def _copy(held: torch.Tensor, copy: Copy, tensor: torch.Tensor, entry: Entry) -> None:
-    source = held[copy.box.slices_in(copy.entry.box)]
+def _arranged(copy: Copy, tensor: torch.Tensor, entry: Entry, start: int) -> tuple[Range, list[Callable[[], object]]]:
+    """Which bytes of the image to bring where, and what to do with them once they are there.
+
+    Args:
+        copy: one block of one entry.
+        tensor: what it is a block of.
+        entry: how this rank would store ``tensor``.
+        start: first byte of the block's entry in its image.
+    """
+    first, count = copy.box.span_in(copy.entry.box)
     local, _, _ = local_part(copy.name, tensor)
-    if not entry.real_dtype:
-        local[copy.box.slices_in(entry.box)].copy_(source)
-        return
     # Stored as bytes: a view of the target's bytes where it is contiguous, else through a copy.
-    data = as_bytes(local)
-    data[copy.box.slices_in(entry.box)].copy_(source)
-    if not local.is_contiguous():
-        local.copy_(data.view(-1).view(local.dtype).view(local.shape))
+    target = as_bytes(local) if entry.real_dtype else local
+    place = target[copy.box.slices_in(entry.box)]
+    width = place.element_size()
+    after: list[Callable[[], object]] = []
+    if count != copy.box.size or not addressable(place):
+        gathered = torch.empty(count, dtype=place.dtype)
+        strides = torch.empty(copy.entry.shape, device="meta").stride()
+        after.append(functools.partial(place.copy_, gathered.as_strided(copy.box.shape, strides)))
+        place = gathered
+    if entry.real_dtype and not local.is_contiguous():
+        after.append(lambda: local.copy_(target.view(-1).view(local.dtype).view(local.shape)))
+    return Range(start + first * width, count * width, place.data_ptr()), after
 
 
 def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:

@@ -98,7 +98,8 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
     size = tier.size(path)
     if size != file.size:
         raise CheckpointDamaged(f"{name}: has {size} bytes, the manifest says {file.size}")
-    reader = ImageReader(name, size, functools.partial(tier.read, path))
+    read_into = functools.partial(tier.read_into, path)
+    reader = ImageReader(name, size, functools.partial(tier.read, path), read_into=read_into)
     reader.check(
         key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
     )

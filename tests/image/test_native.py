@@ -118,3 +118,35 @@ def test_misaligned_words_are_refused() -> None:
 def test_the_extension_is_used_where_it_is_built() -> None:
     """`load` prefers it."""
     assert load() is _native
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
+def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
+    """Every segment stands at its target, what nobody wants nowhere, and a flipped bit is found in its block: from a
+    source, and where the bytes stand at their targets already."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    image = np.frombuffer(chance.randbytes(2_600_000), dtype=np.uint8).copy()
+    sums = [checksum(image[at : at + BLOCK].tobytes()) for at in range(0, len(image), BLOCK)]
+    target = np.zeros(len(image) + 64, dtype=np.uint8)
+    segments, places, at = [], [], 0
+    while at < len(image):
+        size = min(len(image) - at, chance.choice([0, 1, 5, 4096, 40_000, 70_000, 1_500_000]))
+        wanted = chance.random() < 0.7
+        segments.append((target.ctypes.data + at + 7 if wanted else 0, size))
+        places.append((at, size, wanted))
+        at += size
+    assert engine.scatter(image.ctypes.data, segments, sums) == -1
+    for at, size, wanted in places:
+        there = target[at + 7 : at + 7 + size]
+        assert np.array_equal(there, image[at : at + size]) if wanted else not there.any()
+    everything = [(image.ctypes.data + at, size) for at, size, _ in places]
+    assert engine.scatter(0, everything, sums) == -1
+    image[BLOCK + 12_345] ^= 4
+    assert engine.scatter(image.ctypes.data, segments, sums) == 1
+    assert engine.scatter(0, everything, sums) == 1
+    with pytest.raises(ValueError, match="do not fill"):
+        engine.scatter(image.ctypes.data, segments, sums[:-1])
+    with pytest.raises(ValueError, match="stand nowhere"):
+        engine.scatter(0, [(0, len(image))], sums)

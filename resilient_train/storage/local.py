@@ -1,0 +1,164 @@
+"""Files on this machine's disks, written past the page cache and read straight into their place.
+
+A checkpoint's bytes are read by nobody soon.  Written through the page cache they cost a copy and push out what the
+training's data loaders need; written directly they cost the processor next to nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from resilient_train.storage.tier import Chunk
+
+_ALIGNED = 4096
+"""What direct writes must be multiples of: addresses, places and lengths."""
+_BOUNCE = 8 << 20
+"""Bytes that are gathered before they are written where a chunk's memory is not aligned."""
+_AT_ONCE = 4
+"""Writes of one file that are on their way at the same time."""
+_MAX_BUFFERS = 1000
+"""Buffers that the kernel fills in one call (IOV_MAX is 1024)."""
+
+
+def write_file(target: str, chunks: Iterable[Chunk]) -> int:
+    """Write a file that appears whole or not at all and is on the device when this returns; its length.
+
+    Raises:
+        OSError: as the system says it; nothing is left of the file.
+    """
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with _DirectFile(temporary) as file:
+            for chunk in chunks:
+                file.write(memoryview(chunk).cast("B"))
+            written = file.finish()
+        os.replace(temporary, target)
+    except BaseException:
+        try:
+            os.unlink(temporary)
+        except FileNotFoundError:
+            pass
+        raise
+    for directory in (folder, os.path.dirname(folder)):
+        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return written
+
+
+def read_into(path: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    """Fill the buffers with the bytes of a file from ``offset`` on; how many there were.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    waiting = [buffer for buffer in buffers if len(buffer)]
+    done = 0
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while waiting:
+            count = os.preadv(handle, waiting[:_MAX_BUFFERS], offset + done)
+            if count == 0:
+                break
+            done += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.pop(0))
+            if count:
+                waiting[0] = waiting[0][count:]
+    finally:
+        os.close(handle)
+    return done
+
+
+class _DirectFile:
+    """A new file, written from front to back by several threads, past the page cache where the file system takes it."""
+
+    def __init__(self, path: str) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self._handle = os.open(path, flags | os.O_DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Some file systems have only the page cache; the file may be there already.
+            self._handle = os.open(path, flags & ~os.O_EXCL, 0o666)
+        self._pool = ThreadPoolExecutor(_AT_ONCE, "write")
+        self._running: list[Future[None]] = []
+        self._at = 0
+        # One more than are on their way, so that the next one is never being written.
+        self._bounces = itertools.cycle([memoryview(mmap.mmap(-1, _BOUNCE)) for _ in range(_AT_ONCE + 1)])
+        self._bounce = next(self._bounces)
+        self._filled = 0
+
+    def __enter__(self) -> _DirectFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        os.close(self._handle)
+
+    def write(self, chunk: memoryview) -> None:
+        """Add bytes; they must stay as they are until `finish`."""
+        while len(chunk):
+            if self._filled == 0 and len(chunk) >= _ALIGNED and _address(chunk) % _ALIGNED == 0:
+                size = len(chunk) // _ALIGNED * _ALIGNED
+                self._submit(chunk[:size])
+            else:
+                size = min(len(chunk), _BOUNCE - self._filled)
+                self._bounce[self._filled : self._filled + size] = chunk[:size]
+                self._filled += size
+                if self._filled == _BOUNCE:
+                    self._submit(self._bounce)
+                    self._bounce = next(self._bounces)
+                    self._filled = 0
+            chunk = chunk[size:]
+
+    def finish(self) -> int:
+        """Wait until everything is on the device; the file's length."""
+        length = self._at + self._filled
+        if self._filled:
+            padded = -(-self._filled // _ALIGNED) * _ALIGNED
+            self._submit(self._bounce[:padded])
+        self._settle(0)
+        os.ftruncate(self._handle, length)
+        os.fsync(self._handle)
+        return length
+
+    def _submit(self, data: memoryview) -> None:
+        self._settle(_AT_ONCE - 1)
+        self._running.append(self._pool.submit(self._put, data, self._at))
+        self._at += len(data)
+
+    def _settle(self, most: int) -> None:
+        while len(self._running) > most:
+            self._running.pop(0).result()
+
+    def _put(self, data: memoryview, at: int) -> None:
+        while len(data):
+            try:
+                count = os.pwrite(self._handle, data, at)
+            except OSError as error:
+                flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                    raise
+                # It wants a larger alignment than anybody's.
+                fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                continue
+            data, at = data[count:], at + count
+
+
+def _address(chunk: memoryview) -> int:
+    return int(np.frombuffer(chunk, dtype=np.uint8).ctypes.data)
