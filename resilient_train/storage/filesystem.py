@@ -45,7 +45,6 @@ class FilesystemTier:
             raise StorageError(f"{url}: {error}") from error
         self._root = self._root.rstrip("/") or "/"
         self.local = isinstance(self._fs, LocalFileSystem)
-        """Whether the place is on a disk of this machine."""
         if not self.local:
             # Listings must show what other processes just wrote.
             self._fs.use_listings_cache = False

@@ -29,6 +29,7 @@ class RetryingTier:
         sleep: waits for a number of seconds.
         """
         self.name = tier.name
+        self.local = tier.local
         self._tier = tier
         self._sleep = sleep
 

@@ -17,6 +17,8 @@ class Tier(Protocol):
 
     name: str
     """The place, for people."""
+    local: bool
+    """Whether it is on a disk of this machine, and not behind a network."""
 
     def folders(self) -> dict[str, set[str]]:
         """The names of all folders, with the names of the files in each."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 LAST_SLOT_TIMEOUT = 600.0
 """Seconds to wait for a free slot where a state must be saved: at the end, and before a planned change."""
+NETWORK_READS = 16
+"""Requests that a rank has on their way to a server while it restores."""
+MOST_RESTORE_THREADS = 8
+"""Threads of a rank beyond which memory, and no processor, is what limits."""
 _writable: set[str] = set()
 """Locations that have been checked."""
 
@@ -40,6 +45,9 @@ class Source(Protocol):
     """Where states can be restored from."""
 
     name: str
+    """What it is called."""
+    waits: bool
+    """Whether reading from it is mostly waiting, for a network."""
 
     def keys(self, past: dict[int, int | None]) -> list[Key]:
         """Complete states of the past, newest first."""
@@ -442,10 +450,15 @@ class Checkpointer:
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(key) as readers:
-                fill(self._state, readers, self._rank, self._size)
+                fill(self._state, readers, self._rank, self._size, self._restore_threads(source))
         except CheckpointDamaged as error:
             return str(error)
         return None
+
+    def _restore_threads(self, source: Source) -> int:
+        """This rank's share of the processor's cores; more where they would only wait."""
+        share = len(os.sched_getaffinity(0)) // len(self._host.local_slots)
+        return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
 
     def _all_well(self, well: bool, choice: dict[str, Any]) -> bool:
         """Whether every rank is well, all having made the same choice."""

@@ -3,7 +3,8 @@
 What abort takes differs by backend.  NCCL has an abort.  Gloo's does nothing to a blocked collective (torch 2.7 to
 2.13); what frees one is shutting down the TCP connections that the group opened.  So this module remembers which
 sockets came into being while groups were formed, and shuts those down: established ones only, because shutting down
-gloo's listener ends the process.
+gloo's listener ends the process.  A formation that waits for a peer to connect has no such connection, and the peer may
+have died: it is made to accept one that ends at once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 import sys
 import threading
 from collections.abc import Iterator, Set
@@ -40,6 +42,7 @@ class ProcessGroups:
         self._ours: set[int] = set()
         self._before: set[int] | None = None
         self._hosts: set[str] = set()
+        self._size = 0
         self._nccl_aborted = False
         _observe_new_groups(self)
 
@@ -53,6 +56,7 @@ class ProcessGroups:
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
         self._hosts = _addresses(host)
+        self._size = size
         before = set(_sockets())
         # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
         store = dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
@@ -93,6 +97,8 @@ class ProcessGroups:
             ours = now.keys() - self._before if self._before is not None else set()
             hosts = self._hosts
             count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
+            for inode in ours:
+                _disappoint(now[inode], inode, self._size)
         self._abort_nccl()
         return count
 
@@ -162,6 +168,22 @@ def _shut_down(descriptor: int, inode: int, hosts: Set[str]) -> bool:
     finally:
         if copy >= 0:
             os.close(copy)
+
+
+def _disappoint(descriptor: int, inode: int, peers: int) -> None:
+    """Connect to a listener of gloo in place of every peer that it may still wait for, and hang up.
+
+    A connection begins with the number of the pair that it is for, 64 bits; pairs are numbered from 0.
+    """
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
+        tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
+        if os.fstat(sock.fileno()).st_ino != inode or not tcp:
+            return
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return
+        for pair in range(peers):
+            with socket.create_connection(sock.getsockname()[:2], timeout=1.0) as peer:
+                peer.sendall(struct.pack("=q", pair))
 
 
 def _address(name: tuple[Any, ...]) -> str:

@@ -20,6 +20,7 @@ class MemorySource:
     """The images that the keeper of this node holds."""
 
     name = "memory"
+    waits = False
 
     def __init__(self, keeper: KeeperLink) -> None:
         self._keeper = keeper
@@ -64,6 +65,7 @@ class TierSource:
 
     def __init__(self, tier: Tier) -> None:
         self.name = tier.name
+        self.waits = not tier.local
         self._tier = tier
 
     def keys(self, past: Mapping[int, int | None]) -> list[Key]:
