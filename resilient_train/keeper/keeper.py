@@ -17,6 +17,7 @@ from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.keeper.boxes import read_boxes
 from resilient_train.keeper.persist import Job, Outcome, Persister
+from resilient_train.keeper.progress import Progress
 from resilient_train.plan.interval import due
 from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import (
@@ -48,6 +49,8 @@ from resilient_train.spec.messages import (
 from resilient_train.spec.world import Key
 
 _TICK = 0.25
+_SAY_EVERY = 10.0
+"""Seconds between two words on how far a state is that is being written."""
 _FIRST_TIMEOUT = 60.0
 """Seconds to wait for whoever started this keeper."""
 
@@ -115,7 +118,8 @@ class Keeper:
         self._had_agent = False
         self._policy: Policy | None = None
         self._handovers: dict[Key, Handover] = {}
-        self._running: Key | None = None
+        self._running: Progress | None = None
+        self._said_at = clock.now()
         self._finished: list[Outcome] = []
         self._persister = Persister(self._finish)
         self._persisted: Key | None = None
@@ -146,6 +150,7 @@ class Keeper:
 
     def _tick(self) -> None:
         self._schedule()
+        self._say_progress()
         self._drop_superseded()
 
     def _accept(self) -> None:
@@ -288,6 +293,8 @@ class Keeper:
         early, self._early = self._early or [], None
         for item in early:
             self._handle(*item)
+        if message.standing is not None and message.standing["running"] is not None:
+            self._persist_kept(Key(*message.standing["running"]))
 
     def _inherit(self, standing: Standing) -> None:
         """Go on where the keeper before was."""
@@ -300,6 +307,7 @@ class Keeper:
             standing = Standing(
                 policy=None if self._policy is None else dataclasses.asdict(self._policy),
                 persisted=None if self._persisted is None else list(self._persisted),
+                running=None if self._running is None else list(self._running.key),
                 past=[[lineage, bound] for lineage, bound in self._past.items()],
             )
             self._answer(self._agent, standing)
@@ -357,7 +365,8 @@ class Keeper:
         handover.givers[message.rank] = client
         if len(handover.slots) == handover.local:
             # Whatever older state some rank never handed over (it died) will not be completed any more.
-            for other in [k for k in self._handovers if k < key and k != self._running]:
+            running = self._running.key if self._running is not None else None
+            for other in [k for k in self._handovers if k < key and k != running]:
                 self._give_back(other, "not every rank handed it over")
             self._start(key)
 
@@ -367,8 +376,9 @@ class Keeper:
                 self._give_back(key, "no location to persist to")
             return
         handover = self._handovers[key]
-        self._running = key
-        self._attempted_at = self._clock.now()
+        self._running = progress = Progress(key, self._policy.bytes_per_second)
+        self._attempted_at = self._said_at = self._clock.now()
+        self._tell_standing()
         self._persister.submit(
             Job(
                 key=key,
@@ -377,6 +387,7 @@ class Keeper:
                 past=handover.past,
                 url=self._policy.url,
                 keep_last=self._policy.keep_last,
+                progress=progress,
             )
         )
 
@@ -394,12 +405,12 @@ class Keeper:
             self._last_duration = outcome.seconds
             if not outcome.error:
                 self._persisted = max(key, self._persisted or key)
-                self._tell_standing()
                 done = "is durable" if outcome.committed else "is written as far as this node has it"
                 text = f"{key} {done} in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
                 self._notice("persisted", text)
             else:
                 self._notice("persist_failed", f"{key} is not durable: {outcome.error}")
+            self._tell_standing()
             self._give_back(key, outcome.error)
         waiting = [key for key, handover in self._handovers.items() if len(handover.slots) == handover.local]
         if waiting:
@@ -448,14 +459,20 @@ class Keeper:
         newest = self._newest_complete()
         if self._policy is None or newest is None or (self._persisted is not None and newest <= self._persisted):
             return
-        if newest == self._running:
-            return
-        handover = self._handovers.setdefault(newest, Handover(0, 0, self._past))
+        if self._running is None or self._running.key != newest:
+            self._persist_kept(newest)
+
+    def _persist_kept(self, key: Key) -> None:
+        """Persist a state that nobody hands over, from the images that are here."""
+        handover = self._handovers.setdefault(key, Handover(0, 0, self._past))
         for slot, lineage, step, rank, world in self._list():
-            if Key(lineage, step) == newest and self.slots[slot].memory.try_lock(exclusive=False):
+            if Key(lineage, step) == key and self.slots[slot].memory.try_lock(exclusive=False):
                 handover.slots[rank] = slot
                 handover.world, handover.local = world, world
-        self._start(newest)
+        if len(handover.slots) == handover.local > 0:
+            self._start(key)
+        else:
+            self._give_back(key, "not every rank's image is left")
 
     def _answer_flushes(self) -> None:
         if self._running is not None:
@@ -473,3 +490,14 @@ class Keeper:
     def _notice(self, kind: str, text: str) -> None:
         if self._agent is not None:
             self._answer(self._agent, Notice(kind=kind, text=text, at=self._clock.now()))
+
+    def _say_progress(self) -> None:
+        """Saving that takes long says how far it is."""
+        now = self._clock.now()
+        if self._running is None or now < self._said_at + _SAY_EVERY:
+            return
+        self._said_at = now
+        self._notice("persisting", str(self._running))
+        if self._agent is None:
+            for client in list(self._clients):
+                self._answer(client, Notice(kind="persisting", text=str(self._running), at=now))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -10,14 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from resilient_train.errors import OutsideError, ResilientError, StorageError
+from resilient_train.errors import CheckpointDamaged, OutsideError, ResilientError, StorageError
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
+from resilient_train.image.verified import VerifiedImage
+from resilient_train.keeper.progress import Progress
 from resilient_train.plan.partition import assign
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, listing, read_manifest
+from resilient_train.storage.catalogue import commit, listing, read_manifest, sorted_keys
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
@@ -43,6 +46,8 @@ class Job:
     """Where to."""
     keep_last: int
     """How many checkpoints to keep there."""
+    progress: Progress
+    """Counts, and keeps to the agreed pace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +105,8 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     Raises:
         OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
     """
-    committed, unfinished = listing(tier)
+    folders = tier.folders()
+    committed, unfinished = sorted_keys(folders)
     newer = [key for key in committed + unfinished if key.lineage > job.key.lineage]
     if newer:
         raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
@@ -111,10 +117,13 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     if job.key in committed:
         _check_same(tier, job.key, files)
         return 0, True
+    there = folders.get(folder_of(job.key), set())
+    left = [image for image in outgoing if image.file.name not in there or not _is_there(tier, job.key, image.file)]
+    job.progress.expect(sum(image.file.size for image in left))
     try:
         with ThreadPoolExecutor(_AT_ONCE, "persist") as pool:
-            paths = [f"{folder_of(job.key)}/{image.file.name}" for image in outgoing]
-            list(pool.map(tier.put, paths, [image.chunks for image in outgoing]))
+            paths = [f"{folder_of(job.key)}/{image.file.name}" for image in left]
+            list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
         complete = commit(tier, job.key, job.world, files, job.past)
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.
@@ -124,7 +133,17 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     if complete:
         for key in superseded(*listing(tier), job.keep_last):
             tier.delete(folder_of(key))
-    return sum(file.size for file in files), complete
+    return sum(image.file.size for image in left), complete
+
+
+def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
+    """Whether a keeper that died had written the file: whole, as files become visible, and of this very content."""
+    path = f"{folder_of(key)}/{file.name}"
+    try:
+        image = VerifiedImage(path, tier.size(path), functools.partial(tier.read, path))
+    except CheckpointDamaged:
+        return False
+    return (image.layout.total, image.header_crc, image.stamp.crc) == (file.size, file.header_crc, file.table_crc)
 
 
 def _check_same(tier: Tier, key: Key, files: Sequence[ImageFile]) -> None:

@@ -154,6 +154,8 @@ class Policy(Message):
     every_steps: int
     every_seconds: float
     keep_last: int
+    bytes_per_second: float = 0.0
+    """0: as fast as possible."""
 
 
 @_message
@@ -271,10 +273,11 @@ class Adopt(Message):
 
 @_message
 class Standing(Message):
-    """Keeper: what another keeper in my place would have to know: where to persist, and what is durable."""
+    """Keeper: what another in my place would have to know: where to persist, what is durable, what is being written."""
 
     policy: dict[str, Any] | None
     persisted: list[int] | None
+    running: list[int] | None
     past: list[list[int | None]]
 
 
@@ -315,7 +318,7 @@ class Flushed(Message):
 
 @_message
 class Notice(Message):
-    """Keeper: something worth an event."""
+    """Keeper, to the agent or where there is none to the workers: something worth an event."""
 
     kind: str
     text: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from resilient_train.errors import CheckpointDamaged
 from resilient_train.spec.world import Key
@@ -23,9 +23,14 @@ from resilient_train.storage.tier import Tier
 
 def listing(tier: Tier) -> tuple[list[Key], list[Key]]:
     """(committed keys, unfinished keys), each oldest first."""
+    return sorted_keys(tier.folders())
+
+
+def sorted_keys(folders: Mapping[str, Collection[str]]) -> tuple[list[Key], list[Key]]:
+    """The same of what a tier's `folders` has told."""
     committed: list[Key] = []
     unfinished: list[Key] = []
-    for folder, files in tier.folders().items():
+    for folder, files in folders.items():
         key = key_of(folder)
         if key is not None:
             (committed if MANIFEST in files else unfinished).append(key)

@@ -74,6 +74,8 @@ class Checkpointer:
             often where writing takes more than a tenth of the time. The last state is made durable in any case when
             the job ends.
         keep_last: durable checkpoints to keep.
+        bandwidth: bytes per second that each node may write to ``url``, so that saving leaves the network to the
+            training. None: no limit.
         lazy: copy parameters and optimizer state during the next forward and backward, up to the next
             ``optimizer.step()``. False: copy everything at the boundary, which is needed where optimizers step without
             their hooks (captured CUDA graphs).
@@ -98,6 +100,7 @@ class Checkpointer:
         snapshot_every: int = 1,
         persist_every: int | str = "auto",
         keep_last: int = 3,
+        bandwidth: float | None = None,
         lazy: bool = True,
     ) -> None:
         if not isinstance(state, State):
@@ -105,6 +108,10 @@ class Checkpointer:
         for name, value in (("snapshot_every", snapshot_every), ("keep_last", keep_last)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number and at least 1, it is {value!r}")
+        if bandwidth is not None and not (
+            isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool) and 0 < bandwidth < float("inf")
+        ):
+            raise ConfigError(f"bandwidth must be a number of bytes per second, it is {bandwidth!r}")
         if url is not None and (not isinstance(url, str) or not url):
             raise ConfigError(f"url must be a path or a URL, it is {url!r}")
         if world is not None and not isinstance(world, World):
@@ -129,6 +136,7 @@ class Checkpointer:
                     every_steps=self._every_steps,
                     every_seconds=self._every_seconds,
                     keep_last=keep_last,
+                    bytes_per_second=float(bandwidth or 0),
                 )
             )
         self._host.claim()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from resilient_train.spec.messages import (
     Images,
     ListImages,
     Message,
+    Notice,
     Opened,
     OpenImages,
     Persisted,
@@ -31,6 +33,8 @@ from resilient_train.spec.messages import (
     Refused,
 )
 from resilient_train.spec.world import Key
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT = 300.0
 """Seconds for the keeper's answer; backing a large image's memory takes some."""
@@ -114,8 +118,13 @@ class KeeperLink:
                 return message, descriptors
             if isinstance(message, Refused):
                 raise MemoryRefused(message.reason)
-            if isinstance(message, Persisted):
-                self._news.append(message)
+            self._hear(message)
+
+    def _hear(self, message: Message) -> None:
+        if isinstance(message, Persisted):
+            self._news.append(message)
+        elif isinstance(message, Notice) and self._index == 0:
+            logger.info("%s", message.text)
 
     def _ask_any(self, request: Message, kind: type[_M]) -> tuple[_M, list[int]]:
         """The same, to the keeper's successor if the keeper has died."""
@@ -174,7 +183,8 @@ class KeeperLink:
         except LinkLost:
             self.board = self._attach()
             arrived = []
-        self._news += [message for message, _ in arrived if isinstance(message, Persisted)]
+        for message, _ in arrived:
+            self._hear(message)
         news, self._news = self._news, []
         return news
 

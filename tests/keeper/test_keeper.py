@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,20 @@ import torch
 from resilient_train.errors import LinkLost, MemoryRefused
 from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.ipc.channel import connect
-from resilient_train.spec.messages import Adopt, Attach, Attached, Boxes, Flush, Flushed, Policy, Published, ReadBoxes
+from resilient_train.spec.messages import (
+    Adopt,
+    Attach,
+    Attached,
+    Boxes,
+    Deposit,
+    Flush,
+    Flushed,
+    Notice,
+    Policy,
+    Published,
+    ReadBoxes,
+    Standing,
+)
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.storage.filesystem import FilesystemTier
@@ -205,6 +220,65 @@ def test_a_second_keeper_takes_over_what_the_first_deposited(tmp_path: Path) -> 
         for channel in (early, again, agent):
             channel.close()
         link.close()
+        assert second.wait(20) == 0
+    finally:
+        second.kill()
+        second.wait()
+        for fd in deposits.values():
+            os.close(fd)
+
+
+def test_a_second_keeper_finishes_what_the_first_was_writing(tmp_path: Path) -> None:
+    """Killed between two files of a state: the one that is whole stays as it is, the other is written, and the state is
+    committed, without a word from the workers."""
+    name, key = f"test-{uuid.uuid4().hex}", Key(1, 3)
+    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent"]
+    first = subprocess.Popen(command)
+    agent = connect(name, 20.0)
+    agent.send(Adopt(slots=[]))
+    links = [KeeperLink(name, f"n/{rank}.0", rank) for rank in (0, 1)]
+    slots = [publish(link, rank, key) for rank, link in enumerate(links)]
+    # Slow enough that the second file waits longer than this test lasts.
+    policy = Policy(url=str(tmp_path), every_steps=1, every_seconds=0.0, keep_last=3, bytes_per_second=100.0)
+    for rank, link in enumerate(links):
+        link.set_policy(policy)
+        link.hand_over(message(slots[rank], rank, key))
+    deposits, standing = {}, None
+    while len(deposits) < 3 or standing is None or standing.running is None:
+        received = agent.receive(20.0)
+        assert received is not None
+        if isinstance(received[0], Deposit):
+            deposits[received[0].slot] = received[1][0]
+        if isinstance(received[0], Standing):
+            standing = received[0]
+    deadline = time.monotonic() + 20
+    while not (whole := list(tmp_path.glob("*/*.safetensors"))):
+        assert time.monotonic() < deadline
+    first.kill()
+    first.wait()
+    (written,) = whole
+    before = written.stat()
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+    second = subprocess.Popen(command)
+    try:
+        again = connect(name, 20.0)
+        told = dataclasses.asdict(standing)
+        told["policy"]["bytes_per_second"] = 0.0
+        kept = [[slot, f"n/{rank}.0"] for rank, slot in enumerate(slots)]
+        again.send(Adopt(slots=kept, standing=told), [deposits[number] for number in (-1, *slots)])
+        received = again.receive(20.0)
+        while received is not None and not (isinstance(received[0], Notice) and received[0].kind == "persisted"):
+            received = again.receive(20.0)
+        assert received is not None
+        with TierSource(FilesystemTier(str(tmp_path))).open(key) as readers:
+            assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+        after = written.stat()
+        assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "written a second time"
+        for link in links:
+            link.close()
+        again.close()
+        agent.close()
         assert second.wait(20) == 0
     finally:
         second.kill()
