@@ -12,9 +12,10 @@ import shutil
 from dataclasses import dataclass, field
 
 from resilient_train.clock import Clock
-from resilient_train.errors import FormatError, LinkLost, MemoryRefused
-from resilient_train.image.arena import Board, Slot, create_memory
+from resilient_train.errors import FormatError, LinkLost
+from resilient_train.image.arena import Board, Slot
 from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.keeper.backing import Backed, Backing
 from resilient_train.keeper.boxes import read_boxes
 from resilient_train.keeper.persist import Job, Outcome, Persister
 from resilient_train.keeper.progress import Progress
@@ -107,7 +108,7 @@ class Keeper:
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._outcomes)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._board_fd = Board.create(lines)
         self.board = Board(self._board_fd)
         self.slots: dict[int, Kept] = {}
@@ -122,6 +123,7 @@ class Keeper:
         self._said_at = clock.now()
         self._finished: list[Outcome] = []
         self._persister = Persister(self._finish)
+        self._backing = Backing(self._wake)
         self._persisted: Key | None = None
         self._attempted_at = clock.now()
         self._last_duration = 0.0
@@ -176,6 +178,7 @@ class Keeper:
             self._persist_newest()
         elif client in self._clients:
             self._clients.remove(client)
+            self._backing.forget(client.member)
         else:
             return
         self._selector.unregister(client.channel)
@@ -210,8 +213,8 @@ class Keeper:
                     return
                 client.index = index
                 self._answer(client, Attached(index=index), [self._board_fd])
-            case Allocate(size=size):
-                self._allocate(client, size)
+            case Allocate(size=size, ahead=ahead):
+                self._backing.order(client.member, size, ahead)
             case Discard(slot=slot):
                 self._drop(slot)
             case Policy():
@@ -247,19 +250,21 @@ class Keeper:
             self._persist_newest()
             self._answer_flushes()
 
-    def _allocate(self, client: Client, size: int) -> None:
-        try:
-            fd = create_memory(f"image of {client.member}", size)
-        except MemoryRefused as error:
-            self._answer(client, Refused(reason=str(error)))
+    def _allocated(self, backed: Backed) -> None:
+        """Memory that was ordered is there, or is not to be had."""
+        client = next((client for client in self._clients if client.member == backed.member), None)
+        if backed.descriptor < 0:
+            if client is not None:
+                self._answer(client, Refused(reason=backed.error))
             return
         slot = self._next_slot
         self._next_slot += 1
-        self.slots[slot] = Kept(Slot(fd), client.member)
-        os.close(fd)
+        self.slots[slot] = Kept(Slot(backed.descriptor), backed.member)
+        os.close(backed.descriptor)
         if self._agent is not None:
             self._deposit(slot)
-        self._answer(client, Allocated(slot=slot, size=size), [self.slots[slot].memory.fd])
+        if client is not None:
+            self._answer(client, Allocated(slot=slot, size=self.slots[slot].memory.size), [self.slots[slot].memory.fd])
         if client not in self._clients:
             self._drop(slot)  # The asker never heard of it.
 
@@ -394,10 +399,19 @@ class Keeper:
     def _finish(self, outcome: Outcome) -> None:
         """On the persister's thread."""
         self._finished.append(outcome)
+        self._wake()
+
+    def _wake(self) -> None:
+        """From any thread: have the loop look at what is finished."""
         os.write(self._wake_write, b"x")
 
-    def _outcomes(self) -> None:
+    def _woken(self) -> None:
         os.read(self._wake_read, 4096)
+        for backed in self._backing.finished():
+            self._allocated(backed)
+        self._outcomes()
+
+    def _outcomes(self) -> None:
         while self._finished:
             outcome = self._finished.pop(0)
             key = outcome.job.key

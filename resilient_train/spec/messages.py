@@ -134,9 +134,13 @@ class Attach(Message):
 
 @_message
 class Allocate(Message):
-    """Asks for one image slot; answered by `Allocated` with its descriptor, or by `Refused`."""
+    """Asks for one image slot; answered by `Allocated` with its descriptor, or by `Refused`.
+
+    ``ahead`` more of the same will be asked for.
+    """
 
     size: int
+    ahead: int = 0
 
 
 @_message

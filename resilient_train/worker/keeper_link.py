@@ -144,14 +144,19 @@ class KeeperLink:
             assert self._channel is not None
             self._channel.send(message)
 
-    def allocate(self, size: int) -> tuple[int, Slot]:
-        """A new slot of ``size`` bytes: (its id, its memory).
+    def allocate(self, size: int, ahead: int = 0) -> tuple[int, Slot]:
+        """A new slot: (its id, its memory).
+
+        Args:
+            size: bytes.
+            ahead: how many more of the same will be asked for.
 
         Raises:
             MemoryRefused: if there is no memory.
         """
-        answer, descriptors = self._ask_any(Allocate(size=size), Allocated)
+        answer, descriptors = self._ask_any(Allocate(size=size, ahead=ahead), Allocated)
         slot = Slot(descriptors[0])
+        slot.populate()
         os.close(descriptors[0])
         return answer.slot, slot
 

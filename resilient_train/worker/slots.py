@@ -52,7 +52,7 @@ class Slots:
         fitting = [slot for slot in self._slots if slot.memory.size == size]
         yield from sorted((slot for slot in fitting if _free(slot, safe, past)), key=lambda s: s.key or Key(0, 0))
         if len(fitting) < SLOTS + any(slot.held for slot in fitting):
-            number, memory = self._keeper.allocate(size)
+            number, memory = self._keeper.allocate(size, max(0, SLOTS - len(fitting) - 1))
             slot = OwnSlot(number, memory)
             self._slots.append(slot)
             yield slot
