@@ -245,10 +245,14 @@ class Keeper:
 
     def _flush(self) -> None:
         """Persist the newest state: at once for an agent; without one, when every worker has nothing more to give."""
-        waiting = [client for client in self._clients if client.index >= 0 and client not in self._flushing]
-        if self._flushing and (self._agent in self._flushing or not waiting):
+        if self._everything_is_here():
             self._persist_newest()
             self._answer_flushes()
+
+    def _everything_is_here(self) -> bool:
+        """Whether somebody waits for the last state, and it cannot become a newer one."""
+        waiting = [client for client in self._clients if client.index >= 0 and client not in self._flushing]
+        return bool(self._flushing) and (self._agent in self._flushing or not waiting)
 
     def _allocated(self, backed: Backed) -> None:
         """Memory that was ordered is there, or is not to be had."""
@@ -412,9 +416,10 @@ class Keeper:
         self._outcomes()
 
     def _outcomes(self) -> None:
+        tried = None
         while self._finished:
             outcome = self._finished.pop(0)
-            key = outcome.job.key
+            tried = key = outcome.job.key
             self._running = None
             self._last_duration = outcome.seconds
             if not outcome.error:
@@ -429,7 +434,11 @@ class Keeper:
         waiting = [key for key, handover in self._handovers.items() if len(handover.slots) == handover.local]
         if waiting:
             self._start(max(waiting))
-        self._answer_flushes()
+        if tried is not None and self._everything_is_here():
+            newest = self._newest_complete()
+            if newest is not None and newest > tried:
+                self._persist_newest()
+            self._answer_flushes()
 
     def _give_back(self, key: Key, error: str) -> None:
         handover = self._handovers.pop(key)

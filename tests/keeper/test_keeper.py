@@ -7,6 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -160,6 +161,30 @@ def test_a_failed_write_is_reported_and_the_next_one_works(keeper: str, tmp_path
             link.hand_over(message(publish(link, rank, Key(1, step)), rank, Key(1, step)))
         errors = [link.news(20.0)[0].error for link in links]
         assert all("blocked" in error for error in errors) if step == 3 else errors == ["", ""]
+    one.close()
+    two.close()
+
+
+def test_the_last_state_is_the_one_that_the_last_worker_gives(keeper: str, tmp_path: Path) -> None:
+    """Who is done waits for who is not, whatever else the keeper does meanwhile; then what all have is durable."""
+    one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
+    for link in (one, two):
+        link.set_policy(Policy(url=str(tmp_path), every_steps=1, every_seconds=0.0, keep_last=3))
+    for rank, link in enumerate((one, two)):
+        slot = publish(link, rank, Key(1, 3))
+        link.hand_over(message(slot, rank, Key(1, 3)))
+    publish(one, 0, Key(1, 4))
+    said: list[str] = []
+    waiting = threading.Thread(target=lambda: said.append(one.flush()))
+    waiting.start()
+    assert two.news(20.0)[0].error == "", "an earlier state becomes durable meanwhile"
+    publish(two, 1, Key(1, 4))
+    waiting.join(0.3)
+    assert waiting.is_alive(), "the other had not said that it is done"
+    assert two.flush() == ""
+    waiting.join(20)
+    assert said == [""]
+    assert TierSource(FilesystemTier(str(tmp_path))).keys({}) == [Key(1, 4), Key(1, 3)]
     one.close()
     two.close()
 
