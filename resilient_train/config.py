@@ -99,6 +99,14 @@ def prepare_nccl() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
+def prepare_name_lookups() -> None:
+    """Have name servers asked again after one second, and not after five, as often as the resolver's total allows.
+
+    torch asks for the name of every address that its stores connect, on both ends, and a lost answer holds them up.
+    """
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
+
+
 def process_environment() -> dict[str, str]:
     """A copy of this process's environment, for children."""
     return dict(os.environ)

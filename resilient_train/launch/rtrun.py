@@ -15,6 +15,7 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from resilient_train import config
 from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> ExitCode:
         ConfigError: for arguments that contradict each other or name nothing.
     """
     _check_script(args)
+    config.prepare_name_lookups()
     args.rdzv_id = args.rdzv_id if args.rdzv_id not in (None, "", "none") else uuid.uuid4().hex
     scratch = None if args.log_dir else ScratchLogs()
     if scratch is not None:

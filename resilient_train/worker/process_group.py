@@ -10,12 +10,13 @@ have died: it is made to accept one that ends at once.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from datetime import timedelta
 from typing import Any
 
@@ -25,8 +26,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
+logger = logging.getLogger(__name__)
+
 _CONNECT_TIMEOUT = timedelta(seconds=10)
-"""For the store of a generation, which listens before the generation is agreed."""
+"""For one attempt to reach the store of a generation, which listens before the generation is agreed."""
+_CONNECT_ATTEMPTS = 6
+"""Of which more are needed where a name server does not answer: torch asks one whom it is connected to."""
 
 
 class ProcessGroups:
@@ -46,8 +51,27 @@ class ProcessGroups:
         self._nccl_aborted = False
         _observe_new_groups(self)
 
-    def form(self, *, generation: int, rank: int, size: int, host: str, port: int, backend: str | None) -> None:
+    def form(
+        self,
+        *,
+        generation: int,
+        rank: int,
+        size: int,
+        host: str,
+        port: int,
+        backend: str | None,
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Initialise ``torch.distributed`` for a generation; blocks until all of its members are here.
+
+        Args:
+            generation: its number.
+            rank: this process's.
+            size: number of ranks.
+            host: where the generation's store is served.
+            port: of the store.
+            backend: torch's name of it, None for the default of the devices.
+            is_over: whether nobody needs the generation any more.
 
         Raises:
             RuntimeError, torch.distributed.DistError: if that fails or `abort` is called meanwhile.
@@ -58,8 +82,7 @@ class ProcessGroups:
         self._hosts = _addresses(host)
         self._size = size
         before = set(_sockets())
-        # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
-        store = dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
+        store = _connect(host, port, is_over)
         store.set_timeout(self._timeout)
         with self._tracking(before):
             dist.init_process_group(
@@ -124,6 +147,18 @@ class ProcessGroups:
         clear_dtensor_caches()
         with self._lock:
             self._ours = set()
+
+
+def _connect(host: str, port: int, is_over: Callable[[], bool]) -> dist.TCPStore:
+    # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
+    for _ in range(_CONNECT_ATTEMPTS - 1):
+        try:
+            return dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
+        except dist.DistNetworkError:
+            if is_over():
+                raise
+            logger.warning("the store of this generation at %s:%d does not answer, trying again", host, port)
+    return dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
 
 
 def _sockets() -> dict[int, int]:

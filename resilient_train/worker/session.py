@@ -190,6 +190,7 @@ class Session:
             host=host,
             port=int(port),
             backend=backend,
+            is_over=self.link.over,
         )
         return World(
             rank=rank,
