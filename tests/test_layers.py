@@ -15,6 +15,8 @@ LAYERS = [
     {"plan"},
     {"control", "ipc", "image", "storage"},
     {"agent", "keeper", "worker", "tools", "testing"},
+    # Needs what the worker knows of names and dtypes and what the tools know of images; only a command line needs it.
+    {"interop"},
     {"launch"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

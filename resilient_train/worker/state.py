@@ -133,7 +133,7 @@ class State:
                 _check_kind(name, thing, document[name])
             for name, thing in self._things.items():
                 if isinstance(thing, torch.nn.Module):
-                    modules.add_targets(name, thing, document[name], targets)
+                    modules.add_targets(name, thing, document[name], entries, targets)
                 elif isinstance(thing, torch.optim.Optimizer):
                     optimizers.add_targets(name, thing, known, document[name], entries, targets)
                 else:
