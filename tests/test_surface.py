@@ -58,6 +58,7 @@ def test_rtctl_commands_and_options() -> None:
             "--max-shard-size": "5GB",
             "--force": False,
         },
+        "import": {"DIR": None, "--to": None, "--step": None},
         "clean": {"URL": None, "--keep": None, "--yes": False},
     }
     assert "exit codes" in rtctl.parser().format_help()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,20 +23,18 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from resilient_train.errors import ConfigError, OutsideError, StorageError, UnsupportedState
+from resilient_train.errors import ConfigError, StorageError, UnsupportedState
 from resilient_train.interop.dcp_document import EMPTY, document_of, encoded
 from resilient_train.interop.dcp_names import Part, Path, entry_name, parts_of
-from resilient_train.interop.image_file import ImageSource, Load, entry_of
+from resilient_train.interop.image_file import ImageSource, Load, entry_of, next_key, or_nothing
 from resilient_train.spec import jsontree
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
-from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, listing
+from resilient_train.spec.world import MAX_STEP, Key
+from resilient_train.storage.catalogue import commit
 from resilient_train.storage.commit import ImageFile, folder_of
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
-
-MAX_STEP = (1 << 40) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +140,7 @@ class Writer(StorageWriter):
             raise ConfigError(f"the ranks are about to save different steps: {', '.join(map(str, steps))}")
         tier = open_tier(self.url)
         tier.check_writable()
-        committed, unfinished = listing(tier)
-        key = Key(max((one.lineage for one in committed + unfinished), default=0) + 1, self.step)
+        key = next_key(tier, self.step)
         self._parts, self._bytes = _named(plans)
         names = {leaf.fqn: entry_name(part, leaf) for part in self._parts for leaf in part.leaves if leaf.tensor}
         return [
@@ -167,7 +164,7 @@ class Writer(StorageWriter):
         if self._coordinator and order.rank != 0:
             raise ConfigError(f"rank 0 must coordinate the save, not rank {order.rank}")
         tier = open_tier(self.url)
-        with _or_nothing(tier, order.key):
+        with or_nothing(tier, order.key):
             done = self._write(tier, order, plan.items, planner)
         future: Future[list[WriteResult]] = Future()
         size = done.file.size if done.file is not None else 0
@@ -200,7 +197,7 @@ class Writer(StorageWriter):
         order, tier = begun.order, open_tier(self.url)
         done: list[_Done] = [result.storage_data for one in results for result in one]
         files = [one.file for one in done if one.file is not None]
-        with _or_nothing(tier, order.key):
+        with or_nothing(tier, order.key):
             if len(files) < order.world:
                 values = {**begun.values, **{fqn: value for one in done for fqn, value in one.values.items()}}
                 files.append(_put(tier, order, begun.loads, self._document(values)))
@@ -210,17 +207,6 @@ class Writer(StorageWriter):
 
 def _is_tensor(item: WriteItem) -> bool:
     return item.type is not WriteItemType.BYTE_IO
-
-
-@contextlib.contextmanager
-def _or_nothing(tier: Tier, key: Key) -> Iterator[None]:
-    """After an error the checkpoint will never be complete; what is there only takes the room of the next one."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OutsideError):
-            tier.delete(folder_of(key))
-        raise
 
 
 def _named(plans: Sequence[SavePlan]) -> tuple[list[Part], list[str]]:

@@ -7,17 +7,19 @@ for the sums, and once to be written, when the sums are computed again: what was
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from resilient_train.errors import UnsupportedState
+from resilient_train.errors import OutsideError, UnsupportedState
 from resilient_train.image.native import checksum
 from resilient_train.image.snapshot import DTYPES
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import BLOCK, Entry, Stamp, plan_image
 from resilient_train.spec.world import Key
+from resilient_train.storage.catalogue import listing
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
 from resilient_train.storage.tier import Tier
 
@@ -48,6 +50,23 @@ def entry_of(name: str, dtype: torch.dtype, box: Box, shape: tuple[int, ...]) ->
         offset=(*box.offset, 0),
         real_dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def next_key(tier: Tier, step: int) -> Key:
+    """A key for a state of another library: of a lineage that nothing at the place was computed by."""
+    committed, unfinished = listing(tier)
+    return Key(max((key.lineage for key in committed + unfinished), default=0) + 1, step)
+
+
+@contextmanager
+def or_nothing(tier: Tier, key: Key) -> Iterator[None]:
+    """After an error the checkpoint will never be complete; what is there only takes the room of the next one."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OutsideError):
+            tier.delete(folder_of(key))
+        raise
 
 
 class ImageSource:
