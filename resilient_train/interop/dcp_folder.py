@@ -109,7 +109,22 @@ class _Record:
         return self.state[name]
 
 
-class _Unpickler(pickle.Unpickler):
+# What pickles of protocol 2 and later are made of, without what only others need: persistent ids, extension codes,
+# old-style instances, bytes and buffers of any claimed length.
+_OPCODES = [
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND),
+    *(pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS, pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD),
+    *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE),
+]
+
+
+# In Python: the one in C makes room for as many objects as a file claims to have.
+class _Unpickler(pickle._Unpickler):
+    dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}  # noqa: RUF012
+
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data))
         self._where = where
@@ -156,7 +171,7 @@ def _folder(metadata: Any) -> DcpFolder:
             boxes[fqn] = [Box(_shape(chunk["offsets"]), _shape(chunk["sizes"])) for chunk in leaf["chunks"]]
             _check_boxes(fqn, tensors[fqn][1], boxes[fqn])
         elif kind != "BytesStorageMetadata":
-            raise FormatError(f"{fqn!r:.200} is a {kind}")
+            raise FormatError(f"{_text(fqn)} is a {kind}")
     items = [_item(index, info, boxes) for index, info in metadata["storage_data"].items()]
     _check_items(described, boxes, items)
     given = metadata.state.get("planner_data") or {}
@@ -170,7 +185,7 @@ def _item(index: Any, info: Any, boxes: Mapping[str, list[Box]]) -> Item:
     fqn, offset = _text(index["fqn"]), index.state.get("offset")
     file = _text(info["relative_path"])
     if info.state.get("transform_descriptors"):
-        raise UnsupportedState(f"{fqn}: stored through an extension ({info['transform_descriptors']!r:.100})")
+        raise UnsupportedState(f"{fqn}: stored through an extension of DCP, such as a compression")
     if not re.fullmatch(r"[^/\\\0]+", file) or file in (".", ".."):
         raise FormatError(f"{file!r:.100} is no name of a file in the folder")
     box = None
@@ -180,7 +195,8 @@ def _item(index: Any, info: Any, boxes: Mapping[str, list[Box]]) -> Item:
         if not fitting:
             raise FormatError(f"{fqn} has no part at {begin}")
         box = max(fitting, key=lambda one: one.size)
-    return Item(fqn=fqn, file=file, offset=integer(info["offset"]), length=integer(info["length"]), box=box)
+    at, length = _number(info["offset"]), _number(info["length"])
+    return Item(fqn=fqn, file=file, offset=at, length=length, box=box)
 
 
 def _check_boxes(fqn: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
@@ -196,7 +212,7 @@ def _check_boxes(fqn: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
 def _check_items(described: Mapping[str, Any], boxes: Mapping[str, list[Box]], items: list[Item]) -> None:
     """Everything that the metadata describes stands in a file."""
     there = {(item.fqn, item.box) for item in items}
-    wanted = {(fqn, box) for fqn, parts in boxes.items() for box in parts if box.size}
+    wanted: set[tuple[str, Box | None]] = {(fqn, box) for fqn, parts in boxes.items() for box in parts if box.size}
     wanted |= {(fqn, None) for fqn in described if fqn not in boxes}
     lacking = sorted(fqn for fqn, _ in wanted - there)
     if lacking:
@@ -211,20 +227,25 @@ def _dtype(fqn: str, state: Any) -> torch.dtype:
 
 
 def _shape(values: Any) -> tuple[int, ...]:
-    shape = tuple(integer(value) for value in values)
+    shape = tuple(_number(value) for value in values)
     if prod(n or 1 for n in shape) * 16 >= 1 << 63:
         raise FormatError(f"no tensor can have the shape {list(shape)}")
     return shape
 
 
+def _number(value: Any) -> int:
+    # What stands there instead could be printed without end: in a pickle one object may stand in many places.
+    return integer(value if type(value) is int else -1)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise FormatError(f"{value!r:.50} is no name")
+        raise FormatError(f"a {type(value).__name__} is no name")
     return value
 
 
 def _path(path: Any) -> Path:
     keys = tuple(path)
     if not keys or not all(type(key) in (str, int) for key in keys):
-        raise FormatError(f"{path!r:.200} is no path")
+        raise FormatError("a path is made of names and numbers")
     return keys

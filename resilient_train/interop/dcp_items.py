@@ -37,7 +37,7 @@ def read_tensor(tier: Tier, item: Item) -> torch.Tensor:
         UnsupportedState: naming it, if it is something else than a tensor.
         CheckpointDamaged: if it cannot be read.
     """
-    if tier.read(item.file, item.offset, min(len(_ZIP), item.length)) not in (_ZIP, b""):
+    if tier.read(item.file, item.offset, len(_ZIP)) != _ZIP:
         return _from_safetensors(tier, item)
     tensor = _loaded(tier, item, tier.read(item.file, item.offset, item.length))
     if not isinstance(tensor, torch.Tensor):
