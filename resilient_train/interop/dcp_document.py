@@ -119,14 +119,12 @@ def _nested_groups(part: Part, values: Mapping[str, Any]) -> Groups | None:
     leaves = [leaf for leaf in part.leaves if leaf.path[0] == "param_groups"]
     tree = nested((leaf.path[1:], _value(part, leaf, values)) for leaf in leaves)
     groups = [(group.pop("params", None), group) for group in tree if isinstance(group, dict)]
-    known, seen = part.parameters, set[str]()
+    seen: list[str] = []
     for names, _ in groups:
-        if not isinstance(names, list) or not all(isinstance(name, str) and name in known for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             return None
-        if not seen.isdisjoint(names):
-            return None
-        seen.update(names)
-    return groups if len(groups) == len(tree) else None
+        seen += names
+    return groups if len(groups) == len(tree) and len(set(seen)) == len(seen) and part.parameters >= set(seen) else None
 
 
 def _joined_groups(part: Part, values: Mapping[str, Any]) -> Groups | None:
