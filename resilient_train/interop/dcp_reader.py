@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -39,8 +39,19 @@ from resilient_train.storage.filesystem import open_tier
 from resilient_train.tools.images import contradictions, holders, open_image, parts_of, remembering
 from resilient_train.worker.tensors import real_dtype, real_shape
 
-Held = Mapping[str, Sequence[tuple[int, Entry]]]
-"""An entry's name to (index of the image, entry) of each of its parts."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """One box of a tensor."""
+
+    image: int
+    """Index of the image that has it."""
+    entry: Entry
+    """The entry that it is, or is in."""
+    box: Box
+    """The box, in elements of the tensor's own dtype."""
+    first: int = 0
+    """Its first element in the entry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +62,8 @@ class _Opened:
     """Which state."""
     images: Sequence[VerifiedImage]
     """All of its images."""
-    held: Held
-    """What stands where."""
-    tensors: Mapping[str, Place]
-    """DCP's name of every tensor to where it stands."""
+    tensors: Mapping[str, Mapping[tuple[int, ...], _Stored]]
+    """DCP's name of every tensor to its boxes, each by its offset."""
     values: Mapping[str, Any]
     """DCP's name of every other leaf to the leaf."""
 
@@ -129,12 +138,17 @@ class Reader(StorageReader):
         except (FormatError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CheckpointDamaged(f"{described.name}: malformed document: {error!r:.500}") from error
         leaves = _leaves(flat, view)
-        tensors = {fqn: view.places[id(leaf)][1] for fqn, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
-        values = {fqn: leaf for fqn, leaf in leaves.items() if fqn not in tensors}
-        self._opened = _Opened(key=key, images=images, held=held, tensors=tensors, values=values)
-        described_leaves: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in values}
-        described_leaves |= {fqn: _described(leaves[fqn], held[place.name], place) for fqn, place in tensors.items()}
-        return Metadata(state_dict_metadata=described_leaves, planner_data={**{f: (f,) for f in leaves}, **paths})
+        tensors, values, told = {}, {}, dict[str, Any]()
+        for fqn, leaf in leaves.items():
+            if isinstance(leaf, torch.Tensor):
+                place = view.places[id(leaf)][1]
+                tensors[fqn] = _boxes(held[place.name], place)
+                told[fqn] = _described(leaf, tensors[fqn].values())
+            else:
+                values[fqn] = leaf
+                told[fqn] = BytesStorageMetadata()
+        self._opened = _Opened(key=key, images=images, tensors=tensors, values=values)
+        return Metadata(state_dict_metadata=told, planner_data={fqn: paths.get(fqn, (fqn,)) for fqn in leaves})
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageReader`."""
@@ -199,24 +213,23 @@ def _leaves(flat: Mapping[str, Any], view: View) -> dict[str, Any]:
     return leaves
 
 
-def _boxes(found: Sequence[tuple[int, Entry]], place: Place) -> list[tuple[int, Entry, Box]]:
-    """(image, entry, box) of each part of a tensor, every box once; in elements of the real dtype."""
-    boxes: dict[Box, tuple[int, Entry, Box]] = {}
+def _boxes(found: Sequence[tuple[int, Entry]], place: Place) -> dict[tuple[int, ...], _Stored]:
+    """Every box of a tensor, by its offset; empty ones only of an empty tensor."""
+    boxes: dict[tuple[int, ...], _Stored] = {}
     for image, entry in found:
-        bytewise = 1 if entry.real_dtype else 0
-        box = Box(entry.offset[: len(entry.offset) - bytewise], entry.shape[: len(entry.shape) - bytewise])
+        dims = len(entry.shape) - bool(entry.real_dtype)
+        box = Box(entry.offset[:dims], entry.shape[:dims])
         if place.index is None:
             if box.size or not prod(real_shape(entry)):
-                boxes.setdefault(box, (image, entry, box))
+                boxes[box.offset] = _Stored(image=image, entry=entry, box=box)
         elif box.offset[0] <= place.index < box.end[0]:
-            return [(image, entry, Box((), ()))]
-    return list(boxes.values())
+            boxes[()] = _Stored(image=image, entry=entry, box=Box((), ()), first=place.index - box.offset[0])
+    return boxes
 
 
-def _described(leaf: torch.Tensor, found: Sequence[tuple[int, Entry]], place: Place) -> TensorStorageMetadata:
+def _described(leaf: torch.Tensor, boxes: Iterable[_Stored]) -> TensorStorageMetadata:
     chunks = [
-        ChunkStorageMetadata(offsets=torch.Size(box.offset), sizes=torch.Size(box.shape))
-        for _, _, box in _boxes(found, place)
+        ChunkStorageMetadata(offsets=torch.Size(one.box.offset), sizes=torch.Size(one.box.shape)) for one in boxes
     ]
     return TensorStorageMetadata(properties=TensorProperties(dtype=leaf.dtype), size=leaf.shape, chunks=chunks)
 
@@ -224,18 +237,14 @@ def _described(leaf: torch.Tensor, found: Sequence[tuple[int, Entry]], place: Pl
 def _read(opened: _Opened, item: ReadItem) -> torch.Tensor:
     """The elements that a read item asks for, verified; only the rows that it needs are read."""
     index = item.storage_index
-    place = opened.tensors[index.fqn]
-    offset = tuple(index.offset or ())
-    fitting = [one for one in _boxes(opened.held[place.name], place) if one[2].offset == offset]
-    image, entry, box = fitting[0]
-    dtype = real_dtype(entry)
-    rows = tuple(item.lengths[:1])
-    row = prod(box.shape[1:]) * dtype.itemsize
-    first = item.storage_offsets[0] if rows else place.index - entry.offset[0] if place.index is not None else 0
-    data = opened.images[image].data(entry, first * row, prod(rows) * row)
+    stored = opened.tensors[index.fqn][tuple(index.offset or ())]
+    dtype, inner, rows = real_dtype(stored.entry), stored.box.shape[1:], tuple(item.lengths[:1])
+    row = prod(inner) * dtype.itemsize
+    first = item.storage_offsets[0] if rows else stored.first
+    data = opened.images[stored.image].data(stored.entry, first * row, prod(rows) * row)
     if not len(data):
         return torch.empty(tuple(item.lengths), dtype=dtype)
-    held = torch.frombuffer(bytearray(data), dtype=dtype).view((*rows, *box.shape[1:]))
+    held = torch.frombuffer(bytearray(data), dtype=dtype).view((*rows, *inner))
     for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
         held = held.narrow(dim, start if dim else 0, length)
     return held

@@ -238,6 +238,28 @@ def test_tied_tensors_that_differ_are_not_taken(tmp_path: Path) -> None:
         dcp_training.filled(tmp_path, model=dcp_training.made(1)[0])
 
 
+class Counters:
+    """A stateful whose state dict looks like a module's."""
+
+    def __init__(self) -> None:
+        self.state = {"step": torch.tensor(0), "seen": torch.zeros(3, dtype=torch.int64)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def test_named_tensors_need_not_be_a_module(tmp_path: Path) -> None:
+    """Counters of a trainer are restored into the object that has them."""
+    state = {"step": torch.tensor(7), "seen": torch.arange(3)}
+    save(tmp_path, {"counters": state})
+    counters = Counters()
+    dcp_training.filled(tmp_path, counters=counters)
+    dcp_training.assert_same(counters.state, state)
+
+
 def test_a_scheduler_goes_through_both_ways(tmp_path: Path) -> None:
     """What is neither module nor optimizer is a tree of values, for dcp.load and for rt.State."""
     _, optim = dcp_training.made(0)
