@@ -29,13 +29,14 @@ from torch.futures import Future
 
 from resilient_train.errors import CheckpointDamaged, ConfigError, FormatError, StorageError
 from resilient_train.image.verified import VerifiedImage
-from resilient_train.interop.dcp_view import Place, View, view_of
+from resilient_train.interop.dcp_view import Place, view_of
 from resilient_train.plan.recovery import missing
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.filesystem import open_tier
+from resilient_train.storage.tier import Tier
 from resilient_train.tools.images import contradictions, holders, open_image, parts_of, remembering
 from resilient_train.worker.tensors import real_dtype, real_shape
 
@@ -121,34 +122,22 @@ class Reader(StorageReader):
             CheckpointDamaged: naming the file that is missing or damaged.
         """
         del args, options
-        key = _choose(self.url, self.step)
         tier = open_tier(self.url)
+        key = _choose(tier, self.step)
         manifest, read = read_manifest(tier, key), remembering(tier)
         images = [open_image(tier, manifest, file, read) for file in manifest.files]
-        entries = [image.entries() for image in images]
-        held = holders(entries)
-        if bad := contradictions(held) or missing(entries):
-            raise CheckpointDamaged(f"{tier.name}: {key}: the images do not hold all of {', '.join(bad[:10])}")
-        described = next((image for image in images if parts_of(image)), None)
-        if described is None:
-            raise CheckpointDamaged(f"{tier.name}: {key}: no image describes the state")
-        try:
-            view = view_of(described.json(), {name: found[0][1] for name, found in held.items()})
-            flat, paths = flatten_state_dict(view.nested)
-        except (FormatError, KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise CheckpointDamaged(f"{described.name}: malformed document: {error!r:.500}") from error
-        leaves = _leaves(flat, view)
+        held = _held(images, f"{tier.name}: {key}")
+        leaves, paths, places = _leaves(images, held)
         tensors, values, told = {}, {}, dict[str, Any]()
         for fqn, leaf in leaves.items():
-            if isinstance(leaf, torch.Tensor):
-                place = view.places[id(leaf)][1]
-                tensors[fqn] = _boxes(held[place.name], place)
+            if fqn in places:
+                tensors[fqn] = _boxes(held[places[fqn].name], places[fqn])
                 told[fqn] = _described(leaf, tensors[fqn].values())
             else:
                 values[fqn] = leaf
                 told[fqn] = BytesStorageMetadata()
         self._opened = _Opened(key=key, images=images, tensors=tensors, values=values)
-        return Metadata(state_dict_metadata=told, planner_data={fqn: paths.get(fqn, (fqn,)) for fqn in leaves})
+        return Metadata(state_dict_metadata=told, planner_data=paths)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageReader`."""
@@ -191,26 +180,45 @@ class Reader(StorageReader):
         return self._opened
 
 
-def _choose(url: str, step: int | None) -> Key:
-    committed, unfinished = listing(open_tier(url))
+def _choose(tier: Tier, step: int | None) -> Key:
+    committed, unfinished = listing(tier)
     fitting = [key for key in committed if step in (None, key.step)]
     if not fitting:
         asked = "" if step is None else f" of step {step}"
         left = f" ({len(unfinished)} unfinished)" if unfinished else ""
         there = f"; the newest are {', '.join(map(str, committed[-10:]))}" if committed else ""
-        raise StorageError(f"{url}: there is no committed checkpoint{asked}{left}{there}")
+        raise StorageError(f"{tier.name}: there is no committed checkpoint{asked}{left}{there}")
     return max(fitting)
 
 
-def _leaves(flat: Mapping[str, Any], view: View) -> dict[str, Any]:
-    """All leaves; a name that means one option or another by the form of the state dict is left out."""
+def _held(images: Sequence[VerifiedImage], where: str) -> dict[str, list[tuple[int, Entry]]]:
+    """An entry's name to (index of the image, entry) of each of its parts, which make up the whole."""
+    entries = [image.entries() for image in images]
+    held = holders(entries)
+    if bad := contradictions(held) or missing(entries):
+        raise CheckpointDamaged(f"{where}: the images do not hold all of, or do not agree on, {', '.join(bad[:10])}")
+    return held
+
+
+def _leaves(
+    images: Sequence[VerifiedImage], held: Mapping[str, Sequence[tuple[int, Entry]]]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Place]]:
+    """By DCP's names: all leaves, the paths that lead to them, and where those stand that are tensors."""
+    told = next((image for image in images if parts_of(image)), images[0])
+    try:
+        view = view_of(told.json(), {name: found[0][1] for name, found in held.items()})
+        flat, paths = flatten_state_dict(view.nested)
+    except (FormatError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointDamaged(f"{told.name}: malformed document: {error!r:.500}") from error
     leaves = dict(flat)
     for fqn, value in view.repeated.items():
         if fqn in flat and flat[fqn] is not value and flat[fqn] != value:
+            # By the form of the state dict it means one option or another: neither is handed out.
             leaves.pop(fqn, None)
         else:
             leaves.setdefault(fqn, value)
-    return leaves
+    places = {fqn: view.places[id(leaf)][1] for fqn, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    return leaves, {fqn: paths.get(fqn, (fqn,)) for fqn in leaves}, places
 
 
 def _boxes(found: Sequence[tuple[int, Entry]], place: Place) -> dict[tuple[int, ...], _Stored]:

@@ -77,6 +77,16 @@ def train(model: Net, optim: torch.optim.Optimizer, first: int, last: int) -> No
         optim.zero_grad()
 
 
+def staged(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Two layers, which a pipeline would give to two ranks, and an optimizer that has stepped."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    optim = torch.optim.AdamW(model.parameters(), lr=0.1 * (seed + 1))
+    model(torch.ones(2, 3)).sum().backward()
+    optim.step()
+    return model, optim
+
+
 def state_of(model: Net, optim: torch.optim.Optimizer, *, joined: bool = False) -> dict[str, Any]:
     """The state dict as DCP's users have it."""
     options = StateDictOptions(flatten_optimizer_state_dict=joined)
@@ -216,6 +226,12 @@ def fail_and_save(folder: Path) -> None:
     assert "different steps: 1, 2" in refused(lambda: dcp.save(state, storage_writer=differing))
     dist.barrier()
     assert not list(url.glob("*/manifest.json"))
+
+    layers, its = staged(0)
+    part = state_of(layers, its, joined=True)  # type: ignore[arg-type]
+    layer = {"model": f"{rank}.", "optim": f".{rank}."}
+    kept = {name: {k: v for k, v in one.items() if layer[name] in k} for name, one in part.items()}
+    dcp.save(kept, storage_writer=rt_dcp.Writer(folder / "pipeline", step=1))
 
     mine = {f"stage{rank}": {"weight": torch.full((3,), float(rank)), "options": {"rank": rank, "pair": (rank, 1)}}}
     dcp.save(mine, storage_writer=rt_dcp.Writer(folder / "stages", step=1))

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dcp_training"])
+# FSDP2 and optimizers import the compiler when they are first used.
+_CONTEXT.set_forkserver_preload(["dcp_training", "torch._dynamo"])
 _TIMEOUT = 60.0
 
 

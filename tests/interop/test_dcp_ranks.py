@@ -34,4 +34,8 @@ def test_failures_leave_nothing_and_keys_of_a_ranks_own_are_kept(tmp_path: Path)
     stages = {f"stage{rank}": {"weight": torch.zeros(3), "options": {"rank": None, "pair": None}} for rank in (0, 1)}
     dcp.load(stages, storage_reader=rt_dcp.Reader(tmp_path / "stages"))
     assert [stage["options"] for stage in stages.values()] == [{"rank": r, "pair": (r, 1)} for r in (0, 1)]
+    (whole, its), (model, optim) = dcp_training.staged(0), dcp_training.staged(1)
+    dcp_training.filled(tmp_path / "pipeline", model=model, optim=optim)
+    dcp_training.assert_same(model.state_dict(), whole.state_dict())
+    dcp_training.assert_same(optim.state_dict(), its.state_dict())
     assert [stage["weight"].tolist() for stage in stages.values()] == [[0.0] * 3, [1.0] * 3]
