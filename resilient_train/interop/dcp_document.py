@@ -38,28 +38,19 @@ def document_of(parts: Sequence[Part], values: Mapping[str, Any]) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
 
 
-def encoded(value: Any, fqn: str) -> Any:
-    """A leaf as a JSON value.
-
-    Raises:
-        UnsupportedState: naming it, if it is more than numbers, strings, bytes, lists, tuples and dicts.
-    """
-    return jsontree.encode(value, fqn)
-
-
 def _module(part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
     extra: dict[str, list[tuple[Path, Any]]] = {}
     for leaf in part.leaves:
         if not leaf.tensor:
             where = str(leaf.path[0]).removesuffix(EXTRA)
             extra.setdefault(where, []).append((leaf.path[1:], values[leaf.fqn]))
-    states = {where: encoded(nested(found), f"{part.name}.{where}{EXTRA}") for where, found in extra.items()}
+    states = {where: jsontree.encode(nested(found), f"{part.name}.{where}{EXTRA}") for where, found in extra.items()}
     return {"kind": "module", "aliases": {}, "extra": states}
 
 
 def _stateful(part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
     tree = nested((leaf.path, _value(part, leaf, values)) for leaf in part.leaves)
-    return {"kind": "stateful", "value": encoded(tree, part.name)}
+    return {"kind": "stateful", "value": jsontree.encode(tree, part.name)}
 
 
 def _value(part: Part, leaf: Leaf, values: Mapping[str, Any]) -> Any:
@@ -94,7 +85,7 @@ def _optimizer(part: Part, values: Mapping[str, Any]) -> dict[str, Any] | None:
             }
             for name, keys in state.items()
         },
-        "groups": [encoded(group, f"{part.name}.param_groups[{i}]") for i, (_, group) in enumerate(groups)],
+        "groups": [jsontree.encode(group, f"{part.name}.param_groups[{i}]") for i, (_, group) in enumerate(groups)],
     }
 
 
@@ -108,7 +99,7 @@ def _item(
         beside = key != "step" or bool(options.get("fused")) or bool(options.get("capturable"))
         return {"tensor": entry_name(part, leaf), "device": "parameter" if beside else "cpu"}
     tree = nested((path, _value(part, leaf, values)) for path, leaf in leaves)
-    return {"value": encoded(tree, leaf.fqn)}
+    return {"value": jsontree.encode(tree, leaf.fqn)}
 
 
 Groups = list[tuple[list[str], dict[str, Any]]]

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
-from resilient_train.errors import ConfigError, FormatError, StorageError
+from resilient_train.errors import CheckpointDamaged, ConfigError, FormatError, StorageError
 from resilient_train.interop.dcp_document import EMPTY, document_of
-from resilient_train.interop.dcp_folder import DcpFolder, read_folder
+from resilient_train.interop.dcp_folder import METADATA, DcpFolder, read_folder
 from resilient_train.interop.dcp_items import read_tensor, read_value
 from resilient_train.interop.dcp_names import Part, entry_name, parts_of
 from resilient_train.interop.image_file import ImageSource, Load, entry_of, next_key, or_nothing
@@ -78,7 +78,7 @@ def import_checkpoint(source: Tier, target: Tier, step: int, progress: Progress)
     try:
         document = document_of(parts, values)
     except FormatError as error:
-        raise StorageError(f"{source.name}: {error}") from error
+        raise CheckpointDamaged(f"{source.name}/{METADATA}: {error}") from error
     images = _images(source, folder, parts)
     nbytes = sum(entry.nbytes for image in images for entry in image)
     done = 0

@@ -123,11 +123,9 @@ def _like_optimizer(leaves: Sequence[Leaf]) -> bool:
             len(leaf.path) > 2 and type(leaf.path[1]) is (int if leaf.path[0] == "param_groups" else str)
             for leaf in leaves
         )
-    return all(
-        len(leaf.path) == 1 and (name.startswith("state.") or (name.startswith("param_groups.") and not leaf.tensor))
-        for leaf in leaves
-        for name in [str(leaf.path[0])]
-    )
+    sections = {(str(leaf.path[0]).partition(".")[0], leaf.tensor) for leaf in leaves}
+    may = {("state", True), ("state", False), ("param_groups", False)}
+    return ("param_groups", False) in sections and sections <= may and all(joined(leaf) for leaf in leaves)
 
 
 def joined(leaf: Leaf) -> bool:

@@ -57,17 +57,15 @@ def view_of(document: Mapping[str, Any], entries: Mapping[str, Entry]) -> View:
     }
     for name, part in parts.items():
         content = kinds[part["kind"]](name, part)
-        if top := top_of(name, part):
-            builder.view.nested[top] = content
-        else:
-            builder.view.nested.update(content)
+        top = top_of(name, part)
+        builder.view.nested.update(content if top is None else {top: content})
     return builder.view
 
 
-def top_of(name: str, part: Mapping[str, Any]) -> str:
-    """The key under which a part stands in the state dict; empty if its content stands there itself."""
+def top_of(name: str, part: Mapping[str, Any]) -> str | None:
+    """The key under which a part stands in the state dict; None if its content stands there itself."""
     prefix = part.get("prefix", [name])
-    return str(prefix[0]) if prefix else ""
+    return str(prefix[0]) if prefix else None
 
 
 class _Builder:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from resilient_train.errors import ConfigError, StorageError, UnsupportedState
-from resilient_train.interop.dcp_document import EMPTY, document_of, encoded
+from resilient_train.interop.dcp_document import EMPTY, document_of
 from resilient_train.interop.dcp_names import Part, Path, entry_name, parts_of
 from resilient_train.interop.image_file import ImageSource, Load, entry_of, next_key, or_nothing
 from resilient_train.spec import jsontree
@@ -173,14 +173,14 @@ class Writer(StorageWriter):
 
     def _write(self, tier: Tier, order: _Order, items: Sequence[WriteItem], planner: SavePlanner) -> _Done:
         mine = [item.index.fqn for item in items if not _is_tensor(item)]
-        values = {fqn: encoded(_looked_up(planner, fqn), fqn) for fqn in mine}
+        values = {fqn: jsontree.encode(_looked_up(planner, fqn), fqn) for fqn in mine}
         loads = _loads(order, items, planner)
         if not self._coordinator:
             return _Done(file=_put(tier, order, loads, EMPTY), values=values)
         for fqn in self._bytes:
             with contextlib.suppress(KeyError):
                 if fqn not in values:
-                    values[fqn] = encoded(_looked_up(planner, fqn), fqn)
+                    values[fqn] = jsontree.encode(_looked_up(planner, fqn), fqn)
         self._begun = _Begun(order=order, loads=loads, values=values)
         if len(values) < len(self._bytes):
             return _Done(file=None, values={})

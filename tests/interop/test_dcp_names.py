@@ -89,6 +89,11 @@ def test_what_is_no_optimizer_of_the_module_is_a_tree(optim: dict[str, Any]) -> 
     assert all(json.dumps({"$tensor": name, "device": "cpu"}) in said for name in mine)
 
 
+def test_a_module_may_have_children_called_like_an_optimizers_sections() -> None:
+    """An optimizer has options."""
+    assert parts({"model": {"state.weight": T, "state.bias": T}})[0] == {"model": "module"}
+
+
 def test_part_names_never_collide() -> None:
     """A slash ends a part's name and rng is taken; what DCP calls the part is kept."""
     kinds, _, document = parts({"rng": {"a": 1}, "rng_": {"a": 2}, "a/b": {"t": T}, "a_b": {"t": T}, "": {"t": T}})

@@ -59,7 +59,12 @@ STATES: dict[str, dict[str, Any]] = {
         "x": {"f": 0.1, "s": "é", "b": b"\0", "none": None, "t": (1, (2,)), "l": [1, [2]], "inf": 1e999},
     },
     "lists": {"x": {"l": [torch.rand(2), {"y": [torch.tensor(1), 5]}, 7], "after": "z"}},
-    "names": {"rng": {"state": torch.get_rng_state()}, "a/b": {"c/d": torch.rand(1)}, "a_b": {"e": torch.rand(1)}},
+    "names": {
+        "rng": {"state": torch.get_rng_state()},
+        "a/b": {"c/d": torch.rand(1)},
+        "a_b": {"e": torch.rand(1)},
+        "": {"f": 1, "g": torch.rand(2)},
+    },
     "one tensor": {"t": torch.rand(2), "n": {"v": 1}},
 }
 
