@@ -36,6 +36,8 @@ from resilient_train.storage.commit import ImageFile, folder_of
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
 
+_CACHED = "enable_plan_caching is not supported: every checkpoint has a key of its own, which a cached plan has not"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Order:
@@ -129,12 +131,12 @@ class Writer(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """See `StorageWriter`."""
-        if not getattr(plan, "usable", True):
-            raise ConfigError("enable_plan_caching is not supported: every checkpoint has a key of its own")
+        _check_fresh([plan])
         return dataclasses.replace(plan, storage_data=self.step)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Choose the key and name everything."""
+        _check_fresh(plans)
         steps = sorted({plan.storage_data for plan in plans})
         if len(steps) > 1:
             raise ConfigError(f"the ranks are about to save different steps: {', '.join(map(str, steps))}")
@@ -160,7 +162,7 @@ class Writer(StorageWriter):
         """Write this rank's image."""
         order = plan.storage_data
         if not isinstance(order, _Order) or order.key.step != self.step:
-            raise ConfigError("enable_plan_caching is not supported: every checkpoint has a key of its own")
+            raise ConfigError(_CACHED)
         if self._coordinator and order.rank != 0:
             raise ConfigError(f"rank 0 must coordinate the save, not rank {order.rank}")
         tier = open_tier(self.url)
@@ -203,6 +205,12 @@ class Writer(StorageWriter):
                 files.append(_put(tier, order, begun.loads, self._document(values)))
             if not commit(tier, order.key, order.world, files, {order.key.lineage: None}):
                 raise StorageError(f"{self.url}/{folder_of(order.key)}: the ranks' images do not make up a checkpoint")
+
+
+def _check_fresh(plans: Sequence[SavePlan]) -> None:
+    # Versions of torch that cannot cache plans do not say of one that it is to be used.
+    if not all(getattr(plan, "usable", True) for plan in plans):
+        raise ConfigError(_CACHED)
 
 
 def _is_tensor(item: WriteItem) -> bool:
