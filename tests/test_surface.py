@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import subprocess
 import sys
 
 from torch.distributed import run as torchrun
 
 import resilient_train
+from resilient_train.interop import dcp
 from resilient_train.launch import rtctl, rtrun
 
 
@@ -17,6 +19,15 @@ def test_public_names() -> None:
     names = ["Checkpointer", "ElasticSampler", "MicroBatch", "State", "World", "__version__", "elastic"]
     assert resilient_train.__all__ == names
     assert all(getattr(resilient_train, name) is not None for name in names)
+
+
+def test_what_users_of_dcp_import() -> None:
+    """Two names."""
+    assert dcp.__all__ == ["Reader", "Writer"]
+    assert [str(inspect.signature(one)) for one in (dcp.Reader, dcp.Writer)] == [
+        "(url: 'str | os.PathLike[str]', *, step: 'int | None' = None) -> 'None'",
+        "(url: 'str | os.PathLike[str]', *, step: 'int') -> 'None'",
+    ]
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
@@ -58,6 +69,7 @@ def test_rtctl_commands_and_options() -> None:
             "--max-shard-size": "5GB",
             "--force": False,
         },
+        "import": {"DIR": None, "--to": None, "--step": None},
         "clean": {"URL": None, "--keep": None, "--yes": False},
     }
     assert "exit codes" in rtctl.parser().format_help()

@@ -1,4 +1,4 @@
-"""``rtctl``: look at checkpoints, verify them, export models, clean up."""
+"""``rtctl``: look at checkpoints, verify them, export models, import, clean up."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="rtctl",
-        description="Look at checkpoints, verify them, export models, clean up.",
+        description="Look at checkpoints, verify them, export models, import from DCP, clean up.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], ExitCode], place: str, text: str) -> Any:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("place", metavar=place, help="where the checkpoints are" + ", and which" * ("@" in place))
+        where = "the folder" if place == "DIR" else "where the checkpoints are" + ", and which" * ("@" in place)
+        sub.add_argument("place", metavar=place, help=where)
         sub.set_defaults(run=run)
         return sub
 
@@ -60,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--part", metavar="NAME", help="the module's name in State(NAME=...), if there are several")
     out.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="bytes in one file (default: 5GB)")
     out.add_argument("--force", action="store_true", help="replace the model in DIR; other files there stay")
+    into = command("import", _import, "DIR", "make a checkpoint of one that torch.distributed.checkpoint wrote")
+    into.add_argument("--to", metavar="URL", required=True, help="where to")
+    into.add_argument("--step", metavar="N", type=int, help="finished steps (default: the number DIR's name ends with)")
     clean = command("clean", _clean, "URL", "remove unfinished leftovers, and old checkpoints with --keep")
     clean.add_argument("--keep", metavar="N", type=int, help="remove all but the newest N good checkpoints")
     clean.add_argument("--yes", action="store_true", help="do not ask")
@@ -195,6 +199,19 @@ def _export(args: argparse.Namespace) -> ExitCode:
         print(f"  {alias} is stored as {name}")
     if done.left_out:
         print(f"  left out, because they are no tensors: extra states of {', '.join(done.left_out)}")
+    return ExitCode.SUCCESS
+
+
+def _import(args: argparse.Namespace) -> ExitCode:
+    # It needs torch, and the others shall start fast.
+    from resilient_train.interop.dcp_import import import_checkpoint, step_of
+
+    step = step_of(args.place) if args.step is None else args.step
+    show = _progress(f"importing {args.place}")
+    done = import_checkpoint(open_tier(args.place), open_tier(args.to), step, show)
+    tensors, images = count(done.tensors, "tensor"), count(done.images, "image")
+    print(f"{args.to.rstrip('/')}/{folder_of(done.key)}: {tensors}, {human(done.nbytes)} in {images}")
+    print("\n".join(f"  {name}: {kind}" for name, kind in done.parts.items()))
     return ExitCode.SUCCESS
 
 

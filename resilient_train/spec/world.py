@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Self
 from resilient_train.errors import FormatError
 
 _STEP_BITS = 40
+MAX_STEP = (1 << _STEP_BITS) - 1
+"""No training has more steps."""
 
 
 class Key(NamedTuple):

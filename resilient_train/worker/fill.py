@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -41,15 +42,13 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
     if holes:
         raise CheckpointDamaged(f"{readers[0].name} and its siblings do not cover {', '.join(holes[:10])}")
     entries = {entry.name: entry for image in images for entry in image}
-    # A rank's document differs from the others' only in its generators; any rank's will do for the rest.
     own = next((r for r in readers if (r.stamp.rank, r.stamp.world) == (rank, world)), None)
-    told = own or readers[0]
-    document = told.json()
-    if not isinstance(document, dict):
-        raise CheckpointDamaged(f"{told.name}: the document is not an object")
+    told, document = _document(own or readers[0], readers[0])
     try:
         targets = state.targets(document, entries)
-        setters = rng_setters(document.get("rng"), _generators(own, rank)) if own is not None else []
+        # Another library's state dict, which became a checkpoint of ours, says nothing of generators.
+        without = own is None or document.get("rng", ...) is None
+        setters = [] if own is None or without else rng_setters(document.get("rng"), _generators(own, rank))
     except FormatError as error:
         raise CheckpointDamaged(f"{told.name}: {error}") from error
     wants, places = [], {}
@@ -71,6 +70,20 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
                 done.result()
         for act in (*later, *targets.after, *setters):
             act()
+
+
+def _document(own: ImageReader, first: ImageReader) -> tuple[ImageReader, dict[str, Any]]:
+    """The document, and who has it.
+
+    A rank's document differs from the others' only in its generators; any rank's will do for the rest.  Where a state
+    dict of another library was saved, the first rank's alone says something.
+    """
+    document = own.json()
+    if document == {"rng": None} and own is not first:
+        own, document = first, first.json()
+    if not isinstance(document, dict):
+        raise CheckpointDamaged(f"{own.name}: the document is not an object")
+    return own, document
 
 
 def _dtype(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from resilient_train.errors import StateMismatch
 from resilient_train.spec import jsontree
+from resilient_train.spec.shard import Entry
 from resilient_train.worker import names
 from resilient_train.worker.capture import Capture
 from resilient_train.worker.targets import Targets
+from resilient_train.worker.tensors import as_bytes, local_part
 
 
 def walk(name: str, module: torch.nn.Module, capture: Capture) -> dict[str, Any]:
@@ -47,10 +50,26 @@ def check(name: str, module: torch.nn.Module, document: Mapping[str, Any]) -> No
         raise StateMismatch(f"{name}: extra state differs in {', '.join(sorted(here ^ there))}")
 
 
-def add_targets(name: str, module: torch.nn.Module, document: Mapping[str, Any], targets: Targets) -> None:
+def add_targets(
+    name: str, module: torch.nn.Module, document: Mapping[str, Any], entries: Mapping[str, Entry], targets: Targets
+) -> None:
     """Say where a checkpoint's elements belong in ``module``."""
-    for path, tensor in {**names.parameters(module), **names.buffers(module)}.items():
+    tensors = {**names.parameters(module), **names.buffers(module)}
+    for path, tensor in tensors.items():
         targets.add(f"{name}/{path}", tensor)
+    for alias, path in names.aliases(module).items():
+        if f"{name}/{alias}" in entries and path in tensors:
+            # Other libraries store tied tensors under each of their names.
+            again = torch.empty_like(tensors[path], requires_grad=False)
+            targets.add(f"{name}/{alias}", again)
+            targets.after.append(functools.partial(_check_tied, f"{name}/{alias}", again, tensors[path]))
     for path, part in names.extra_states(module).items():
         value = jsontree.decode(document["extra"][path])
         targets.load(f"{name}.{path}", part.set_extra_state, value)
+
+
+def _check_tied(name: str, one: torch.Tensor, other: torch.Tensor) -> None:
+    """What is one tensor here must have the same elements in the checkpoint."""
+    (mine, _, _), (theirs, _, _) = local_part(name, one), local_part(name, other)
+    if not torch.equal(as_bytes(mine), as_bytes(theirs)):
+        raise StateMismatch(f"{name} is tied to another tensor here, and differs from it in the checkpoint")

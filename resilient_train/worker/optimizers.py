@@ -18,6 +18,9 @@ from resilient_train.worker.capture import Capture
 from resilient_train.worker.targets import Targets, built
 from resilient_train.worker.tensors import device_named, dtype_named, like_parameter, real_dtype, real_shape
 
+_LATER = frozenset({"decoupled_weight_decay"})
+"""Options that torch added in versions that are still in use; what an optimizer has here is what older ones did."""
+
 
 def _names_in_groups(
     name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str]
@@ -54,7 +57,9 @@ def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], 
     capture.contents.append(lambda: (value for held in optimizer.state.values() for value in held.values()))
     capture.contents.append(lambda: (parameter for group in optimizer.param_groups for parameter in group["params"]))
     kind = type(optimizer).__name__
-    return {"kind": "optimizer", "class": kind, "parameters": [path for path, _ in named], "state": state}
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    parameters = [path for path, _ in named]
+    return {"kind": "optimizer", "class": kind, "parameters": parameters, "sizes": sizes, "state": state}
 
 
 def fresh(name: str, optimizer: torch.optim.Optimizer, capture: Capture) -> dict[str, Any]:
@@ -71,11 +76,24 @@ def check(name: str, optimizer: torch.optim.Optimizer, document: Mapping[str, An
     StateMismatch: if a checkpoint's document is of another kind of optimizer or has another number of groups.
     """
     kind = type(optimizer).__name__
-    if document["class"] != kind:
+    if document["class"] is None:
+        _check_options(name, optimizer, document)
+    elif document["class"] != kind:
         raise StateMismatch(f"{name} is an optimizer {kind} here, {document['class']} in the checkpoint")
     here, there = len(optimizer.param_groups), len(document["groups"])
     if here != there:
         raise StateMismatch(f"{name} has {here} parameter groups here, {there} in the checkpoint")
+
+
+def _check_options(name: str, optimizer: torch.optim.Optimizer, document: Mapping[str, Any]) -> None:
+    """Of an optimizer that another library saved the class is not known, but its options tell much of it."""
+    for index, group in enumerate(document["groups"]):
+        lacking = sorted(optimizer.defaults.keys() - group.keys() - _LATER)
+        if lacking:
+            kind = type(optimizer).__name__
+            raise StateMismatch(
+                f"{name} is an optimizer {kind} here, and group {index} of the checkpoint's has no {', '.join(lacking)}"
+            )
 
 
 def _pack_name(name: str, key: str, dtype: torch.dtype) -> str:
@@ -114,6 +132,9 @@ def add_targets(
     """Say where a checkpoint's elements belong in ``optimizer``; what it has no room for yet is allocated."""
     named = _names_in_groups(name, optimizer, known)
     _check_parameters(name, [path for path, _ in named], document["parameters"])
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if document.get("sizes", sizes) != sizes:
+        raise StateMismatch(f"{name} has groups of {sizes} parameters here, of {document['sizes']} in the checkpoint")
     packs: dict[str, _Pack] = {}
     for path, parameter in named:
         described = document["state"].get(path, {})

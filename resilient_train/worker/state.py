@@ -129,11 +129,15 @@ class State:
         targets = Targets()
         known = self._parameter_names()
         try:
+            if document.get("rng", ...) is None:
+                document = {
+                    name: _taken_as(name, thing, document[name], entries) for name, thing in self._things.items()
+                }
             for name, thing in self._things.items():
                 _check_kind(name, thing, document[name])
             for name, thing in self._things.items():
                 if isinstance(thing, torch.nn.Module):
-                    modules.add_targets(name, thing, document[name], targets)
+                    modules.add_targets(name, thing, document[name], entries, targets)
                 elif isinstance(thing, torch.optim.Optimizer):
                     optimizers.add_targets(name, thing, known, document[name], entries, targets)
                 else:
@@ -150,6 +154,19 @@ class State:
                 for name, parameter in names.parameters(thing).items():
                     known.setdefault(id(parameter), f"{thing_name}.{name}")
         return known
+
+
+def _taken_as(
+    name: str, thing: Stateful, document: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> Mapping[str, Any]:
+    """A part that another library saved, of which only names tell what it is: named tensors are not always a module."""
+    if _kind(thing) != "stateful" or document["kind"] != "module":
+        return document
+    value = {f"{where}_extra_state": extra for where, extra in document["extra"].items()}
+    for entry in entries:
+        if entry.startswith(f"{name}/"):
+            value[entry.removeprefix(f"{name}/")] = {"$tensor": entry, "device": "cpu"}
+    return {"kind": "stateful", "value": value}
 
 
 def _check_kind(name: str, thing: Stateful, document: Mapping[str, Any]) -> None:
