@@ -1,9 +1,10 @@
-"""What saving costs a training loop, and how long until it is safe: ours beside torch.save and DCP, one process, CPU.
+"""What saving costs a training loop, and how long until it is safe: ours beside torch.save and DCP, on CPU.
 
-    python benchmarks/bench_checkpoint.py [--mib 1024] [--steps 20] [--every 10] [--rounds 3]
+    python benchmarks/bench_checkpoint.py [--mib 1024] [--ranks 1] [--steps 20] [--every 10] [--rounds 3]
 
-Every way of saving runs the same loop in a process of its own, in turns, ``--rounds`` times: a stack of linear layers
-with fused AdamW, float32, whose forward and backward take about ``--ratio`` times as long as one copy of the state.
+Every way of saving runs the same loop in processes of its own, in turns, ``--rounds`` times: a stack of linear layers
+with fused AdamW, float32, sharded (FSDP2) if there are several ranks, whose forward and backward take about ``--ratio``
+times as long as one copy of a rank's part of the state.
 All make the same durable checkpoints, every ``--every`` steps; ours takes a snapshot at every step besides.  Losses
 are mean steps with saving minus mean steps without, in the same round.  The machine's limits are measured first.
 """
@@ -68,22 +69,29 @@ def timed(action) -> float:
     return time.perf_counter() - began
 
 
-def run(mode: str, folder: Path, options: list[str]) -> dict:
-    """One loop in a process of its own; what it measured."""
+def run(mode: str, ranks: int, folder: Path, options: list[str]) -> dict:
+    """One loop in processes of its own; what rank 0 measured."""
     command = [sys.executable, str(SCRIPT), mode, str(folder), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
+    started = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        env = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        # No keeper of an earlier loop is to be found.
+        env["TORCHELASTIC_RUN_ID"] = f"{os.getpid()}-{folder.name}"
+        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=1800)[0] for process in started]
     shutil.rmtree(folder, ignore_errors=True)
-    found = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    if result.returncode or not found:
-        raise RuntimeError(f"{mode} failed:\n{result.stdout}\n{result.stderr}")
+    found = [line for line in outputs[0].splitlines() if line.startswith("RESULT ")]
+    if any(process.returncode for process in started) or not found:
+        raise RuntimeError(f"{mode} failed:\n" + "\n".join(outputs))
     return json.loads(found[0].removeprefix("RESULT "))
 
 
-def fitting_batch(options: list[str], folder: Path, wanted: float) -> tuple[int, float]:
+def fitting_batch(ranks: int, options: list[str], folder: Path, wanted: float) -> tuple[int, float]:
     """(rows, step time) for steps of about ``wanted`` seconds, by two trials: a step's time is linear in the rows."""
     times = {}
     for batch in (64, 512):
-        steps = run("none", folder, [*options, f"--batch={batch}", "--steps=4", "--every=4"])["steps"]
+        steps = run("none", ranks, folder, [*options, f"--batch={batch}", "--steps=4", "--every=4"])["steps"]
         times[batch] = statistics.median(steps)
     slope = (times[512] - times[64]) / 448
     batch = max(16, round(64 + (wanted - times[64]) / slope))
@@ -93,6 +101,7 @@ def fitting_batch(options: list[str], folder: Path, wanted: float) -> tuple[int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024, help="size of the state")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share it")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=10, help="steps between durable checkpoints")
     parser.add_argument("--rounds", type=int, default=3)
@@ -100,22 +109,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads that compute; the copy has one of its own")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     args = parser.parse_args()
+    # Users of torch.save have no sharded state.
+    modes = [mode for mode in args.modes if args.ranks == 1 or mode != "torch-save"]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"command: {' '.join(['python', 'benchmarks/bench_checkpoint.py', *sys.argv[1:]])}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch)
-        size = args.mib << 20
+        size = (args.mib << 20) // args.ranks
         copy, summed, write = limits(size, folder)
-        print(f"limits for {args.mib} MiB: memcpy {copy:.3f} s, our copy with checksums {summed:.3f} s, ", end="")
+        print(
+            f"limits for the {size >> 20} MiB of a rank: memcpy {copy:.3f} s, our copy with checksums {summed:.3f} s, ",
+            end="",
+        )
         print(f"write and fsync {write:.3f} s ({size / write / 1e9:.2f} GB/s)")
         options = [f"--mib={args.mib}", f"--threads={args.threads}"]
-        batch, step = fitting_batch(options, folder / "trial", args.ratio * summed)
+        batch, step = fitting_batch(args.ranks, options, folder / "trial", args.ratio * summed)
         print(f"{batch} rows: a step should take {step:.3f} s\n")
         options += [f"--batch={batch}", f"--steps={args.steps}", f"--every={args.every}"]
         rounds = []
         for number in range(args.rounds):
-            rounds.append({mode: run(mode, folder / f"{mode}-{number}", options) for mode in args.modes})
-    report(rounds, args.modes, args.steps)
+            rounds.append({mode: run(mode, args.ranks, folder / f"{mode}-{number}", options) for mode in modes})
+    report(rounds, modes, args.steps)
 
 
 def report(rounds: list[dict[str, dict]], modes: list[str], steps: int) -> None:

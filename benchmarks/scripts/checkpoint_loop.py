@@ -1,4 +1,4 @@
-"""What `bench_checkpoint.py` runs in a process of its own: a training loop under one way of saving it.
+"""What `bench_checkpoint.py` runs as each rank: a training loop under one way of saving it.
 
 Prints one JSON object: seconds of every measured step, seconds from the end of the loop until everything is durable,
 seconds that each save blocked the loop, and the peak of the process's own memory.
@@ -6,6 +6,7 @@ seconds that each save blocked the loop, and the peak of the process's own memor
 
 import argparse
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.fsdp import fully_shard
 
 import resilient_train as rt
 
@@ -32,6 +34,7 @@ parser.add_argument("--threads", type=int, required=True)
 args = parser.parse_args()
 
 WIDTH = 1024
+RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -39,6 +42,8 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     layers = max(1, round(args.mib * (1 << 20) / 3 / (4 * WIDTH * WIDTH)))
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    if SIZE > 1:
+        fully_shard(model)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
@@ -55,6 +60,8 @@ class Peer:
         self.model, self.optim = model, optim
         self.pending = None
         self.stager = None
+        # Its background thread's collectives must not mix with the training's.
+        self.group = dist.new_group(backend="gloo")
         if args.mode == "dcp-best":
             options = StagingOptions(
                 use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
@@ -72,12 +79,13 @@ class Peer:
             dcp.save(state, checkpoint_id=target)
         elif args.mode == "dcp-async":
             self.wait()
-            self.pending = dcp.async_save(state, checkpoint_id=target)
+            self.pending = dcp.async_save(state, checkpoint_id=target, process_group=self.group)
         elif args.mode == "dcp-best":
             self.wait()
             self.pending = dcp.async_save(
                 state,
                 checkpoint_id=target,
+                process_group=self.group,
                 async_checkpointer_type=AsyncCheckpointerType.PROCESS,
                 async_stager=self.stager,
             )
@@ -118,7 +126,9 @@ def with_peer(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
 def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
     """A snapshot at every step; as many durable checkpoints as the peers make."""
     state = rt.State(model=model, optim=optim)
-    ckpt = rt.Checkpointer(state, str(args.folder), persist_every=10**9, lazy=args.mode == "ours", keep_last=100)
+    ckpt = rt.Checkpointer(
+        state, str(args.folder / "ours"), persist_every=10**9, lazy=args.mode == "ours", keep_last=100
+    )
     times, began = [], time.perf_counter()
     for step in ckpt.steps(WARMUP + args.steps):
         now = time.perf_counter()
@@ -141,14 +151,17 @@ def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
 
 def main() -> None:
     torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    args.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    store = dist.FileStore(str(args.folder / "store"), SIZE)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE)
     model, optim = build()
     data = torch.randn(args.batch, WIDTH)
+    dist.barrier()
     run = with_ours if args.mode.startswith("ours") else with_peer
     times, durable = run(model, optim, data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print("RESULT", json.dumps({"steps": times[WARMUP:], "durable": durable, "peak_mib": peak // 1024}))
+    if RANK == 0:
+        print("RESULT", json.dumps({"steps": times[WARMUP:], "durable": durable, "peak_mib": peak // 1024}))
     dist.destroy_process_group()
 
 
