@@ -2,17 +2,20 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
 #include "device.hpp"
 #include "fingerprints.hpp"
+#include "upload.hpp"
 
 namespace nb = nanobind;
 
@@ -34,10 +37,22 @@ std::vector<std::uint64_t> fingerprints(std::shared_ptr<cuda::Device> device,
   return prints.values(0);
 }
 
+using CopyTuple = std::tuple<std::uint64_t, std::uint64_t, std::size_t>;
+
+cuda::Upload* upload(std::shared_ptr<cuda::Device> device, const std::vector<CopyTuple>& copies, std::uintptr_t stream,
+                     unsigned threads) {
+  std::vector<cuda::Copy> planned;
+  planned.reserve(copies.size());
+  for (const auto& [target, source, size] : copies) planned.push_back({target, source, size});
+  return new cuda::Upload(std::move(device), planned, reinterpret_cast<cuda::StreamHandle>(stream), threads);
+}
+
 }  // namespace
 
 void bind_device(nb::module_& m) {
   nb::exception<cuda::Error>(m, "CudaError", PyExc_RuntimeError);
+  nb::class_<cuda::Upload>(m, "Upload", "Copies to a device that are under way.")
+      .def("wait", &cuda::Upload::wait, Unlocked(), "Block until everything is on the device.");
   nb::class_<cuda::Device>(m, "Device", "A CUDA device: its primary context, and page-locked memory of the host.")
       .def(
           "__init__",
@@ -59,6 +74,8 @@ void bind_device(nb::module_& m) {
           nb::arg("address"), nb::arg("size"), "Whether memory is page-locked by lock().")
       .def("fingerprints", &fingerprints, nb::arg("ranges"), nb::arg("stream"), Unlocked(),
            "64-bit fingerprints of (address, size) on the device, as they are when the stream gets there.")
+      .def("upload", &upload, nb::arg("copies"), nb::arg("stream"), nb::arg("threads") = 1, Unlocked(),
+           nb::rv_policy::take_ownership, "Begin to copy (target on the device, source, size).")
       .def_prop_ro("has_kernels", [](const cuda::Device& self) { return self.kernels() != nullptr; })
       .def_prop_ro("why_no_kernels", &cuda::Device::why_no_kernels);
 }

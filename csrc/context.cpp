@@ -31,7 +31,10 @@ Stream::Stream(Shared context) : context_(std::move(context)) {
 }
 
 Stream::~Stream() {
-  context_->quietly([this](const Driver& driver) { driver.stream_destroy.quietly(handle_); });
+  context_->quietly([this](const Driver& driver) {
+    driver.stream_wait.quietly(handle_);
+    driver.stream_destroy.quietly(handle_);
+  });
 }
 
 Event::Event(Shared context) : context_(std::move(context)) {
@@ -39,16 +42,17 @@ Event::Event(Shared context) : context_(std::move(context)) {
   context_->driver().event_create(&handle_, kSleepingWithoutTime);
 }
 
-Event::Event(Event&& other) noexcept : context_(other.context_), handle_(std::exchange(other.handle_, nullptr)) {}
-
 Event::~Event() {
-  if (handle_ == nullptr) return;
   context_->quietly([this](const Driver& driver) { driver.event_destroy.quietly(handle_); });
 }
 
 void Event::record(StreamHandle stream) const { context_->driver().event_record(handle_, stream); }
 
 void Event::wait() const { context_->driver().event_wait(handle_); }
+
+void Event::wait_quietly() const noexcept {
+  context_->quietly([this](const Driver& driver) { driver.event_wait.quietly(handle_); });
+}
 
 void Event::hold_back(StreamHandle stream) const { context_->driver().stream_wait_event(stream, handle_, 0); }
 

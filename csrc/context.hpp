@@ -49,7 +49,7 @@ class Current {
   const Context& context_;
 };
 
-// A stream of our own that does not synchronise with the legacy default stream.
+// A stream of our own that does not synchronise with the legacy default stream. Its end waits for what it was given.
 class Stream {
  public:
   explicit Stream(Shared context);
@@ -68,12 +68,12 @@ class Event {
  public:
   explicit Event(Shared context);
   ~Event();
-  Event(Event&& other) noexcept;
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   // All methods want the context to be current.
   void record(StreamHandle stream) const;
   void wait() const;
+  void wait_quietly() const noexcept;
   // Later work of `stream` waits for it.
   void hold_back(StreamHandle stream) const;
 

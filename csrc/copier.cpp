@@ -1,31 +1,17 @@
 #include "copier.hpp"
 
 #include <algorithm>
-#include <csignal>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "crc32c.hpp"
+#include "signals.hpp"
 
 namespace resilient_train {
 namespace {
 
 const unsigned char* bytes(std::uint64_t address) { return reinterpret_cast<const unsigned char*>(address); }
-
-// The process's signals are for the interpreter's threads.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
 
 }  // namespace
 
@@ -111,7 +97,9 @@ void Copier::wait() {
 }
 
 void Copier::fence(cuda::StreamHandle compute) {
-  if (download_ == nullptr || lazy_here_) wait();
+  // Without kernels an audit compares with the image, which has to be complete for that.
+  const bool compares = download_ != nullptr && placed_ && !fenced_ && !download_->takes_fingerprints();
+  if (download_ == nullptr || lazy_here_ || compares) wait();
   if (download_ != nullptr) {
     try {
       download_->hold_back(compute, true);

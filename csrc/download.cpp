@@ -75,8 +75,8 @@ void Download::pack(StreamHandle compute) {
 
 void Download::plan_groups(bool direct) {
   if (planned_ && direct == direct_) return;
+  planned_ = false;
   direct_ = direct;
-  planned_ = true;
   group_blocks_ = direct ? std::max(kGroupBlocks, (blocks_ + kMostGroups - 1) / kMostGroups) : kChunkBlocks;
   groups_.assign((blocks_ + group_blocks_ - 1) / group_blocks_, {});
   urgent_parts_.clear();
@@ -95,6 +95,7 @@ void Download::plan_groups(bool direct) {
   }
   while (marks_.size() < groups_.size()) marks_.emplace_back(device_->context());
   while (unread_.size() < groups_.size()) unread_.emplace_back(0);
+  planned_ = true;
 }
 
 void Download::begin(unsigned char* image, StreamHandle compute, bool audit) {
@@ -114,10 +115,16 @@ void Download::begin(unsigned char* image, StreamHandle compute, bool audit) {
   for (std::size_t group = 0; group < groups_.size(); ++group)
     unread_[group] = std::min(group_blocks_, blocks_ - group * group_blocks_);
   const Current current(*device_->context());
-  if (packed_ > 0) pack(compute);
-  if (audit && prints_ != nullptr) prints_->take(0, compute);
-  begun_.record(compute);
-  begun_.hold_back(stream_);
+  try {
+    if (packed_ > 0) pack(compute);
+    if (audit && prints_ != nullptr) prints_->take(0, compute);
+    begun_.record(compute);
+    begun_.hold_back(stream_);
+  } catch (...) {
+    // What was handed over writes to memory that goes with this object, and our stream knows nothing of it.
+    device_->driver().stream_wait.quietly(compute);
+    throw;
+  }
 }
 
 void Download::enqueue() {
@@ -245,17 +252,22 @@ std::vector<std::size_t> Download::differing(StreamHandle stream) {
   constexpr std::size_t kChunk = 4 << 20;
   const PinnedMemory copy(device_->context(), kChunk);
   const Current current(*device_->context());
+  const auto same = [&](const Piece& piece, std::size_t at) {
+    const std::size_t n = std::min<std::size_t>(kChunk, piece.size - at);
+    device_->driver().to_host(copy.data(), piece.source + at, n, stream);
+    device_->driver().stream_wait(stream);
+    return std::memcmp(image_ + piece.at + at, copy.data(), n) == 0;
+  };
   std::vector<std::size_t> found;
-  for (const std::size_t i : lazy_) {
-    const Piece& piece = pieces_[i];
-    bool same = true;
-    for (std::size_t at = 0; same && at < piece.size; at += kChunk) {
-      const std::size_t n = std::min<std::size_t>(kChunk, piece.size - at);
-      device_->driver().to_host(copy.data(), piece.source + at, n, stream);
-      device_->driver().stream_wait(stream);
-      same = std::memcmp(image_ + piece.at + at, copy.data(), n) == 0;
+  try {
+    for (const std::size_t i : lazy_) {
+      std::size_t at = 0;
+      while (at < pieces_[i].size && same(pieces_[i], at)) at += kChunk;
+      if (at < pieces_[i].size) found.push_back(i);
     }
-    if (!same) found.push_back(i);
+  } catch (...) {
+    device_->driver().stream_wait.quietly(stream);
+    throw;
   }
   return found;
 }

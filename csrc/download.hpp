@@ -56,6 +56,8 @@ class Download {
   // Waits until the device has left image and ring alone. Whatever it reports, it is done with them.
   void drain() noexcept;
 
+  // Whether audits take fingerprints; else they compare with the image, which is complete then.
+  bool takes_fingerprints() const { return prints_ != nullptr; }
   // After an audited copy: has the sources looked at again, when `stream` gets there.
   void look_again(StreamHandle stream);
   // Which pieces, those wanted at once left out, differed then; waits for it.

@@ -25,15 +25,25 @@ Fingerprints::Fingerprints(std::shared_ptr<Device> device, const std::vector<Ran
       results_(device_->context(), 16 * std::max<std::size_t>(1, count_)),
       taken_{Event(device_->context()), Event(device_->context())} {}
 
+Fingerprints::~Fingerprints() {
+  for (const Event& event : taken_) event.wait_quietly();
+}
+
 void Fingerprints::take(int which, StreamHandle stream) {
   const Current current(*device_->context());
   const Driver& driver = device_->driver();
-  if (count_ > 0) {
-    driver.fill(sums_.address(), 0, 8 * count_, stream);
-    if (tiles_.size() > 0) device_->kernels()->fingerprint(tiles_.address(), tiles_.size(), sums_.address(), stream);
-    driver.to_host(results_.data() + which * 8 * count_, sums_.address(), 8 * count_, stream);
+  try {
+    if (count_ > 0) {
+      driver.fill(sums_.address(), 0, 8 * count_, stream);
+      if (tiles_.size() > 0) device_->kernels()->fingerprint(tiles_.address(), tiles_.size(), sums_.address(), stream);
+      driver.to_host(results_.data() + which * 8 * count_, sums_.address(), 8 * count_, stream);
+    }
+    taken_[which].record(stream);
+  } catch (...) {
+    // What was handed over uses memory that goes with this object.
+    driver.stream_wait.quietly(stream);
+    throw;
   }
-  taken_[which].record(stream);
 }
 
 std::vector<std::uint64_t> Fingerprints::values(int which) const {

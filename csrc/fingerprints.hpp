@@ -21,6 +21,9 @@ class Fingerprints {
  public:
   // The device has kernels. Throws Error if there is no memory.
   Fingerprints(std::shared_ptr<Device> device, const std::vector<Range>& ranges);
+  ~Fingerprints();
+  Fingerprints(const Fingerprints&) = delete;
+  Fingerprints& operator=(const Fingerprints&) = delete;
   // Has the fingerprints taken when `stream` gets there. `which`: 0 or 1.
   void take(int which, StreamHandle stream);
   // What was taken; waits for it.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.image.device import Uploads
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
 from resilient_train.spec.shard import Entry
@@ -46,10 +47,12 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int) ->
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
     # Everything is read and verified before the first element is written; room for optimizer state has been made.
     sources = [readers[copy.image].tensor(copy.entry) for copy in copies]
+    uploads = Uploads()
     with torch.no_grad():
         for copy, source in zip(copies, sources, strict=True):
             tensor, entry = places[copy.name]
-            _copy(source, copy, tensor, entry)
+            _copy(source, copy, tensor, entry, uploads)
+        uploads.finish()
         for action in (*targets.after, *setters):
             action()
 
@@ -58,16 +61,18 @@ def _dtype(entry: Entry) -> str:
     return entry.real_dtype or entry.dtype
 
 
-def _copy(held: torch.Tensor, copy: Copy, tensor: torch.Tensor, entry: Entry) -> None:
+def _copy(held: torch.Tensor, copy: Copy, tensor: torch.Tensor, entry: Entry, uploads: Uploads) -> None:
     source = held[copy.box.slices_in(copy.entry.box)]
     local, _, _ = local_part(copy.name, tensor)
     if not entry.real_dtype:
-        local[copy.box.slices_in(entry.box)].copy_(source)
+        uploads.copy(local[copy.box.slices_in(entry.box)], source)
         return
     # Stored as bytes: a view of the target's bytes where it is contiguous, else through a copy.
     data = as_bytes(local)
-    data[copy.box.slices_in(entry.box)].copy_(source)
-    if not local.is_contiguous():
+    if local.is_contiguous():
+        uploads.copy(data[copy.box.slices_in(entry.box)], source)
+    else:
+        data[copy.box.slices_in(entry.box)].copy_(source)
         local.copy_(data.view(-1).view(local.dtype).view(local.shape))
 
 
