@@ -34,9 +34,9 @@ class FakeCuda:
         """Forget everything asked for; ``version`` of CUDA, with or without cuGetProcAddress."""
         self._library.fake_reset(version, int(addresses))
 
-    def fail(self, name: str, nth: int = 1, status: int = 2) -> None:
-        """Have call ``nth`` of ``name`` report ``status`` (2: out of memory)."""
-        self._library.fake_fail(name.encode(), nth, status)
+    def fail(self, name: str, nth: int = 1, status: int = 2, times: int = 1) -> None:
+        """Have call ``nth`` of ``name`` and the following report ``status`` (2: out of memory)."""
+        self._library.fake_fail(name.encode(), nth, status, times)
 
     def delay(self, seconds: float) -> None:
         """Time that every copy takes."""

@@ -142,7 +142,7 @@ class Slot(Memory):
                 self._locked_for.unlock(self.address)
             except CudaError as error:
                 # A device that is gone holds nothing any more.
-                logger.info("image memory could not be unlocked: %s", error)
+                logger.info("image memory could not be unlocked: %s", str(error))
             self._locked_for = None
         super().close()
 

@@ -32,16 +32,16 @@ def _open(index: int) -> Device | None:
     try:
         device: Device = make(index)
     except CudaError as error:
-        logger.warning("snapshots of cuda:%d wait for torch's copies: %s", index, error)
+        logger.warning("snapshots of cuda:%d wait for torch's copies: %s", index, str(error))
         return None
     if not device.has_kernels:
         logger.info("snapshots of cuda:%d are made without kernels: %s", index, device.why_no_kernels)
     return device
 
 
-def give_up(error: Exception) -> None:
+def give_up(why: str) -> None:
     """From now on torch copies: the engine's way has failed."""
-    logger.warning("snapshots wait for torch's copies from now on: %s", error)
+    logger.warning("snapshots wait for torch's copies from now on: %s", why)
     for index in _devices:
         _devices[index] = None
 
@@ -83,6 +83,6 @@ class Uploads:
             try:
                 device.upload(copies, stream_of(pairs[0][0]), copying_threads()).wait()
             except CudaError as error:
-                logger.warning("torch copies to the device instead: %s", error)
+                logger.warning("torch copies to the device instead: %s", str(error))
                 for target, source in pairs:
                     target.copy_(source)

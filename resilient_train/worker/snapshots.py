@@ -58,17 +58,17 @@ class _Running:
     lock: threading.Lock = field(default_factory=threading.Lock)
     concluded: bool = False
     torn: list[str] = field(default_factory=list)
-    failure: Exception | None = None
-    """Why the device did not copy."""
+    failure: str = ""
+    """Why the device did not copy, if so."""
 
     def fence(self) -> None:
         """Let the device's later work change what is being copied."""
         with self.lock:
-            if self.failure is None and (self.audit or not self.concluded):
+            if not self.failure and (self.audit or not self.concluded):
                 try:
                     self.writer.fence()
                 except CudaError as error:
-                    self.failure = error
+                    self.failure = str(error)
 
     def conclude(self) -> None:
         """Publish the image once its copy is complete; by whoever comes first, this thread or the publisher's."""
@@ -81,7 +81,7 @@ class _Running:
             try:
                 self.torn = self.writer.conclude()
             except CudaError as error:
-                self.failure = error
+                self.failure = str(error)
                 return
             if not self.torn:
                 self.slot.key = self.key
@@ -137,7 +137,7 @@ class Snapshots:
         try:
             return self._begin(key, safe, past)
         except CudaError as error:
-            self._without_device(error)
+            self._without_device(str(error))
             return self._begin(key, safe, past)
 
     def _begin(self, key: Key, safe: Key | None, past: Mapping[int, int | None]) -> bool:
@@ -167,7 +167,7 @@ class Snapshots:
             running.fence()
         running.conclude()
         self._running = None
-        if running.failure is not None:
+        if running.failure:
             logger.warning("the snapshot of %s is dropped", running.key)
             self.newest = None
             self._without_device(running.failure)
@@ -220,9 +220,9 @@ class Snapshots:
         while (running := self._queue.get()) is not None:
             running.conclude()
 
-    def _without_device(self, error: Exception) -> None:
+    def _without_device(self, why: str) -> None:
         """From now on, have torch copy what stands on devices."""
-        give_up(error)
+        give_up(why)
         self._writer = None
 
     def _copy_at_once(self, names: list[str]) -> None:

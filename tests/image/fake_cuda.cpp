@@ -101,13 +101,19 @@ struct Event {
   std::shared_ptr<Record> last;
 };
 
+// Some calls that fail.
+struct Failure {
+  int before, times;  // calls that do not, then calls that do
+  Status status;
+};
+
 struct World {
   std::mutex mutex;
   std::condition_variable progress;
   int version = 13000;
   bool addresses = true;  // has cuGetProcAddress_v2
   std::atomic<int> copy_delay{0};  // microseconds before each copy
-  std::map<std::string, std::pair<int, Status>> failures;  // name -> (calls until it fails, status)
+  std::map<std::string, Failure> failures;
   std::map<std::string, int> calls;
   std::map<const unsigned char*, std::size_t> device, pinned;  // memory
   std::set<const void*> allocated, registered;
@@ -131,7 +137,8 @@ Status enter(const char* name, bool context = true) {
   std::lock_guard guard(w.mutex);
   ++w.calls[name];
   const auto failure = w.failures.find(name);
-  if (failure != w.failures.end() && --failure->second.first == 0) return failure->second.second;
+  if (failure != w.failures.end() && --failure->second.before < 0 && --failure->second.times >= 0)
+    return failure->second.status;
   if (context && current.empty()) {
     w.misuse = std::string(name) + " without a current context";
     return kInvalidContext;
@@ -204,11 +211,11 @@ void fake_reset(int version, int addresses) {
   w.copy_delay = 0;
 }
 
-// Call number `nth` of `name` from now on reports `status`.
-void fake_fail(const char* name, int nth, int status) {
+// Calls from number `nth` of `name` from now on report `status`, so many times.
+void fake_fail(const char* name, int nth, int status, int times) {
   World& w = world();
   std::lock_guard guard(w.mutex);
-  w.failures[name] = {nth, status};
+  w.failures[name] = {nth - 1, times, status};
 }
 
 void fake_delay(int microseconds) { world().copy_delay = microseconds; }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import random
 from dataclasses import dataclass, field
@@ -354,7 +353,6 @@ def test_every_failure_names_the_call_and_leaves_nothing_behind(cuda: Any, locke
     """Whichever call fails, at its first, a middle or its last time: an error, and nothing leaked, locked or hung."""
     counts: dict[str, int] = {}
     scenario(cuda, locked=locked, kernels=kernels, upto=lambda: counts.update({n: cuda.calls(n) for n in CALLS}))
-    gc.collect()
     alive = cuda.alive()
     failed = 0
     for name in CALLS:
@@ -372,7 +370,6 @@ def test_every_failure_names_the_call_and_leaves_nothing_behind(cuda: Any, locke
                 assert went_without or silent, f"call {nth} of {name} failed, and nobody said so"
                 said = f"{name}: CUDA_ERROR_OUT_OF_MEMORY ("
             assert said.startswith(f"{name}: CUDA_ERROR_OUT_OF_MEMORY (")
-            gc.collect()
             assert cuda.alive() == alive, f"call {nth} of {name}"
             assert cuda.registered() == 0
     assert failed > 30
@@ -413,6 +410,5 @@ def test_page_locks_belong_to_the_device(cuda: Any) -> None:
     first.close()
     assert not device.locked(first.address, 1)
     assert cuda.registered() == 1
-    del second._device, device
-    gc.collect()
+    del first._device, second._device, device
     assert cuda.registered() == 0
