@@ -18,9 +18,13 @@ Context::Context(const std::string& library, int device) : driver_(library) {
 
 Context::~Context() { driver_.release_primary.quietly(device_); }
 
-Current::Current(const Context& context) : context_(context) { context.driver().push(context.handle_); }
+Current::Current(const Context& context) : context_(context), capture_mode_(kRelaxed) {
+  context.driver().push(context.handle_);
+  context.driver().exchange_capture_mode.quietly(&capture_mode_);
+}
 
 Current::~Current() {
+  context_.driver().exchange_capture_mode.quietly(&capture_mode_);
   ContextHandle mine = nullptr;
   context_.driver().pop.quietly(&mine);
 }
@@ -74,13 +78,13 @@ PinnedMemory::~PinnedMemory() {
   context_->quietly([this](const Driver& driver) { driver.host_free.quietly(data_); });
 }
 
-void copy_to_host(const Driver& driver, const std::vector<Copy>& copies, StreamHandle stream) {
-  if (copies.empty()) return;
-  if (copies.size() == 1 || (!driver.batch && !driver.batch_12)) {
-    for (const Copy& copy : copies)
-      driver.to_host(reinterpret_cast<void*>(copy.target), copy.source, copy.size, stream);
-    return;
-  }
+namespace {
+
+constexpr Status kInvalidValue = 1, kNotSupported = 801;
+
+// By one call; false if there is none or it is refused.
+bool copy_batch(const Driver& driver, const std::vector<Copy>& copies, StreamHandle stream) {
+  if ((!driver.batch && !driver.batch_12) || driver.batch_refused) return false;
   std::vector<Pointer> targets, sources;
   std::vector<std::size_t> sizes;
   for (const Copy& copy : copies) {
@@ -90,11 +94,27 @@ void copy_to_host(const Driver& driver, const std::vector<Copy>& copies, StreamH
   }
   CopyAttributes attributes{kStreamOrder, {0, 0}, {0, 0}, kBesideCompute};
   std::size_t first = 0, failed = 0;
-  if (driver.batch)
-    driver.batch(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &first, 1, stream);
-  else
-    driver.batch_12(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &first, 1, &failed,
-                    stream);
+  try {
+    if (driver.batch)
+      driver.batch(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &first, 1, stream);
+    else
+      driver.batch_12(targets.data(), sources.data(), sizes.data(), sizes.size(), &attributes, &first, 1, &failed,
+                      stream);
+  } catch (const Error& error) {
+    if (error.status != kInvalidValue && error.status != kNotSupported) throw;
+    // What is wrong with the copies themselves, the single calls will say.
+    driver.batch_refused = true;
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void copy_to_host(const Driver& driver, const std::vector<Copy>& copies, StreamHandle stream) {
+  if (copies.size() > 1 && copy_batch(driver, copies, stream)) return;
+  for (const Copy& copy : copies)
+    driver.to_host(reinterpret_cast<void*>(copy.target), copy.source, copy.size, stream);
 }
 
 }  // namespace resilient_train::cuda

@@ -10,6 +10,8 @@
 
 namespace resilient_train::cuda {
 
+inline constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+
 // The primary context of a device, kept alive.
 class Context {
  public:
@@ -24,7 +26,10 @@ class Context {
   void quietly(Action action) const {
     ContextHandle before = nullptr;
     if (driver_.push.quietly(handle_) != 0) return;
+    int mode = kRelaxed;
+    driver_.exchange_capture_mode.quietly(&mode);
     action(driver_);
+    driver_.exchange_capture_mode.quietly(&mode);
     driver_.pop.quietly(&before);
   }
 
@@ -37,7 +42,8 @@ class Context {
 
 using Shared = std::shared_ptr<const Context>;
 
-// While it lives, the context is this thread's current one; then the one before is again.
+// While it lives, the context is this thread's current one; then the one before is again. What the thread calls meanwhile
+// does not disturb another thread that captures a CUDA graph.
 class Current {
  public:
   explicit Current(const Context& context);
@@ -47,6 +53,7 @@ class Current {
 
  private:
   const Context& context_;
+  int capture_mode_;
 };
 
 // A stream of our own that does not synchronise with the legacy default stream. Its end waits for what it was given.

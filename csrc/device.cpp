@@ -30,10 +30,10 @@ std::string embedded_kernels() {
 #endif
 }
 
-Kernels::Kernels(Shared context, const std::string& image) : context_(std::move(context)) {
+Kernels::Kernels(Shared context, const std::string& image) : context_(std::move(context)), image_(image) {
   const Current current(*context_);
   const Driver& driver = context_->driver();
-  driver.module_load(&module_, image.data());
+  driver.module_load(&module_, image_.data());
   try {
     driver.module_function(&pack_, module_, "rt_pack");
     driver.module_function(&fingerprint_, module_, "rt_fingerprint");

@@ -1,6 +1,7 @@
 // One CUDA device as the engine uses it: its context, the kernels, and which memory of the host is page-locked.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <map>
 #include <memory>
@@ -30,6 +31,7 @@ class Kernels {
 
  private:
   const Shared context_;
+  const std::string image_;  // The driver may load from it as late as with the first launch.
   ModuleHandle module_ = nullptr;
   FunctionHandle pack_ = nullptr, fingerprint_ = nullptr;
 };

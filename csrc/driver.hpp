@@ -1,6 +1,7 @@
 // The CUDA driver, found when the program runs: nothing of CUDA is needed to build or to link the engine.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <stdexcept>
 #include <string>
@@ -81,6 +82,8 @@ class Driver {
   const Call<int> release_primary{*this, "cuDevicePrimaryCtxRelease", 11000, "cuDevicePrimaryCtxRelease_v2"};
   const Call<ContextHandle> push{*this, "cuCtxPushCurrent", 4000, "cuCtxPushCurrent_v2"};
   const Call<ContextHandle*> pop{*this, "cuCtxPopCurrent", 4000, "cuCtxPopCurrent_v2"};
+  const Call<int*> exchange_capture_mode{*this, "cuThreadExchangeStreamCaptureMode", 10010,
+                                         "cuThreadExchangeStreamCaptureMode"};
   const Call<void*, std::size_t, unsigned> host_register{*this, "cuMemHostRegister", 6050, "cuMemHostRegister_v2"};
   const Call<void*> host_unregister{*this, "cuMemHostUnregister", 4000, "cuMemHostUnregister"};
   const Call<void**, std::size_t, unsigned> host_alloc{*this, "cuMemHostAlloc", 2020, "cuMemHostAlloc"};
@@ -110,6 +113,8 @@ class Driver {
   const Call<Pointer*, Pointer*, std::size_t*, std::size_t, CopyAttributes*, std::size_t*, std::size_t, std::size_t*,
              StreamHandle>
       batch_12{*this, "cuMemcpyBatchAsync", 12080, "cuMemcpyBatchAsync", true};
+  // The driver has it, and does not take it.
+  mutable std::atomic<bool> batch_refused{false};
   const Call<ModuleHandle*, const void*> module_load{*this, "cuModuleLoadData", 2000, "cuModuleLoadData"};
   const Call<ModuleHandle> module_unload{*this, "cuModuleUnload", 2000, "cuModuleUnload"};
   const Call<FunctionHandle*, ModuleHandle, const char*> module_function{*this, "cuModuleGetFunction", 2000,

@@ -130,6 +130,7 @@ World& world() {
 }
 
 thread_local std::vector<int> current;
+thread_local int capture_mode = 0;  // global: what waits or allocates would end another thread's capture of a graph
 
 // What begins every call: counts it, and fails it if a test wants that or no context is current.
 Status enter(const char* name, bool context = true) {
@@ -142,6 +143,10 @@ Status enter(const char* name, bool context = true) {
   if (context && current.empty()) {
     w.misuse = std::string(name) + " without a current context";
     return kInvalidContext;
+  }
+  if (context && capture_mode != 2) {
+    w.misuse = std::string(name) + " would disturb the capture of a graph";
+    return kInvalidValue;
   }
   return 0;
 }
@@ -328,6 +333,12 @@ Status cuCtxPushCurrent_v2(void*) {
 Status cuCtxPopCurrent_v2(void**) {
   if (current.empty()) return misuse("cuCtxPopCurrent without a current context");
   current.pop_back();
+  if (current.empty() && capture_mode != 0) return misuse("the thread's capture mode is not what it was");
+  return 0;
+}
+
+Status cuThreadExchangeStreamCaptureMode(int* mode) {
+  std::swap(capture_mode, *mode);
   return 0;
 }
 
@@ -595,6 +606,7 @@ Status cuGetProcAddress_v2(const char* name, void** found, int version, unsigned
       RT_FAKE("cuDevicePrimaryCtxRelease", cuDevicePrimaryCtxRelease_v2, 11000),
       RT_FAKE("cuCtxPushCurrent", cuCtxPushCurrent_v2, 4000),
       RT_FAKE("cuCtxPopCurrent", cuCtxPopCurrent_v2, 4000),
+      RT_FAKE("cuThreadExchangeStreamCaptureMode", cuThreadExchangeStreamCaptureMode, 10010),
       RT_FAKE("cuMemHostRegister", cuMemHostRegister_v2, 6050),
       RT_FAKE("cuMemHostUnregister", cuMemHostUnregister, 4000),
       RT_FAKE("cuMemHostAlloc", cuMemHostAlloc, 2020),

@@ -119,6 +119,19 @@ def test_images_are_the_same_as_copied_by_the_host(
     del copier
 
 
+def test_a_driver_that_refuses_batches_copies_one_by_one(cuda: Any, chance: random.Random) -> None:
+    """It is asked once."""
+    cuda.fail("cuMemcpyBatchAsync", status=801, times=1000)
+    device, stream, plan = cuda.device(), cuda.stream(), mixed(cuda, chance, 30_000_000)
+    image = Image(plan, device)
+    copier = plan.copier(device)
+    copier.start(image.address, False, stream)
+    copier.wait()
+    image.check()
+    assert cuda.calls("cuMemcpyBatchAsync") == 1
+    image.close()
+
+
 def lazies(cuda: Any, count: int = 6, size: int = 400_000) -> Plan:
     """Large pieces on the device, of ones."""
     plan = Plan(cuda)
