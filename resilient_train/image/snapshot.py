@@ -212,8 +212,11 @@ class ImageWriter:
             # Later changes are as they should be, although the host may get there before the device has copied.
             self._torn_at_fence = [] if self._audited else self._torn()
 
-    def conclude(self) -> list[str]:
+    def conclude(self, *, drop: bool = False) -> list[str]:
         """Wait for the copy, then publish the image, or drop it if a source was changed meanwhile.
+
+        Args:
+            drop: drop it in any case.
 
         Returns:
             Names of the entries that were changed; with any, there is no image.
@@ -233,7 +236,7 @@ class ImageWriter:
         torn = self._torn_at_fence
         if torn is None:
             torn = [] if self._audited else self._torn()
-        if not torn:
+        if not torn and not drop:
             layout = self.layout
             crc = engine.crc32c(slot.address + layout.crc_start, 4 * layout.blocks)
             tail = layout.crc_start + 4 * layout.blocks

@@ -60,6 +60,8 @@ class _Running:
     torn: list[str] = field(default_factory=list)
     failure: str = ""
     """Why the device did not copy, if so."""
+    abandoned: bool = False
+    """The device has not got there, and what it computes now means nothing."""
 
     def fence(self) -> None:
         """Let the device's later work change what is being copied."""
@@ -78,12 +80,13 @@ class _Running:
             if self.concluded:
                 return
             self.concluded = True
+            dropped = self.abandoned
             try:
-                self.torn = self.writer.conclude()
+                self.torn = self.writer.conclude(drop=dropped)
             except CudaError as error:
                 self.failure = str(error)
                 return
-            if not self.torn:
+            if not self.torn and not dropped:
                 self.slot.key = self.key
                 self.host.board.report_published(self.host.index, self.key)
 
@@ -172,6 +175,10 @@ class Snapshots:
             self.newest = None
             self._without_device(running.failure)
             return None
+        if running.abandoned and running.slot.key != running.key:
+            logger.info("the snapshot of %s is dropped: the world ended before its state was computed", running.key)
+            self.newest = None
+            return None
         if running.audit:
             self._copy_at_once(running.writer.changed())
         if not running.torn:
@@ -180,6 +187,15 @@ class Snapshots:
         logger.warning("the snapshot of %s is dropped", running.key)
         self.newest = None
         return None
+
+    def abandon(self) -> None:
+        """Publish no state that a device has not computed yet: the collectives behind it are to be aborted.
+
+        From any thread; waits for nothing, because without the abort the device may never get there.
+        """
+        running = self._running
+        if running is not None and running.writer.on_device:
+            running.abandoned = True
 
     def close(self) -> None:
         """Finish what is running and let go of the state."""

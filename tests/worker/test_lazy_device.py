@@ -249,6 +249,23 @@ def test_a_device_that_fails_costs_one_image_at_most(
     training.close()
 
 
+def test_what_an_abort_has_spoilt_is_not_published(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is behind: whatever it computes after an abort, the image of that boundary is dropped, the one before
+    it stays."""
+    training = Training(cuda, monkeypatch)
+    training.run(FIRST_AUDITS + 1)
+    training.write(training.model.large[0], 99)
+    cuda.delay(0.05)
+    training.boundary()
+    training.snapshots.abandon()
+    assert training.snapshots.settle() is None
+    held = [own.memory.stamp() for own in training.host.slots.all()]
+    assert max(stamp.key for stamp in held if stamp is not None) == Key(1, FIRST_AUDITS + 1)
+    assert training.host.board.published(0) == Key(1, FIRST_AUDITS + 1)
+    cuda.delay(0)
+    training.close()
+
+
 def test_uploads_fill_tensors_on_the_device(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through page-locked memory, all at once; whatever cannot go that way is copied by torch."""
     training = Training(cuda, monkeypatch)
