@@ -16,13 +16,18 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The native engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+# The native engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; its device half on a fake driver.
+DEVICE := csrc/context.cpp csrc/device.cpp csrc/download.cpp csrc/driver.cpp csrc/fingerprints.cpp csrc/upload.cpp
+SANITIZE = $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-error=tsan -fno-omit-frame-pointer -pthread
 sanitize:
 	mkdir -p build
 	for kind in address,undefined thread; do \
-	  $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-error=tsan -fsanitize=$$kind -fno-omit-frame-pointer \
-	    -pthread csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp csrc/scatter.cpp -o build/sanitize && \
-	  echo "$$kind:" && build/sanitize || exit 1; \
+	  $(SANITIZE) -fsanitize=$$kind csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/publish.cpp csrc/scatter.cpp \
+	    $(DEVICE) -ldl -o build/sanitize && \
+	  $(SANITIZE) -fsanitize=$$kind -shared -fPIC tests/image/fake_cuda.cpp -o build/libcuda_fake.so && \
+	  $(SANITIZE) -fsanitize=$$kind csrc/tests/sanitize_cuda.cpp csrc/copier.cpp csrc/crc32c.cpp $(DEVICE) \
+	    build/libcuda_fake.so -Wl,-rpath,$(CURDIR)/build -ldl -o build/sanitize_cuda && \
+	  echo "$$kind:" && build/sanitize && build/sanitize_cuda build/libcuda_fake.so || exit 1; \
 	done
 
 # 10,000 damaged checkpoints, each restored: a few minutes.

@@ -1,5 +1,6 @@
 // Python's view of the native engine: raw addresses and sizes in, no ownership of anybody's memory.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -7,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.hpp"
 #include "copier.hpp"
 #include "crc32c.hpp"
 #include "publish.hpp"
@@ -17,9 +19,15 @@ namespace rt = resilient_train;
 
 namespace {
 
+using resilient_train::bind_device;
+
 std::uint64_t* aligned(std::uintptr_t address) {
   if (address == 0 || address % 8 != 0) throw nb::value_error("address must be non-zero and a multiple of 8");
   return reinterpret_cast<std::uint64_t*>(address);
+}
+
+rt::cuda::StreamHandle stream_handle(std::uintptr_t stream) {
+  return reinterpret_cast<rt::cuda::StreamHandle>(stream);
 }
 
 using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool>;
@@ -30,19 +38,25 @@ void bind_copier(nb::module_& m) {
       .def(
           "__init__",
           [](rt::Copier* self, const std::vector<PieceTuple>& pieces, std::size_t data_start, std::size_t table_start,
-             unsigned threads) {
+             unsigned threads, std::shared_ptr<rt::cuda::Device> device, const std::vector<std::size_t>& remote) {
             std::vector<rt::Piece> copied;
             copied.reserve(pieces.size());
-            for (const auto& [at, source, size, now] : pieces) copied.push_back({at, source, size, now});
-            new (self) rt::Copier(std::move(copied), data_start, table_start, threads);
+            for (const auto& [at, source, size, now] : pieces) copied.push_back({at, source, size, now, false});
+            for (const std::size_t index : remote) copied.at(index).remote = true;
+            new (self) rt::Copier(std::move(copied), data_start, table_start, threads, std::move(device));
           },
-          nb::arg("pieces"), nb::arg("data_start"), nb::arg("table_start"), nb::arg("threads") = 1)
+          nb::arg("pieces"), nb::arg("data_start"), nb::arg("table_start"), nb::arg("threads") = 1,
+          nb::arg("device") = nb::none(), nb::arg("remote") = std::vector<std::size_t>())
       .def(
           "start",
-          [](rt::Copier& self, std::uintptr_t image, bool all_now) {
-            self.start(reinterpret_cast<unsigned char*>(image), all_now);
+          [](rt::Copier& self, std::uintptr_t image, bool all_now, std::uintptr_t stream) {
+            self.start(reinterpret_cast<unsigned char*>(image), all_now, stream_handle(stream));
           },
-          nb::arg("image"), nb::arg("all_now") = false, Unlocked(), "Begin to fill the image at an address.")
+          nb::arg("image"), nb::arg("all_now") = false, nb::arg("stream") = 0, Unlocked(),
+          "Begin to fill the image at an address.")
+      .def(
+          "fence", [](rt::Copier& self, std::uintptr_t stream) { self.fence(stream_handle(stream)); },
+          nb::arg("stream"), Unlocked(), "Let the sources be changed by what the stream is given from now on.")
       .def("running", &rt::Copier::running, "Whether a copy is running.")
       .def("wait", &rt::Copier::wait, Unlocked(), "Block until no copy is running.")
       .def("changed", &rt::Copier::changed, Unlocked(), "Indices of pieces whose source is not what was copied.");
@@ -86,6 +100,7 @@ NB_MODULE(_native, m) {
       },
       nb::arg("source"), nb::arg("segments"), nb::arg("sums"),
       "Put consecutive blocks of an image where they belong; the first that fails its checksum, or -1.");
+  bind_device(m);
   bind_copier(m);
   // At the end of a process Python does not promise to let go of everything, and there is nothing to flush.
   nb::set_leak_warnings(false);

@@ -10,6 +10,7 @@
 #include "../copier.hpp"
 #include "../crc32c.hpp"
 #include "../publish.hpp"
+#include "../scatter.hpp"
 
 namespace rt = resilient_train;
 
@@ -58,6 +59,25 @@ void copies(std::mt19937& chance) {
   check(copier.changed().empty(), "nothing changed");
 }
 
+void scatters(std::mt19937& chance) {
+  std::vector<unsigned char> image((2u << 20) + chance() % 100000);
+  for (auto& byte : image) byte = static_cast<unsigned char>(chance());
+  std::vector<std::uint32_t> sums;
+  for (std::size_t at = 0; at < image.size(); at += rt::kBlock)
+    sums.push_back(rt::crc32c_portable(0, image.data() + at, std::min(rt::kBlock, image.size() - at)));
+  std::vector<unsigned char> target(image.size());
+  std::vector<rt::Segment> segments;
+  for (std::size_t at = 0; at < image.size();) {
+    const std::size_t size = std::min<std::size_t>(image.size() - at, chance() % 300000);
+    segments.push_back({reinterpret_cast<std::uint64_t>(target.data() + at), size});
+    at += size;
+  }
+  check(rt::scatter(image.data(), segments, sums) == -1 && target == image, "every segment stands in its place");
+  check(rt::scatter(nullptr, segments, sums) == -1, "and is checked there");
+  target[rt::kBlock] ^= 1;
+  check(rt::scatter(nullptr, segments, sums) == 1, "the damaged block is named");
+}
+
 void words() {
   alignas(8) std::uint64_t published = 0;
   std::uint64_t data = 0;
@@ -87,6 +107,7 @@ void refusals() {
 int main() {
   std::mt19937 chance(1);
   for (int round = 0; round < 20; ++round) copies(chance);
+  for (int round = 0; round < 20; ++round) scatters(chance);
   words();
   refusals();
   std::puts("native engine: all checks passed");

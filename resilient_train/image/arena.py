@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from resilient_train.errors import MemoryRefused
-from resilient_train.image.native import engine
+from resilient_train.image.native import CudaError, Device, engine
 from resilient_train.spec.shard import PEEK, Stamp, peek
 from resilient_train.spec.world import Key
+
+logger = logging.getLogger(__name__)
 
 
 def create_memory(name: str, size: int) -> int:
@@ -121,8 +124,45 @@ class Memory:
         fcntl.flock(self.fd, fcntl.LOCK_UN)
 
 
+_refusals_said: set[str] = set()
+
+
 class Slot(Memory):
     """Room for one shard image."""
+
+    def __init__(self, fd: int) -> None:
+        """Maps the file behind ``fd``, which stays the caller's."""
+        super().__init__(fd)
+        self._locked_for: Device | None = None
+        self._refused = False
+
+    def lock_pages(self, device: Device) -> None:
+        """Keep the memory where it is, so that ``device`` can write to it by itself; once in the slot's life.
+
+        Where that is refused, copies go through a small ring of memory for which it is not.
+        """
+        if self._locked_for is not None or self._refused:
+            return
+        try:
+            device.lock(self.address, self.size)
+            self._locked_for = device
+        except CudaError as error:
+            self._refused = True
+            why = str(error)
+            if why not in _refusals_said:
+                _refusals_said.add(why)
+                logger.warning("page-locking image memory is refused, so snapshots go through a pinned ring: %s", why)
+
+    def close(self) -> None:
+        """Unlock, unmap and close; the memory itself lives as long as any process holds it."""
+        if self._locked_for is not None:
+            try:
+                self._locked_for.unlock(self.address)
+            except CudaError as error:
+                # A device that is gone holds nothing any more.
+                logger.info("image memory could not be unlocked: %s", str(error))
+            self._locked_for = None
+        super().close()
 
     def stamp(self) -> Stamp | None:
         """Which image is published here; None while there is none or it is being written."""

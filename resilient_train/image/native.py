@@ -43,6 +43,47 @@ Piece = tuple[int, int, int, bool]
 """(byte of the image, address of the source or 0 if the bytes stand there already, size, copied at once)."""
 
 
+class Upload(Protocol):
+    """Copies to a device that are under way; see `csrc/upload.hpp`."""
+
+    def wait(self) -> None:
+        """Block until everything is on the device; other Python threads go on."""
+        ...
+
+
+class Device(Protocol):
+    """A CUDA device; see `csrc/device.hpp`. Only the extension has it. Methods raise `CudaError`."""
+
+    has_kernels: bool
+    """Whether small pieces are packed, and fingerprints taken, by kernels."""
+    why_no_kernels: str
+    """Why not."""
+
+    def lock(self, address: int, size: int) -> None:
+        """Page-lock mapped memory; at once if it is locked already."""
+        ...
+
+    def unlock(self, address: int) -> None:
+        """Undo `lock`, before the memory is unmapped."""
+        ...
+
+    def upload(self, copies: Sequence[tuple[int, int, int]], stream: int, threads: int = 1) -> Upload:
+        """Begin to copy (address on the device, address here, size), behind what ``stream`` has to do so far."""
+        ...
+
+
+class DeviceCopier(Copier, Protocol):
+    """A copier some of whose pieces stand on a CUDA device. Methods raise `CudaError`."""
+
+    def start(self, image: int, all_now: bool = False, stream: int = 0) -> None:
+        """The same; pieces on the device are copied as they are when ``stream`` gets there."""
+        ...
+
+    def fence(self, stream: int) -> None:
+        """Have what ``stream`` is given from now on wait until the sources are read; the host joins its own pieces."""
+        ...
+
+
 class Engine(Protocol):
     """What `csrc` exports."""
 
@@ -50,6 +91,9 @@ class Engine(Protocol):
         self, pieces: Sequence[Piece], data_start: int, table_start: int, threads: int = 1
     ) -> Copier:
         """A copier of ``pieces``, which follow each other from ``data_start`` to ``table_start``.
+
+        The extension's takes two more arguments, a `Device` and the indices of the pieces on it, and is then a
+        `DeviceCopier`.
 
         Raises:
             ValueError: if they do not.
@@ -241,6 +285,14 @@ def load() -> Engine:
 
 
 engine: Engine = load()
+
+
+class _NoCuda(RuntimeError):
+    """What the fallback, which has no `Device`, never raises."""
+
+
+CudaError: type[Exception] = getattr(engine, "CudaError", _NoCuda)
+"""A call of the CUDA driver failed; the text names it and the error."""
 
 
 def checksum(data: memoryview | bytes | bytearray, crc: int = 0) -> int:

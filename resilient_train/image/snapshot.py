@@ -7,18 +7,24 @@ Parts that are *lazy* are copied while the program goes on, because nobody chang
 Nobody can be forced to keep to that, so it is checked: by the version counters of the tensors, which ordinary in-place
 operations count up, and in an *audit* by the bytes themselves.  An audited image is copied at once, and its sources are
 compared with it at the time when a lazy copy would have had to be finished.
+
+Tensors on a CUDA device are read by the device itself, behind the work that it has been given at that time, and "at
+once" means before its later work.  Nobody waits for it: a *fence* has the computing stream wait.  The writer holds on
+to its sources, as torch's allocator gives freed memory to others without asking whether another stream still reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from resilient_train.errors import FormatError
 from resilient_train.image.arena import Slot
-from resilient_train.image.native import engine
+from resilient_train.image.device import copying_threads, device_of, stream_of
+from resilient_train.image.native import Copier, CudaError, Device, DeviceCopier, Piece, engine
 from resilient_train.spec.shard import Entry, ImageLayout, Stamp
 from resilient_train.spec.world import Key
 
@@ -59,9 +65,12 @@ class Part:
     """Whether later snapshots copy from the same addresses."""
 
 
-def addressable(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's bytes can be copied from where they stand."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+def addressable(tensor: torch.Tensor, device: Device | None = None) -> bool:
+    """Whether a tensor's bytes can be copied from where they stand: on the host, or on ``device``."""
+    if not tensor.is_contiguous():
+        return False
+    held = device_of(tensor)
+    return held is device if held is not None else tensor.device.type == "cpu"
 
 
 class ImageWriter:
@@ -74,6 +83,9 @@ class ImageWriter:
         rank: whose image it is.
         world: number of ranks.
         threads: native threads that copy.
+
+        Raises:
+            CudaError: if there are parts on a CUDA device and it refuses what copying them takes.
         """
         if [part.entry for part in parts] != list(layout.entries):
             raise FormatError("the parts are not the layout's")
@@ -83,18 +95,35 @@ class ImageWriter:
         self._slot: Slot | None = None
         self._stamp: Stamp | None = None
         self._audited = False
-        pieces: list[tuple[int, int, int, bool]] = []
+        self._torn_at_fence: list[str] | None = None
+        self._device: Device | None = None
+        """the device that some parts stand on; those on a second one are copied by torch"""
+        self._example: torch.Tensor | None = None
+        """one of them"""
+        for source in (source for part in parts if part.fixed for source in part.sources):
+            self._device = device_of(source)
+            if self._device is not None:
+                self._example = source
+                break
+        self._sources: list[torch.Tensor] = []
+        """what is read without torch's knowledge"""
+        pieces: list[Piece] = []
+        remote: list[int] = []
         self._owners: list[int] = []
         """piece -> part"""
         self._placed: list[int] = []
         """parts that are copied by torch at every snapshot"""
         for index, (part, start) in enumerate(zip(parts, layout.starts, strict=True)):
             at = start
-            direct = part.fixed and all(addressable(source) for source in part.sources)
-            if not direct:
+            direct = part.fixed and all(addressable(source, self._device) for source in part.sources)
+            if direct:
+                self._sources += part.sources
+            else:
                 self._placed.append(index)
             for source in part.sources:
                 size = source.numel() * source.element_size()
+                if direct and device_of(source) is not None:
+                    remote.append(len(pieces))
                 pieces.append((at, source.data_ptr() if direct else 0, size, not part.lazy))
                 self._owners.append(index)
                 at += size
@@ -104,7 +133,17 @@ class ImageWriter:
         self._names = [part.entry.name for part in parts]
         self._watched = [(i, tensor) for i, part in enumerate(parts) if part.lazy for tensor in part.watched]
         self._versions: list[int] = []
-        self._copier = engine.Copier(pieces, layout.data_start, layout.crc_start, threads)
+        bounds = (layout.data_start, layout.crc_start)
+        if self._device is None:
+            self._copier: Copier = engine.Copier(pieces, *bounds, threads)
+        else:
+            make = cast(Any, engine).Copier
+            self._copier = make(pieces, *bounds, max(threads, copying_threads()), self._device, remote)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether a CUDA device copies some of the parts."""
+        return self._device is not None
 
     def begin(self, slot: Slot, key: Key, parts: Sequence[Part], document: bytes, *, audit: bool = False) -> bool:
         """Begin to write one image; `conclude` must follow before the next.
@@ -123,6 +162,7 @@ class ImageWriter:
 
         Raises:
             FormatError: if the state does not fit the layout.
+            CudaError: if the device refuses to copy.
         """
         layout = self.layout
         if len(document) > layout.json_capacity or slot.size != layout.total or self._slot is not None:
@@ -136,7 +176,12 @@ class ImageWriter:
                 _place(slot, layout.starts[index], parts[index].sources)
             slot.map[layout.json_start : layout.crc_start] = document.ljust(layout.json_capacity)
             self._versions = [tensor._version for _, tensor in self._watched]
-            self._copier.start(slot.address, audit)
+            self._torn_at_fence = None
+            if self._device is not None and self._example is not None:
+                slot.lock_pages(self._device)
+                cast(DeviceCopier, self._copier).start(slot.address, audit, stream_of(self._example))
+            else:
+                self._copier.start(slot.address, audit)
         except BaseException:
             slot.unlock()
             raise
@@ -145,21 +190,53 @@ class ImageWriter:
         return True
 
     def wait(self) -> None:
-        """Block until the copy is complete; afterwards the sources may change."""
+        """Block until the copy is complete; afterwards the sources may change.
+
+        Raises:
+            CudaError: if a device failed to copy; the image is not complete then.
+        """
         self._copier.wait()
 
-    def conclude(self) -> list[str]:
+    def fence(self) -> None:
+        """With parts on a CUDA device: they may be changed by what it is given from now on, others by anybody.
+
+        The host waits only for the others.
+
+        Raises:
+            CudaError: if the device failed; nothing is read any more then.
+        """
+        if self._example is None:
+            raise FormatError("there are no parts on a device")
+        cast(DeviceCopier, self._copier).fence(stream_of(self._example))
+        if self._torn_at_fence is None:
+            # Later changes are as they should be, although the host may get there before the device has copied.
+            self._torn_at_fence = [] if self._audited else self._torn()
+
+    def conclude(self, *, drop: bool = False) -> list[str]:
         """Wait for the copy, then publish the image, or drop it if a source was changed meanwhile.
+
+        Args:
+            drop: drop it in any case.
 
         Returns:
             Names of the entries that were changed; with any, there is no image.
+
+        Raises:
+            CudaError: if a device failed to copy; there is no image then.
         """
         slot, stamp = self._slot, self._stamp
         if slot is None or stamp is None:
             raise FormatError("no image is being written")
-        self._copier.wait()
-        torn = [] if self._audited else self._torn()
-        if not torn:
+        try:
+            self._copier.wait()
+        except CudaError:
+            slot.unlock()
+            self._slot = None
+            raise
+        torn = self._torn_at_fence
+        if torn is None:
+            torn = [] if self._audited else self._torn()
+        if not torn and not drop:
             layout = self.layout
             crc = engine.crc32c(slot.address + layout.crc_start, 4 * layout.blocks)
             tail = layout.crc_start + 4 * layout.blocks

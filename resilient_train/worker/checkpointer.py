@@ -154,6 +154,7 @@ class Checkpointer:
         self._closed = False
         self._step: int | None = None
         self._host.on_leave(self._detach)
+        self._host.before_abort(self._snapshots.abandon)
         self._host.before_end = self._finish
 
     # ---- stepping ---------------------------------------------------------------------------------------------------

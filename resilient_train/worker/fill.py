@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.image.device import Uploads
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import addressable
@@ -59,16 +60,17 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
     ranges: list[list[Range]] = [[] for _ in readers]
     later: list[Callable[[], object]] = []
+    uploads = Uploads()
     with torch.no_grad():
         for copy in copies:
-            wanted, after = _arranged(copy, *places[copy.name], readers[copy.image].start(copy.entry))
+            wanted, after = _arranged(copy, *places[copy.name], readers[copy.image].start(copy.entry), uploads)
             ranges[copy.image].append(wanted)
             later += after
         tasks = [task for reader, wanted in zip(readers, ranges, strict=True) for task in reader.fetching(wanted)]
         with ThreadPoolExecutor(threads, "restore") as pool:
             for done in [pool.submit(task) for task in tasks]:
                 done.result()
-        for act in (*later, *targets.after, *setters):
+        for act in (*later, uploads.finish, *targets.after, *setters):
             act()
 
 
@@ -90,7 +92,9 @@ def _dtype(entry: Entry) -> str:
     return entry.real_dtype or entry.dtype
 
 
-def _arranged(copy: Copy, tensor: torch.Tensor, entry: Entry, start: int) -> tuple[Range, list[Callable[[], object]]]:
+def _arranged(
+    copy: Copy, tensor: torch.Tensor, entry: Entry, start: int, uploads: Uploads
+) -> tuple[Range, list[Callable[[], object]]]:
     """Which bytes of the image to bring where, and what to do with them once they are there.
 
     Args:
@@ -98,6 +102,7 @@ def _arranged(copy: Copy, tensor: torch.Tensor, entry: Entry, start: int) -> tup
         tensor: what it is a block of.
         entry: how this rank would store ``tensor``.
         start: first byte of the block's entry in its image.
+        uploads: takes what belongs on a device.
     """
     first, count = copy.box.span_in(copy.entry.box)
     local, _, _ = local_part(copy.name, tensor)
@@ -109,7 +114,9 @@ def _arranged(copy: Copy, tensor: torch.Tensor, entry: Entry, start: int) -> tup
     if count != copy.box.size or not addressable(place):
         gathered = torch.empty(count, dtype=place.dtype)
         strides = torch.empty(copy.entry.shape, device="meta").stride()
-        after.append(functools.partial(place.copy_, gathered.as_strided(copy.box.shape, strides)))
+        again = entry.real_dtype and not local.is_contiguous()
+        into = place.copy_ if again else functools.partial(uploads.copy, place)
+        after.append(functools.partial(into, gathered.as_strided(copy.box.shape, strides)))
         place = gathered
     if entry.real_dtype and not local.is_contiguous():
         after.append(lambda: local.copy_(target.view(-1).view(local.dtype).view(local.shape)))

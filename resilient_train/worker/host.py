@@ -58,6 +58,7 @@ class Host:
         """The Checkpointer is closed, or its generation over."""
         self._claimed = False
         self.before_end = None
+        self.before_abort(None)
 
     def next_round(self) -> int:
         """A number that all ranks of a generation agree on, for exchanges through its store."""
@@ -106,6 +107,11 @@ class Host:
         """Have ``action`` called when the generation ends."""
         if self._session is not None:
             self._session.on_leave(action)
+
+    def before_abort(self, action: Callable[[], None] | None) -> None:
+        """Have ``action`` called, from any thread, before collectives on devices are aborted."""
+        if self._session is not None:
+            self._session.before_abort(action)
 
     def begin_steps(self, first: int, last: int) -> None:
         """The script steps through boundaries from now on."""

@@ -49,6 +49,8 @@ class ProcessGroups:
         self._hosts: set[str] = set()
         self._size = 0
         self._nccl_aborted = False
+        self.before_abort: Callable[[], None] | None = None
+        """called before collectives on devices are aborted: what devices compute from there on means nothing"""
         _observe_new_groups(self)
 
     def form(
@@ -129,6 +131,8 @@ class ProcessGroups:
         if self._nccl_aborted or not (torch.cuda.is_available() and dist.is_nccl_available()):
             return
         self._nccl_aborted = bool(c10d._world.pg_map)
+        if self.before_abort is not None:
+            self.before_abort()
         for group in list(c10d._world.pg_map):
             with contextlib.suppress(RuntimeError):
                 backend: Any = group._get_backend(torch.device("cuda"))

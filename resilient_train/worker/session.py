@@ -74,6 +74,10 @@ class Session:
         """Have ``action`` called when the current generation is left."""
         self._on_leave.append(action)
 
+    def before_abort(self, action: Callable[[], None] | None) -> None:
+        """Have ``action`` called, from any thread, before collectives on devices are aborted."""
+        self.groups.before_abort = action
+
     def stage(self, name: str) -> None:
         """Report once that a stage of recovery is behind this rank."""
         if self.record is not None and name not in self._stages:

@@ -5,6 +5,9 @@ snapshot begins at a step boundary and its large parts are copied by native thre
 backward; a *fence*, run before any optimizer steps and at the next boundary, waits for them.  As soon as the copy is
 complete a thread publishes the image, so that a loss in the middle of a step still finds it.
 
+A CUDA device copies by itself, and computes behind its host: the fence has its computing stream wait, the host goes on.
+Where the engine cannot work with the device, torch copies at the boundary, and the training waits for it.
+
 What does not keep to this is found out (`resilient_train.image.snapshot` says how) and copied at the boundary from then
 on: its image is dropped, and its name is said once.
 """
@@ -25,6 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from resilient_train.errors import UnsupportedState
+from resilient_train.image.device import give_up
+from resilient_train.image.native import CudaError
 from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.spec.shard import plan_image
 from resilient_train.spec.world import Key
@@ -53,16 +58,35 @@ class _Running:
     lock: threading.Lock = field(default_factory=threading.Lock)
     concluded: bool = False
     torn: list[str] = field(default_factory=list)
+    failure: str = ""
+    """Why the device did not copy, if so."""
+    abandoned: bool = False
+    """The device has not got there, and what it computes now means nothing."""
+
+    def fence(self) -> None:
+        """Let the device's later work change what is being copied."""
+        with self.lock:
+            if not self.failure and (self.audit or not self.concluded):
+                try:
+                    self.writer.fence()
+                except CudaError as error:
+                    self.failure = str(error)
 
     def conclude(self) -> None:
         """Publish the image once its copy is complete; by whoever comes first, this thread or the publisher's."""
-        self.writer.wait()
+        with contextlib.suppress(CudaError):
+            self.writer.wait()
         with self.lock:
             if self.concluded:
                 return
-            self.torn = self.writer.conclude()
             self.concluded = True
-            if not self.torn:
+            dropped = self.abandoned
+            try:
+                self.torn = self.writer.conclude(drop=dropped)
+            except CudaError as error:
+                self.failure = str(error)
+                return
+            if not self.torn and not dropped:
                 self.slot.key = self.key
                 self.host.board.report_published(self.host.index, self.key)
 
@@ -113,6 +137,13 @@ class Snapshots:
         self.settle()
         if self._lazy:
             self._guard()
+        try:
+            return self._begin(key, safe, past)
+        except CudaError as error:
+            self._without_device(str(error))
+            return self._begin(key, safe, past)
+
+    def _begin(self, key: Key, safe: Key | None, past: Mapping[int, int | None]) -> bool:
         frame = self._state.capture(self._rank, self._frame)
         writer = self._planned(frame)
         parts = [frame.parts[index] for index in self._order]
@@ -123,7 +154,7 @@ class Snapshots:
                 self._taken += 1
                 self.newest = key
                 self._running = _Running(writer=writer, slot=slot, key=key, host=self._host, audit=audit)
-                if self._lazy and writer.layout.total > AT_ONCE:
+                if self._lazy and (writer.on_device or writer.layout.total > AT_ONCE):
                     self._queue.put(self._running)
                 else:
                     self._running.conclude()
@@ -135,8 +166,19 @@ class Snapshots:
         running = self._running
         if running is None:
             return None
+        if running.writer.on_device:
+            running.fence()
         running.conclude()
         self._running = None
+        if running.failure:
+            logger.warning("the snapshot of %s is dropped", running.key)
+            self.newest = None
+            self._without_device(running.failure)
+            return None
+        if running.abandoned and running.slot.key != running.key:
+            logger.info("the snapshot of %s is dropped: the world ended before its state was computed", running.key)
+            self.newest = None
+            return None
         if running.audit:
             self._copy_at_once(running.writer.changed())
         if not running.torn:
@@ -145,6 +187,15 @@ class Snapshots:
         logger.warning("the snapshot of %s is dropped", running.key)
         self.newest = None
         return None
+
+    def abandon(self) -> None:
+        """Publish no state that a device has not computed yet: the collectives behind it are to be aborted.
+
+        From any thread; waits for nothing, because without the abort the device may never get there.
+        """
+        running = self._running
+        if running is not None and running.writer.on_device:
+            running.abandoned = True
 
     def close(self) -> None:
         """Finish what is running and let go of the state."""
@@ -171,7 +222,11 @@ class Snapshots:
     def _fence(self, *_: object) -> None:
         """Before any optimizer changes anything."""
         running = self._running
-        if running is not None:
+        if running is None:
+            return
+        if running.writer.on_device:
+            running.fence()
+        else:
             running.conclude()
             if running.audit:
                 running.audit = False
@@ -180,6 +235,11 @@ class Snapshots:
     def _publish(self) -> None:
         while (running := self._queue.get()) is not None:
             running.conclude()
+
+    def _without_device(self, why: str) -> None:
+        """From now on, have torch copy what stands on devices."""
+        give_up(why)
+        self._writer = None
 
     def _copy_at_once(self, names: list[str]) -> None:
         """From now on, copy these entries at the boundary."""

@@ -63,7 +63,7 @@ class Keeper:
     def __init__(self) -> None:
         self.slots: list[Slot] = []
 
-    def allocate(self, size: int) -> tuple[int, Slot]:
+    def allocate(self, size: int, ahead: int = 0) -> tuple[int, Slot]:
         fd = create_memory("test", size)
         self.slots.append(Slot(fd))
         os.close(fd)
