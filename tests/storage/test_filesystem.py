@@ -54,6 +54,8 @@ def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path)
     """No manifest until the parts name every rank; then the same manifest whoever writes it."""
     tier = FilesystemTier(str(tmp_path))
     key = Key(3, 41)
+    for file in files([0, 1, 2]):
+        tier.put(f"{folder_of(key)}/{file.name}", [b"1"])
     assert not commit(tier, key, 3, files([2]), {3: None})
     assert listing(tier) == ([], [key])
     with pytest.raises(CheckpointDamaged, match="missing"):
@@ -61,6 +63,16 @@ def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path)
     assert commit(tier, key, 3, files([0, 1]), {3: None})
     assert listing(tier) == ([key], [])
     assert read_manifest(tier, key) == Manifest(key=key, world=3, files=tuple(files([0, 1, 2])), past={3: None})
+
+
+def test_a_checkpoint_whose_images_were_removed_is_not_committed(tmp_path: Path) -> None:
+    """A job that is started again while its predecessor's keeper still writes removes that as a leftover."""
+    tier = FilesystemTier(str(tmp_path))
+    key = Key(3, 41)
+    tier.put(f"{folder_of(key)}/r0", [b"1"])
+    with pytest.raises(StorageError, match="r1 was removed"):
+        commit(tier, key, 2, files([0, 1]), {3: None})
+    assert listing(tier) == ([], [key])
 
 
 def test_folder_names_are_keys() -> None:
