@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import threading
 import time
@@ -21,6 +22,8 @@ from resilient_train.storage.catalogue import commit, listing, read_manifest
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 8 << 20
 _AT_ONCE = 8
@@ -122,9 +125,17 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
             tier.delete(folder_of(job.key))
         raise
     if complete:
-        for key in superseded(*listing(tier), job.keep_last):
-            tier.delete(folder_of(key))
+        _remove_superseded(tier, job.keep_last)
     return sum(file.size for file in files), complete
+
+
+def _remove_superseded(tier: Tier, keep_last: int) -> None:
+    """What cannot be removed costs room; what was just written is durable all the same."""
+    try:
+        for key in superseded(*listing(tier), keep_last):
+            tier.delete(folder_of(key))
+    except OutsideError as error:
+        logger.warning("superseded checkpoints are left behind: %s", error)
 
 
 def _check_same(tier: Tier, key: Key, files: Sequence[ImageFile]) -> None:
