@@ -4,6 +4,9 @@ What abort takes differs by backend.  NCCL has an abort.  Gloo's does nothing to
 2.13); what frees one is shutting down the TCP connections that the group opened.  So this module remembers which
 sockets came into being while groups were formed, and shuts those down: established ones only, because shutting down
 gloo's listener ends the process.
+
+A rank that waits for another to connect to it has no connection yet.  If that other one is dead, nothing frees it but a
+connection; so it gets one from its own process, which is shut down at once (`_knock`).
 """
 
 from __future__ import annotations
@@ -41,6 +44,10 @@ class ProcessGroups:
         self._before: set[int] | None = None
         self._hosts: set[str] = set()
         self._nccl_aborted = False
+        self._generation = 0
+        self._size = 0
+        self._knocked: set[int] = set()
+        """Listeners that got connections of our own."""
         _observe_new_groups(self)
 
     def form(self, *, generation: int, rank: int, size: int, host: str, port: int, backend: str | None) -> None:
@@ -53,6 +60,8 @@ class ProcessGroups:
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
         self._hosts = _addresses(host)
+        with self._lock:
+            self._generation, self._size = generation, size
         before = set(_sockets())
         # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
         store = dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
@@ -82,17 +91,23 @@ class ProcessGroups:
                     self._ours |= _sockets().keys() - self._before
                     self._before = None
 
-    def abort(self) -> int:
+    def abort(self, generation: int | None = None) -> int:
         """Free every thread of this process that is blocked in these groups; may be called often, from any thread.
+
+        Args:
+            generation: the one that is over; if a later one is being formed already, nothing is done. None: any.
 
         Returns:
             Number of connections that were shut down.
         """
         with self._lock:
+            if generation is not None and generation < self._generation:
+                return 0
             now = _sockets()
             ours = now.keys() - self._before if self._before is not None else set()
             hosts = self._hosts
             count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
+            self._knocked |= {inode for inode in ours - self._knocked if _knock(now[inode], inode, self._size)}
         self._abort_nccl()
         return count
 
@@ -118,6 +133,7 @@ class ProcessGroups:
         clear_dtensor_caches()
         with self._lock:
             self._ours = set()
+            self._knocked = set()
 
 
 def _sockets() -> dict[int, int]:
@@ -162,6 +178,30 @@ def _shut_down(descriptor: int, inode: int, hosts: Set[str]) -> bool:
     finally:
         if copy >= 0:
             os.close(copy)
+
+
+def _knock(descriptor: int, inode: int, peers: int) -> bool:
+    """Stand in for peers that will never connect, if the descriptor is a listener of gloo's; whether it is one.
+
+    Whoever connects says in 8 bytes which of the listener's pairs it is for.
+    """
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return False
+    with socket.socket(fileno=copy) as listener:
+        try:
+            tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
+            if os.fstat(copy).st_ino != inode or not tcp:
+                return False
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return False
+            for number in range(peers):
+                with socket.create_connection(listener.getsockname()[:2], timeout=1.0) as caller:
+                    caller.sendall(number.to_bytes(8, sys.byteorder))
+        except OSError:
+            return False
+    return True
 
 
 def _address(name: tuple[Any, ...]) -> str:

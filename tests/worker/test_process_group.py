@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -40,6 +45,55 @@ def test_an_abort_frees_a_formation_that_waits_for_a_missing_rank(port: int) -> 
     assert total.item() == 1
     groups.dissolve()
     assert not dist.is_initialized()
+
+
+def test_a_late_abort_does_not_touch_the_next_generation(port: int) -> None:
+    """Who decided to abort a generation may come to it when the main thread is forming the next one already."""
+    groups = ProcessGroups(60.0)
+    groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    assert groups.abort(1) == 0
+    assert groups.abort(2) > 0
+    groups.dissolve()
+
+
+SHY = """
+import sys, torch.distributed as dist
+from datetime import timedelta
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False, timedelta(seconds=30), wait_for_workers=False)
+# Its place in the world, as it would say it: an address at which nobody listens any more.
+store = dist.PrefixStore("generation/1", store)
+print("ready", flush=True)
+dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
+"""
+
+
+def test_an_abort_frees_a_formation_that_waits_for_a_dead_rank_to_connect(port: int) -> None:
+    """The other rank said where it is and was killed before it connected: there is no connection to shut down."""
+    groups = ProcessGroups(60.0)
+    shy = subprocess.Popen([sys.executable, "-c", SHY, str(port)], stdout=subprocess.PIPE, text=True)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        store.wait(["generation/1/0//cpu//0/1"])
+    finally:
+        shy.kill()
+        shy.communicate()
+    timer = threading.Timer(0.5, repeat, [groups.abort, 1, 40])
+    timer.start()
+    with contextlib.suppress(RuntimeError, dist.DistError):
+        groups.form(generation=1, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+        dist.all_reduce(torch.ones(1))
+    assert timer.is_alive(), "it was not the abort that freed it"
+    timer.join()
+    groups.dissolve()
+    groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    groups.dissolve()
+
+
+def repeat(action: Callable[[int], int], generation: int, times: int) -> None:
+    """As a worker's monitor does."""
+    for _ in range(times):
+        action(generation)
+        time.sleep(0.05)
 
 
 def test_connections_to_other_hosts_are_not_shut_down() -> None:
