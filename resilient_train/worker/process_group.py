@@ -66,6 +66,9 @@ class ProcessGroups:
         # Connecting is not to be aborted: torch would try again and again, ever more slowly, until its time is up.
         store = dist.TCPStore(host, port, None, False, _CONNECT_TIMEOUT, wait_for_workers=False)
         store.set_timeout(self._timeout)
+        # torch numbers groups, and ranks meet under the number.  A formation that was aborted has used one up, on the
+        # ranks on which it had not succeeded yet: without this the next one would wait for ranks that wait elsewhere.
+        c10d._world.group_count = 0
         with self._tracking(before):
             dist.init_process_group(
                 backend,

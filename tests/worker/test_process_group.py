@@ -56,6 +56,33 @@ def test_a_late_abort_does_not_touch_the_next_generation(port: int) -> None:
     groups.dissolve()
 
 
+LATER = """
+import sys, torch, torch.distributed as dist
+from resilient_train.worker.process_group import ProcessGroups
+ProcessGroups(20.0).form(generation=2, rank=1, size=2, host="127.0.0.1", port=int(sys.argv[1]), backend="gloo")
+dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_who_was_aborted_while_forming_meets_who_was_not(port: int) -> None:
+    """A formation is aborted on one rank; the next one has to succeed with a process that knows nothing of it."""
+    groups = ProcessGroups(20.0)
+    timer = threading.Timer(0.2, groups.abort)
+    timer.start()
+    with pytest.raises((RuntimeError, dist.DistError)):
+        groups.form(generation=1, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+    timer.join()
+    groups.dissolve()
+    other = subprocess.Popen([sys.executable, "-c", LATER, str(port)])
+    try:
+        groups.form(generation=2, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+        dist.all_reduce(torch.ones(1))
+    finally:
+        other.kill()
+        other.wait()
+    groups.dissolve()
+
+
 SHY = """
 import sys, torch.distributed as dist
 from datetime import timedelta
