@@ -7,6 +7,7 @@ Object stores show an object only when its upload is complete, which is the same
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import uuid
 from collections.abc import Iterable, Iterator
@@ -171,6 +172,10 @@ def _put_local(target: str, chunks: Iterable[Chunk]) -> int:
                     written += done
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        for begun in glob.glob(f"{glob.escape(target)}.*.tmp"):
+            # By a keeper that was killed.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(begun)
     except BaseException:
         try:
             os.unlink(temporary)

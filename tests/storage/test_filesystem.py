@@ -110,6 +110,17 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path) -> None:
         read_manifest(FilesystemTier(str(tmp_path)), Key(1, 2))
 
 
+def test_what_a_killed_keeper_had_begun_goes_with_the_next_write(tmp_path: Path) -> None:
+    """The state is written again by its successor, under the same name; other files' leftovers are not its business."""
+    tier = FilesystemTier(str(tmp_path))
+    tier.put("a/x", [b"1"])
+    for name in ("x.0123.tmp", "xy.0123.tmp"):
+        (tmp_path / "a" / name).write_bytes(b"half")
+    tier.put("a/x", [b"12"])
+    assert tier.folders() == {"a": {"x", "xy.0123.tmp"}}
+    assert tier.read("a/x", 0, 2) == b"12"
+
+
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     """Writing to a device without room: StorageError, no temporary file, nothing committed."""
     tier = FilesystemTier(str(tmp_path))

@@ -87,9 +87,7 @@ SHY = """
 import sys, torch.distributed as dist
 from datetime import timedelta
 store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False, timedelta(seconds=30), wait_for_workers=False)
-# Its place in the world, as it would say it: an address at which nobody listens any more.
 store = dist.PrefixStore("generation/1", store)
-print("ready", flush=True)
 dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
 """
 
@@ -97,13 +95,13 @@ dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timed
 def test_an_abort_frees_a_formation_that_waits_for_a_dead_rank_to_connect(port: int) -> None:
     """The other rank said where it is and was killed before it connected: there is no connection to shut down."""
     groups = ProcessGroups(60.0)
-    shy = subprocess.Popen([sys.executable, "-c", SHY, str(port)], stdout=subprocess.PIPE, text=True)
+    shy = subprocess.Popen([sys.executable, "-c", SHY, str(port)])
     try:
         store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30), wait_for_workers=False)
         store.wait(["generation/1/0//cpu//0/1"])
     finally:
         shy.kill()
-        shy.communicate()
+        shy.wait()
     timer = threading.Timer(0.5, repeat, [groups.abort, 1, 40])
     timer.start()
     with contextlib.suppress(RuntimeError, dist.DistError):
