@@ -36,6 +36,8 @@ from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
 _KEEPER_RESTARTS = 5
+"""Keepers in a row that may die without having made a state durable or served for `_KEEPER_PROVEN` seconds."""
+_KEEPER_PROVEN = 60.0
 _FLUSH_TIMEOUT = 600.0
 _KEEPER_STOP = 30.0
 _UNSENT = 0.05
@@ -146,6 +148,8 @@ class Agent:
         self._flushed: str | None = None
         self._saved = False
         self._waited_for_done = 0
+        self._keeper_deaths = 0
+        self._keeper_since = 0.0
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -373,6 +377,7 @@ class Agent:
 
     def _start_keeper(self) -> None:
         self._keeper.start()
+        self._keeper_since = self._clock.now()
         pidfd = self._keeper.pidfd
         self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._keeper_died(pidfd))
         self._reach_keeper()
@@ -399,7 +404,8 @@ class Agent:
                     continue
                 if isinstance(message, Notice):
                     self._say(message.text)
-                    self._saved |= message.kind == "persisted"
+                    if message.kind == "persisted":
+                        self._saved, self._keeper_deaths = True, 0
                     self._sink.put(LogEvent(at=message.at, kind=message.kind, text=message.text))
                 if isinstance(message, Flushed):
                     self._flushed = message.text
@@ -417,8 +423,10 @@ class Agent:
             self._selector.unregister(self._keeper.channel)
         code = self._keeper.died()
         self._sink.put(LogEvent(at=self._clock.now(), kind="keeper_died", text=f"exit code {code}"))
-        if self._keeper.starts > _KEEPER_RESTARTS:
-            text = f"the keeper of this node died {self._keeper.starts} times (exit code {code})"
+        proven = self._clock.now() - self._keeper_since >= _KEEPER_PROVEN
+        self._keeper_deaths = 1 if proven else self._keeper_deaths + 1
+        if self._keeper_deaths > _KEEPER_RESTARTS:
+            text = f"the keeper of this node died {self._keeper_deaths} times in a row (exit code {code})"
             self._feed(m.StopAsked(text, ExitCode.USER_ERROR))
             return
         self._say(f"the keeper died (exit code {code}); another takes over its images")

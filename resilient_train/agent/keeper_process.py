@@ -36,12 +36,11 @@ class KeeperProcess:
         self.channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.pidfd = -1
-        self.starts = 0
 
     def start(self) -> None:
         """Start the process (from the main thread). It outlives this agent long enough to save the last state."""
-        self.starts += 1
-        command = [sys.executable, "-m", "resilient_train.keeper", self.address, str(self._slots), "agent"]
+        linger = ["agent", str(os.getpid())]
+        command = [sys.executable, "-m", "resilient_train.keeper", self.address, str(self._slots), *linger]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         self.pidfd = os.pidfd_open(self._process.pid)
 

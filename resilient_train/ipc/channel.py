@@ -47,6 +47,9 @@ class Channel:
         data = memoryview(_HEADER.pack(len(body), len(descriptors)) + body)
         with self._sending:
             try:
+                if self._unsent:
+                    self._socket.sendall(self._unsent)
+                    self._unsent.clear()
                 if descriptors:
                     sent = socket.send_fds(self._socket, [data], list(descriptors))
                     data = data[sent:]

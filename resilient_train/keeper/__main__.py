@@ -1,6 +1,6 @@
 """``python -m resilient_train.keeper NAME LINES LINGER``: started by an agent or a `Checkpointer`, not by hand.
 
-LINGER is the number of seconds to live on without workers, or ``agent``: wait for an agent and end with it.
+LINGER is the number of seconds to live on without workers, or ``agent PID``: wait for that agent and end with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from resilient_train.keeper.keeper import Keeper
 
 def main() -> None:
     """Serve at an abstract address until nobody needs this keeper."""
-    name, lines, linger = sys.argv[1:]
+    name, lines, linger, *rest = sys.argv[1:]
     # Ctrl-C and a launcher's SIGTERM reach the whole group; the keeper still has to save the last state.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -25,7 +25,10 @@ def main() -> None:
     except LinkLost:
         # Another keeper serves this job on this node already.
         return
-    Keeper(listener, int(lines), None if linger == "agent" else float(linger), MonotonicClock()).run()
+    if linger == "agent":
+        Keeper(listener, int(lines), None, MonotonicClock(), starter=int(rest[0])).run()
+    else:
+        Keeper(listener, int(lines), float(linger), MonotonicClock()).run()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ _SAY_EVERY = 10.0
 """Seconds between two words on how far a state is that is being written."""
 _FIRST_TIMEOUT = 60.0
 """Seconds to wait for whoever started this keeper."""
+_NOBODY = "nobody"
+"""The owner of a slot that its worker gave back while it was still being read."""
 
 
 @dataclass
@@ -92,14 +94,18 @@ class Handover:
 class Keeper:
     """Owns the images of a node."""
 
-    def __init__(self, listener: Listener, lines: int, linger: float | None, clock: Clock) -> None:
+    def __init__(
+        self, listener: Listener, lines: int, linger: float | None, clock: Clock, starter: int | None = None
+    ) -> None:
         """Args:
         listener: where workers and the agent connect.
         lines: number of worker slots of the node.
         linger: seconds to live on without workers; None: an agent will come first, and this keeper ends after it.
         clock: the node's clock.
+        starter: process id of the agent that will come.
         """
         self._listener = listener
+        self._starter = starter
         self._linger = 0.0 if linger is None else linger
         self._had_client = False
         self._scratch = ""
@@ -147,10 +153,14 @@ class Keeper:
             return False
         if self._had_agent:
             return True  # The agent's end is the job's end; its Flush was answered or it is dead.
+        if self._starter is not None and os.getppid() != self._starter:
+            return True  # It died before it came.
         linger = self._linger if self._had_client else _FIRST_TIMEOUT
         return self._clock.now() >= self._alone_since + linger
 
     def _tick(self) -> None:
+        if self._agent is not None:
+            self._agent.channel.push()
         self._schedule()
         self._say_progress()
         self._drop_superseded()
@@ -187,13 +197,19 @@ class Keeper:
         self._flush()
         if not self._clients:
             self._alone_since = self._clock.now()
-            if not self._had_agent:
+            if self._agent is None:
+                # Workers live on for a moment after their agent; what they finished in it counts too.
                 self._persist_newest()
+            if not self._had_agent:
                 self._linger = 0.0 if client.polite else self._linger
 
     def _answer(self, client: Client, message: Message, descriptors: list[int] | None = None) -> None:
         try:
-            client.channel.send(message, descriptors or [])
+            if client is self._agent and not descriptors:
+                # An agent that is stopped (Ctrl-Z) must not stop the workers too.
+                client.channel.post(message)
+            else:
+                client.channel.send(message, descriptors or [])
         except LinkLost:
             self._forget(client)
 
@@ -216,7 +232,10 @@ class Keeper:
             case Allocate(size=size, ahead=ahead):
                 self._backing.order(client.member, size, ahead)
             case Discard(slot=slot):
-                self._drop(slot)
+                if self._busy(slot):
+                    self.slots[slot].owner = _NOBODY
+                else:
+                    self._drop(slot)
             case Policy():
                 if message != self._policy:
                     self._policy = message
@@ -302,8 +321,11 @@ class Keeper:
         early, self._early = self._early or [], None
         for item in early:
             self._handle(*item)
-        if message.standing is not None and message.standing["running"] is not None:
-            self._persist_kept(Key(*message.standing["running"]))
+        if descriptors:
+            # Whatever the keeper before was writing is not written, and the workers will not hand it over again.
+            running = None if message.standing is None else message.standing["running"]
+            if running is None or not self._persist_kept(Key(*running)):
+                self._persist_newest()
 
     def _inherit(self, standing: Standing) -> None:
         """Go on where the keeper before was."""
@@ -345,9 +367,12 @@ class Keeper:
         newest = self._newest_complete()
         for slot in orphans:
             stamp = self.slots[slot].memory.stamp()
-            busy = any(slot in handover.slots.values() for handover in self._handovers.values())
-            if not busy and newest is not None and (stamp is None or stamp.key < newest):
+            if not self._busy(slot) and newest is not None and (stamp is None or stamp.key < newest):
                 self._drop(slot)
+
+    def _busy(self, slot: int) -> bool:
+        """Whether a slot's image is being made durable, or is to be."""
+        return any(slot in handover.slots.values() for handover in self._handovers.values())
 
     def _newest_complete(self) -> Key | None:
         found = [
@@ -365,9 +390,8 @@ class Keeper:
         if past != self._past:
             self._past = past
             self._tell_standing()
-        kept = self.slots.get(message.slot)
-        if kept is None or not kept.memory.try_lock(exclusive=False):
-            self._answer(client, Persisted(lineage=key.lineage, step=key.step, error="the slot is gone"))
+        if message.slot not in self.slots or not self._lock(message.slot, key):
+            self._answer(client, Persisted(lineage=key.lineage, step=key.step, error="the image is gone"))
             return
         handover = self._handovers.setdefault(key, Handover(message.world, message.local, past))
         handover.slots[message.rank] = message.slot
@@ -376,7 +400,7 @@ class Keeper:
             # Whatever older state some rank never handed over (it died) will not be completed any more.
             running = self._running.key if self._running is not None else None
             for other in [k for k in self._handovers if k < key and k != running]:
-                self._give_back(other, "not every rank handed it over")
+                self._give_back(other, f"{key} is newer")
             self._start(key)
 
     def _start(self, key: Key) -> None:
@@ -485,17 +509,33 @@ class Keeper:
         if self._running is None or self._running.key != newest:
             self._persist_kept(newest)
 
-    def _persist_kept(self, key: Key) -> None:
-        """Persist a state that nobody hands over, from the images that are here."""
-        handover = self._handovers.setdefault(key, Handover(0, 0, self._past))
-        for slot, lineage, step, rank, world in self._list():
-            if Key(lineage, step) == key and self.slots[slot].memory.try_lock(exclusive=False):
-                handover.slots[rank] = slot
-                handover.world, handover.local = world, world
-        if len(handover.slots) == handover.local > 0:
-            self._start(key)
-        else:
-            self._give_back(key, "not every rank's image is left")
+    def _persist_kept(self, key: Key) -> bool:
+        """Persist a state that nobody hands over; False if its images are not all here any more."""
+        handover = self._handovers.get(key) or Handover(0, 0, self._past)
+        found = [(rank, slot, world) for slot, lineage, step, rank, world in self._list() if Key(lineage, step) == key]
+        images = {rank: slot for rank, slot, _ in found}
+        locked = [slot for slot in images.values() if slot not in handover.slots.values() and self._lock(slot, key)]
+        whole = bool(found) and all(set(images) == set(range(world)) for _, _, world in found)
+        if not whole or set(images.values()) != {*locked, *handover.slots.values()}:
+            # A worker that lives is overwriting it, so a newer one is complete and will be handed over.
+            for slot in locked:
+                self.slots[slot].memory.unlock()
+            return False
+        handover.slots, handover.world, handover.local = images, len(images), len(images)
+        self._handovers[key] = handover
+        self._start(key)
+        return True
+
+    def _lock(self, slot: int, key: Key) -> bool:
+        """Keep a slot's image from being overwritten, if it is (still) that of ``key``."""
+        memory = self.slots[slot].memory
+        if not memory.try_lock(exclusive=False):
+            return False
+        stamp = memory.stamp()
+        if stamp is None or stamp.key != key:
+            memory.unlock()
+            return False
+        return True
 
     def _answer_flushes(self) -> None:
         if self._running is not None:

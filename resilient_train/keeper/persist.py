@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from resilient_train.storage.catalogue import commit, listing, read_manifest, so
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 8 << 20
 _AT_ONCE = 8
@@ -131,8 +134,7 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
             tier.delete(folder_of(job.key))
         raise
     if complete:
-        for key in superseded(*listing(tier), job.keep_last):
-            tier.delete(folder_of(key))
+        _remove_superseded(tier, job.keep_last)
     return sum(image.file.size for image in left), complete
 
 
@@ -144,6 +146,15 @@ def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
     except CheckpointDamaged:
         return False
     return (image.layout.total, image.header_crc, image.stamp.crc) == (file.size, file.header_crc, file.table_crc)
+
+
+def _remove_superseded(tier: Tier, keep_last: int) -> None:
+    """What cannot be removed costs room; what was just written is durable all the same."""
+    try:
+        for key in superseded(*listing(tier), keep_last):
+            tier.delete(folder_of(key))
+    except OutsideError as error:
+        logger.warning("superseded checkpoints are left behind: %s", error)
 
 
 def _check_same(tier: Tier, key: Key, files: Sequence[ImageFile]) -> None:

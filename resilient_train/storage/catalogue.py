@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from resilient_train.errors import CheckpointDamaged
+from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.spec.world import Key
 from resilient_train.storage.commit import (
     MANIFEST,
@@ -58,7 +58,11 @@ def _read_part(tier: Tier, path: str) -> Manifest:
 
 
 def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
-    """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed."""
+    """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed.
+
+    Raises:
+        StorageError: if images that the part names are not there any more, or anything cannot be written.
+    """
     folder = folder_of(key)
     part = Manifest(key=key, world=world, files=tuple(files), past=past)
     tier.put(f"{folder}/{part_name(files)}", [encode_part(part)])
@@ -72,5 +76,9 @@ def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: M
     manifest = merge(parts)
     if manifest is None:
         return False
+    gone = [file.name for file in manifest.files if file.name not in names]
+    if gone:
+        # The job was started again while this was written, and took the folder for a leftover.
+        raise StorageError(f"{tier.name}/{folder}: {gone[0]} was removed before the checkpoint was complete")
     tier.put(f"{folder}/{MANIFEST}", [encode_part(manifest)])
     return True

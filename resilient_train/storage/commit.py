@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step-([0-9]{9,13})\.g([0-9]{1,8})")
 _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _IMAGE = re.compile(r"rank-\d{5,}-of-(\d{5,})\.safetensors")
+IMAGE_SUFFIX = ".safetensors"
 FORMAT = 1
 MAX_MANIFEST = 64 << 20
 """No manifest is longer: what is, is read by nobody."""
@@ -69,7 +70,7 @@ def key_of(folder: str) -> Key | None:
 
 def image_name(rank: int, world: int) -> str:
     """File name of a rank's image."""
-    return f"rank-{rank:05d}-of-{world:05d}.safetensors"
+    return f"rank-{rank:05d}-of-{world:05d}{IMAGE_SUFFIX}"
 
 
 def world_of(name: str) -> int | None:

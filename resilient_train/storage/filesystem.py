@@ -16,6 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.storage import s3
 from resilient_train.storage.commit import MANIFEST
 from resilient_train.storage.local import read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
@@ -37,7 +38,7 @@ class FilesystemTier:
         """
         self.name = url
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._fs, self._root = fsspec.core.url_to_fs(url, **s3.options(fsspec.utils.get_protocol(url)))
         except ImportError as error:
             extra = " (pip install 'resilient-train[s3]')" if url.startswith("s3") else ""
             raise StorageError(f"{url}: {error}{extra}") from error

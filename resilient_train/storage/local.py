@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import itertools
 import mmap
 import os
@@ -17,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from resilient_train.storage.commit import IMAGE_SUFFIX
 from resilient_train.storage.tier import Chunk
 
 _ALIGNED = 4096
@@ -44,6 +46,10 @@ def write_file(target: str, chunks: Iterable[Chunk]) -> int:
                 file.write(memoryview(chunk).cast("B"))
             written = file.finish()
         os.replace(temporary, target)
+        if target.endswith(IMAGE_SUFFIX):
+            # One keeper alone writes an image; what it had begun before it was killed is of no use.
+            for begun in glob.glob(f"{glob.escape(target)}.*.tmp"):
+                os.unlink(begun)
     except BaseException:
         try:
             os.unlink(temporary)

@@ -126,8 +126,8 @@ class Checkpointer:
         self._tier = open_tier(url) if url is not None else None
         if self._tier is not None:
             assert url is not None
-            if url not in _writable:
-                # Once per process: a recovery must not wait for round trips to storage.
+            if url not in _writable and not self._host.restores():
+                # Once per job: a recovery must not wait for storage, nor end with it.
                 self._tier.check_writable()
                 _writable.add(url)
             self._host.keeper.set_policy(
@@ -145,11 +145,15 @@ class Checkpointer:
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
         self._snapshots = Snapshots(state, self._host, self._rank, self._size, lazy=lazy)
         self._to_hand_over: Key | None = None
+        self._covered = 0
+        """The step up to which whatever had to be persisted was handed over."""
         self._lineage = 0
         self._restores: list[Restore] = []
         self._base: Key | None = None
         self._handed_over: Key | None = None
         self._pending: set[Key] = set()
+        self._failed: tuple[Key, str] | None = None
+        """The newest state that could not be made durable, if none that is newer was; and why."""
         self._skipped = 0
         self._closed = False
         self._step: int | None = None
@@ -238,8 +242,10 @@ class Checkpointer:
         self._finish()
         self._hear_keeper()
         if self._snapshots.take(key, self._safe(), self._past()):
-            if self._to_persist(newest.step if newest is not None else key.step, key.step):
+            if self._to_persist(self._covered, key.step):
                 self._to_hand_over = key
+            else:
+                self._covered = key.step
             return True
         self._skipped += 1
         if self._skipped & (self._skipped - 1) == 0:
@@ -277,12 +283,15 @@ class Checkpointer:
         """
         self._finish()
         deadline = time.monotonic() + timeout
-        while self._pending:
-            failures = self._hear_keeper(max(0.0, deadline - time.monotonic()))
-            if failures:
-                raise StorageError("; ".join(failures))
-            if self._pending and time.monotonic() >= deadline:
+        while True:
+            self._hear_keeper(max(0.0, deadline - time.monotonic()) if self._pending else 0.0)
+            if not self._pending:
+                break
+            if time.monotonic() >= deadline:
                 raise StorageError(f"not everything became durable within {timeout:g} s")
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise StorageError(f"{failed[0]} is not durable: {failed[1]}")
 
     def close(self) -> None:
         """Let go of the keeper. Where no agent runs it, the last state is durable when this returns, on all ranks.
@@ -330,6 +339,7 @@ class Checkpointer:
     def _hand_over(self, slot: OwnSlot, key: Key) -> None:
         slot.held = True
         self._handed_over = key
+        self._covered = key.step
         self._pending.add(key)
         past = [[lineage, bound] for lineage, bound in self._past().items()]
         self._host.keeper.hand_over(
@@ -344,9 +354,8 @@ class Checkpointer:
             )
         )
 
-    def _hear_keeper(self, timeout: float = 0.0) -> list[str]:
-        """Take in what the keeper reports; why something is not durable, if so."""
-        failures = []
+    def _hear_keeper(self, timeout: float = 0.0) -> None:
+        """Take in what the keeper reports."""
         news = self._host.keeper.news(timeout)
         if self._host.keeper.replaced:
             self._host.keeper.replaced = False
@@ -354,18 +363,20 @@ class Checkpointer:
                 # The new one knows nothing of the images of the old one.
                 self._host.slots.close()
             self._host.slots.release_all()
-            unsaved = bool(self._pending)
+            if self._pending:
+                self._failed = max(self._pending), "the keeper died before it had persisted everything; another goes on"
             self._pending.clear()
-            return ["the keeper died before it had persisted everything; another goes on"] if unsaved else []
+            return
         for item in news:
             key = Key(item.lineage, item.step)
             self._host.slots.released(key)
             self._pending.discard(key)
+            if not item.error and self._failed is not None and key >= self._failed[0]:
+                self._failed = None
             if item.error:
-                failures.append(item.error)
+                self._failed = max(self._failed or (key, ""), (key, item.error))
                 if self._rank == 0 and self._host.keeper.started_here:  # An agent says it itself.
                     logger.warning("%s is not durable: %s", key, item.error)
-        return failures
 
     # ---- restoring --------------------------------------------------------------------------------------------------
 
@@ -401,6 +412,9 @@ class Checkpointer:
                 logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
             damaged.append((choice["place"], key))
         self._lineage, self._base, self._step = choice["lineage"], key, key.step if key else 0
+        # A state in memory may have been due, and its world lost before all of it had handed it over.
+        handed_over = key is None or choice["place"] != MemorySource.name
+        self._covered = self._step if handed_over else self._step - self._snapshot_every
         restore = Restore(generation=self._host.generation, lineage=self._lineage, source=key)
         self._restores = [*self._restores, restore]
         if key is None and self._host.finished_steps() > 0:

@@ -17,8 +17,8 @@ _ABORT_EVERY = 0.005
 class Abortable(Protocol):
     """What the monitor frees the main thread from."""
 
-    def abort(self) -> int:
-        """Free the main thread; may be called again and again."""
+    def abort(self, generation: int | None = None) -> int:
+        """Free the main thread from ``generation``, if it has not left that yet; may be called again and again."""
         ...
 
 
@@ -144,7 +144,7 @@ class AgentLink:
     def _listen(self) -> None:
         while True:
             try:
-                received = self._channel.receive(_ABORT_EVERY if self._must_abort() else None)
+                received = self._channel.receive(None if self._to_abort() is None else _ABORT_EVERY)
                 if received is not None and isinstance(received[0], WorldIs):
                     self._hear(WorldRecord.from_json(received[0].record))
             except (LinkLost, FormatError):
@@ -153,8 +153,10 @@ class AgentLink:
                     self._lost = True
                     self._changed.notify_all()
                 return
-            if self._must_abort():
-                self._groups.abort()
+            generation = self._to_abort()
+            if generation is not None:
+                # By the time this is heard the main thread may have left it, and be forming the next.
+                self._groups.abort(generation)
 
     def _hear(self, record: WorldRecord) -> None:
         answer: Promise | None = None
@@ -192,7 +194,9 @@ class AgentLink:
             and record.boundary == self._stop_at
         )
 
-    def _must_abort(self) -> bool:
+    def _to_abort(self) -> int | None:
+        """The generation that the main thread must be freed from, if there is one."""
         with self._changed:
             finished = self._record is not None and self._record.phase is Phase.FINISHED
-            return self._busy and self._over() and not finished and not self._leaving_later()
+            must = self._busy and self._over() and not finished and not self._leaving_later()
+            return self._generation if must else None

@@ -3,8 +3,10 @@
 What abort takes differs by backend.  NCCL has an abort.  Gloo's does nothing to a blocked collective (torch 2.7 to
 2.13); what frees one is shutting down the TCP connections that the group opened.  So this module remembers which
 sockets came into being while groups were formed, and shuts those down: established ones only, because shutting down
-gloo's listener ends the process.  A formation that waits for a peer to connect has no such connection, and the peer may
-have died: it is made to accept one that ends at once.
+gloo's listener ends the process.
+
+A rank that waits for another to connect to it has no connection yet.  If that other one is dead, nothing frees it but a
+connection; so it gets one from its own process, which is shut down at once (`_knock`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Set
@@ -51,6 +52,10 @@ class ProcessGroups:
         self._nccl_aborted = False
         self.before_abort: Callable[[], None] | None = None
         """called before collectives on devices are aborted: what devices compute from there on means nothing"""
+        self._generation = 0
+        self._size = 0
+        self._knocked: set[int] = set()
+        """Listeners that got connections of our own."""
         _observe_new_groups(self)
 
     def form(
@@ -82,10 +87,14 @@ class ProcessGroups:
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
         self._hosts = _addresses(host)
-        self._size = size
+        with self._lock:
+            self._generation, self._size = generation, size
         before = set(_sockets())
         store = _connect(host, port, is_over)
         store.set_timeout(self._timeout)
+        # torch numbers groups, and ranks meet under the number.  A formation that was aborted has used one up, on the
+        # ranks on which it had not succeeded yet: without this the next one would wait for ranks that wait elsewhere.
+        c10d._world.group_count = 0
         with self._tracking(before):
             dist.init_process_group(
                 backend,
@@ -111,19 +120,23 @@ class ProcessGroups:
                     self._ours |= _sockets().keys() - self._before
                     self._before = None
 
-    def abort(self) -> int:
+    def abort(self, generation: int | None = None) -> int:
         """Free every thread of this process that is blocked in these groups; may be called often, from any thread.
+
+        Args:
+            generation: the one that is over; if a later one is being formed already, nothing is done. None: any.
 
         Returns:
             Number of connections that were shut down.
         """
         with self._lock:
+            if generation is not None and generation < self._generation:
+                return 0
             now = _sockets()
             ours = now.keys() - self._before if self._before is not None else set()
             hosts = self._hosts
             count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
-            for inode in ours:
-                _disappoint(now[inode], inode, self._size)
+            self._knocked |= {inode for inode in ours - self._knocked if _knock(now[inode], inode, self._size)}
         self._abort_nccl()
         return count
 
@@ -151,6 +164,7 @@ class ProcessGroups:
         clear_dtensor_caches()
         with self._lock:
             self._ours = set()
+            self._knocked = set()
 
 
 def _connect(host: str, port: int, is_over: Callable[[], bool]) -> dist.TCPStore:
@@ -209,20 +223,28 @@ def _shut_down(descriptor: int, inode: int, hosts: Set[str]) -> bool:
             os.close(copy)
 
 
-def _disappoint(descriptor: int, inode: int, peers: int) -> None:
-    """Connect to a listener of gloo in place of every peer that it may still wait for, and hang up.
+def _knock(descriptor: int, inode: int, peers: int) -> bool:
+    """Stand in for peers that will never connect, if the descriptor is a listener of gloo's; whether it is one.
 
-    A connection begins with the number of the pair that it is for, 64 bits; pairs are numbered from 0.
+    Whoever connects says in 8 bytes which of the listener's pairs it is for.
     """
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as sock:
-        tcp = sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM
-        if os.fstat(sock.fileno()).st_ino != inode or not tcp:
-            return
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            return
-        for pair in range(peers):
-            with socket.create_connection(sock.getsockname()[:2], timeout=1.0) as peer:
-                peer.sendall(struct.pack("=q", pair))
+    try:
+        copy = os.dup(descriptor)
+    except OSError:
+        return False
+    with socket.socket(fileno=copy) as listener:
+        try:
+            tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
+            if os.fstat(copy).st_ino != inode or not tcp:
+                return False
+            if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return False
+            for number in range(peers):
+                with socket.create_connection(listener.getsockname()[:2], timeout=1.0) as caller:
+                    caller.sendall(number.to_bytes(8, sys.byteorder))
+        except OSError:
+            return False
+    return True
 
 
 def _address(name: tuple[Any, ...]) -> str:

@@ -213,7 +213,7 @@ def test_nonsense_ends_the_connection_and_not_the_keeper(keeper: str) -> None:
 def test_a_second_keeper_takes_over_what_the_first_deposited(tmp_path: Path) -> None:
     """The agent's copies of the descriptors are the memory: nothing is lost with the first process."""
     name = f"test-{uuid.uuid4().hex}"
-    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent"]
+    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent", str(os.getpid())]
     first = subprocess.Popen(command)
     agent = connect(name, 20.0)
     agent.send(Adopt(slots=[]))
@@ -257,7 +257,7 @@ def test_a_second_keeper_finishes_what_the_first_was_writing(tmp_path: Path) -> 
     """Killed between two files of a state: the one that is whole stays as it is, the other is written, and the state is
     committed, without a word from the workers."""
     name, key = f"test-{uuid.uuid4().hex}", Key(1, 3)
-    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent"]
+    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent", str(os.getpid())]
     first = subprocess.Popen(command)
     agent = connect(name, 20.0)
     agent.send(Adopt(slots=[]))

@@ -16,8 +16,13 @@ def read(folder: Path) -> list[dict]:
 
 def lines(path: Path) -> list[dict]:
     """Every record of one process."""
+    return parse(path.read_text())
+
+
+def parse(text: str) -> list[dict]:
+    """The records in ``text``, one a line."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -54,6 +54,8 @@ def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path)
     """No manifest until the parts name every rank; then the same manifest whoever writes it."""
     tier = FilesystemTier(str(tmp_path))
     key = Key(3, 41)
+    for file in files([0, 1, 2]):
+        tier.put(f"{folder_of(key)}/{file.name}", [b"1"])
     assert not commit(tier, key, 3, files([2]), {3: None})
     assert listing(tier) == ([], [key])
     with pytest.raises(CheckpointDamaged, match="missing"):
@@ -61,6 +63,16 @@ def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path)
     assert commit(tier, key, 3, files([0, 1]), {3: None})
     assert listing(tier) == ([key], [])
     assert read_manifest(tier, key) == Manifest(key=key, world=3, files=tuple(files([0, 1, 2])), past={3: None})
+
+
+def test_a_checkpoint_whose_images_were_removed_is_not_committed(tmp_path: Path) -> None:
+    """A job that is started again while its predecessor's keeper still writes removes that as a leftover."""
+    tier = FilesystemTier(str(tmp_path))
+    key = Key(3, 41)
+    tier.put(f"{folder_of(key)}/r0", [b"1"])
+    with pytest.raises(StorageError, match="r1 was removed"):
+        commit(tier, key, 2, files([0, 1]), {3: None})
+    assert listing(tier) == ([], [key])
 
 
 def test_folder_names_are_keys() -> None:
@@ -98,14 +110,14 @@ def test_an_endless_manifest_is_not_read(tmp_path: Path) -> None:
         read_manifest(FilesystemTier(str(tmp_path)), Key(1, 2))
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """Writing to a device without room: StorageError, no temporary file, nothing committed."""
+def test_what_a_killed_keeper_had_begun_goes_with_the_next_write(tmp_path: Path) -> None:
+    """The image is written again by its successor, under the same name; other files' leftovers are not its business."""
     tier = FilesystemTier(str(tmp_path))
-
-    def chunks() -> object:
-        yield b"x" * 100
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(StorageError, match="No space left"):
-        tier.put("step-000000001.g1/x", chunks())
-    assert list(tmp_path.rglob("*")) == [tmp_path / "step-000000001.g1"]
+    tier.put("a/x.safetensors", [b"1"])
+    others = {"y.safetensors.0123.tmp", "manifest.json.0123.tmp"}
+    for name in ("x.safetensors.0123.tmp", *others):
+        (tmp_path / "a" / name).write_bytes(b"half")
+    tier.put("a/x.safetensors", [b"12"])
+    tier.put("a/manifest.json", [b"{}"])
+    assert tier.folders() == {"a": {"x.safetensors", "manifest.json", *others}}
+    assert tier.read("a/x.safetensors", 0, 2) == b"12"

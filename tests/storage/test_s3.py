@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator
 
 import pytest
 
@@ -16,29 +13,6 @@ from resilient_train.errors import StorageError
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.storage.tier import Tier
 from resilient_train.testing.tier import TierConformance
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """A server's URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, "the server did not start"
-            assert time.monotonic() < deadline, "the server does not listen"
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import socket
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -45,51 +47,78 @@ def test_an_abort_frees_a_formation_that_waits_for_a_missing_rank(port: int) -> 
     assert not dist.is_initialized()
 
 
-def test_an_abort_frees_a_formation_that_waits_for_a_rank_to_connect(port: int) -> None:
-    """A rank that died after it had said where it listens, and before it connected: nobody will ever connect, and torch
-    would wait for five times its timeout."""
+def test_a_late_abort_does_not_touch_the_next_generation(port: int) -> None:
+    """Who decided to abort a generation may come to it when the main thread is forming the next one already."""
     groups = ProcessGroups(60.0)
-    groups.form(generation=1, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
-    (key,) = (key for key in map(_text, _KEPT[-1].list_keys()) if key.startswith("generation/1/") and key[-2:] == "/0")
-    groups.dissolve()
-    peer = subprocess.Popen([sys.executable, "-c", _PEER, str(port)])
-    dist.ProcessGroupGloo(dist.PrefixStore("theirs", _KEPT[-1]), 0, 2)
-    assert peer.wait() == 0
-    (address,) = (_KEPT[-1].get(k) for k in map(_text, _KEPT[-1].list_keys()) if "theirs" in k and k[-2:] == "/1")
-    # Whose port is higher is the one to connect.
-    address = re.sub(rb"\x02\x00..\x7f\x00\x00\x01", b"\x02\x00\xff\xfe\x7f\x00\x00\x01", address, flags=re.DOTALL)
-    _KEPT[-1].set(key.replace("generation/1/", "generation/2/")[:-1] + "1", address)
-
-    failed = threading.Event()
-
-    def abort() -> None:
-        while not failed.wait(0.2):
-            groups.abort()
-
-    aborting = threading.Thread(target=abort)
-    aborting.start()
-    try:
-        with pytest.raises((RuntimeError, dist.DistError)) as caught:
-            groups.form(generation=2, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
-    finally:
-        failed.set()
-        aborting.join()
-    assert is_communication_error(caught.value)
-    groups.dissolve()
-    groups.form(generation=3, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    assert groups.abort(1) == 0
+    assert groups.abort(2) > 0
     groups.dissolve()
 
 
-_PEER = """
-import sys
-import torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False, wait_for_workers=False)
-dist.ProcessGroupGloo(dist.PrefixStore("theirs", store), 1, 2)
+LATER = """
+import sys, torch, torch.distributed as dist
+from resilient_train.worker.process_group import ProcessGroups
+ProcessGroups(20.0).form(generation=2, rank=1, size=2, host="127.0.0.1", port=int(sys.argv[1]), backend="gloo")
+dist.all_reduce(torch.ones(1))
 """
 
 
-def _text(key: str | bytes) -> str:
-    return key if isinstance(key, str) else key.decode()
+def test_who_was_aborted_while_forming_meets_who_was_not(port: int) -> None:
+    """A formation is aborted on one rank; the next one has to succeed with a process that knows nothing of it."""
+    groups = ProcessGroups(20.0)
+    timer = threading.Timer(0.2, groups.abort)
+    timer.start()
+    with pytest.raises((RuntimeError, dist.DistError)):
+        groups.form(generation=1, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+    timer.join()
+    groups.dissolve()
+    other = subprocess.Popen([sys.executable, "-c", LATER, str(port)])
+    try:
+        groups.form(generation=2, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+        dist.all_reduce(torch.ones(1))
+    finally:
+        other.kill()
+        other.wait()
+    groups.dissolve()
+
+
+SHY = """
+import sys, torch.distributed as dist
+from datetime import timedelta
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), None, False, timedelta(seconds=30), wait_for_workers=False)
+store = dist.PrefixStore("generation/1", store)
+dist.init_process_group("gloo", store=store, rank=1, world_size=2, timeout=timedelta(seconds=60))
+"""
+
+
+def test_an_abort_frees_a_formation_that_waits_for_a_dead_rank_to_connect(port: int) -> None:
+    """The other rank said where it is and was killed before it connected: there is no connection to shut down."""
+    groups = ProcessGroups(60.0)
+    shy = subprocess.Popen([sys.executable, "-c", SHY, str(port)])
+    try:
+        store = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        store.wait(["generation/1/0//cpu//0/1"])
+    finally:
+        shy.kill()
+        shy.wait()
+    timer = threading.Timer(0.5, repeat, [groups.abort, 1, 40])
+    timer.start()
+    with contextlib.suppress(RuntimeError, dist.DistError):
+        groups.form(generation=1, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+        dist.all_reduce(torch.ones(1))
+    assert timer.is_alive(), "it was not the abort that freed it"
+    timer.join()
+    groups.dissolve()
+    groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    groups.dissolve()
+
+
+def repeat(action: Callable[[int], int], generation: int, times: int) -> None:
+    """As a worker's monitor does."""
+    for _ in range(times):
+        action(generation)
+        time.sleep(0.05)
 
 
 def test_connections_to_other_hosts_are_not_shut_down() -> None:

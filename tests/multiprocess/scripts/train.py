@@ -78,7 +78,16 @@ def write(world, **fields):
     args.record.mkdir(parents=True, exist_ok=True)
     with (args.record / f"{os.getpid()}.jsonl").open("a") as file:
         file.write(
-            json.dumps({"generation": world.generation, "rank": world.rank, "size": world.size, **fields}) + "\n"
+            json.dumps(
+                {
+                    "generation": world.generation,
+                    "rank": world.rank,
+                    "size": world.size,
+                    "at": time.monotonic(),
+                    **fields,
+                }
+            )
+            + "\n"
         )
 
 
