@@ -11,6 +11,7 @@
 #include "bindings.hpp"
 #include "copier.hpp"
 #include "crc32c.hpp"
+#include "parity.hpp"
 #include "publish.hpp"
 #include "scatter.hpp"
 
@@ -88,6 +89,13 @@ NB_MODULE(_native, m) {
   m.def(
       "observe", [](std::uintptr_t word) { return rt::observe(aligned(word)); }, nb::arg("word"),
       "Acquire-load a 64-bit word.");
+  m.def(
+      "xor_into",
+      [](std::uintptr_t target, std::uintptr_t source, std::size_t size) {
+        nb::gil_scoped_release unlocked;
+        rt::xor_into(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), size);
+      },
+      nb::arg("target"), nb::arg("source"), nb::arg("size"), "target ^= source.");
   m.def(
       "scatter",
       [](std::uintptr_t source, const std::vector<std::tuple<std::uint64_t, std::uint64_t>>& segments,

@@ -9,6 +9,7 @@
 
 #include "../copier.hpp"
 #include "../crc32c.hpp"
+#include "../parity.hpp"
 #include "../publish.hpp"
 #include "../scatter.hpp"
 
@@ -78,6 +79,17 @@ void scatters(std::mt19937& chance) {
   check(rt::scatter(nullptr, segments, sums) == 1, "the damaged block is named");
 }
 
+void parities(std::mt19937& chance) {
+  const std::size_t size = chance() % 1000;
+  std::vector<unsigned char> one(size), two(size);
+  for (auto& byte : one) byte = static_cast<unsigned char>(chance());
+  for (auto& byte : two) byte = static_cast<unsigned char>(chance());
+  std::vector<unsigned char> both = one;
+  rt::xor_into(both.data(), two.data(), size);
+  rt::xor_into(both.data(), one.data(), size);
+  check(both == two, "what is lost is the parity of what is left");
+}
+
 void words() {
   alignas(8) std::uint64_t published = 0;
   std::uint64_t data = 0;
@@ -108,6 +120,7 @@ int main() {
   std::mt19937 chance(1);
   for (int round = 0; round < 20; ++round) copies(chance);
   for (int round = 0; round < 20; ++round) scatters(chance);
+  for (int round = 0; round < 50; ++round) parities(chance);
   words();
   refusals();
   std::puts("native engine: all checks passed");

@@ -120,6 +120,10 @@ class Engine(Protocol):
         """
         ...
 
+    def xor_into(self, target: int, source: int, size: int) -> None:
+        """Replace ``size`` bytes at address ``target`` by their exclusive or with those at ``source``."""
+        ...
+
     def publish(self, word: int, value: int) -> None:
         """Store a 64-bit word after everything written before."""
         ...
@@ -205,6 +209,12 @@ class PythonEngine:
                 done += n
                 at += n
         return next((i for i, (found, known) in enumerate(zip(crcs, sums, strict=True)) if found != known), -1)
+
+    def xor_into(self, target: int, source: int, size: int) -> None:
+        to, other = (
+            np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=np.uint8) for address in (target, source)
+        )
+        np.bitwise_xor(to, other, out=to)
 
     def publish(self, word: int, value: int) -> None:
         ctypes.c_uint64.from_address(word).value = value

@@ -150,3 +150,23 @@ def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
         engine.scatter(image.ctypes.data, segments, sums[:-1])
     with pytest.raises(ValueError, match="stand nowhere"):
         engine.scatter(0, [(0, len(image))], sums)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
+def test_a_lost_buffer_is_the_parity_of_those_that_are_left(engine: Engine) -> None:
+    """Any length and alignment; the bytes around the target are untouched."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    for size in (0, 1, 63, 64, 65, 100_000, chance.randrange(100_000)):
+        parts = [np.frombuffer(chance.randbytes(size + 16), dtype=np.uint8).copy() for _ in range(4)]
+        begins = [chance.randrange(8) for _ in parts]
+        parity = np.zeros(size + 16, dtype=np.uint8)
+        for part, begin in zip(parts[1:], begins[1:], strict=True):
+            engine.xor_into(parity.ctypes.data + 5, part.ctypes.data + begin, size)
+        assert not parity[:5].any()
+        assert not parity[5 + size :].any()
+        expected = np.zeros(size, dtype=np.uint8)
+        for part, begin in zip(parts[1:], begins[1:], strict=True):
+            expected ^= part[begin : begin + size]
+        assert np.array_equal(parity[5 : 5 + size], expected)

@@ -41,6 +41,7 @@ from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.native import checksum
 from resilient_train.image.snapshot import ImageWriter
 from resilient_train.keeper.persist import Job, persist
+from resilient_train.keeper.progress import Progress
 from resilient_train.spec.shard import (
     BLOCK,
     FIELD_AT,
@@ -208,6 +209,7 @@ def save(folder: Path, key: Key, seed: int) -> dict[int, Contents]:
             past={1: 20, 2: None},
             url=str(folder),
             keep_last=2,
+            progress=Progress(key, 0.0),
         )
         persist(FilesystemTier(str(folder)), job)
     for slot in slots.values():
