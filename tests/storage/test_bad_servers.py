@@ -72,7 +72,7 @@ def test_a_server_that_fails_in_every_way_costs_nothing_but_what_it_refused(
     bucket, record = f"bucket-{uuid.uuid4().hex}", tmp_path / "record"
     direct = tier(endpoint, bucket)
     url = f"s3://{bucket}/run"
-    args = ["--record", str(record), "--url", url, "--steps", "800", "--step-time", "0.04", "--persist-every", "5"]
+    args = ["--record", str(record), "--url", url, "--steps", "300", "--step-time", "0.1", "--persist-every", "2"]
     env = {**credentials(server.url), "PYTHONPATH": str(HERE / "impatient")}
     with Job(SCRIPT, args, flags=["--nproc-per-node=1"], log_dir=tmp_path / "logs", env=env) as job:
         job.wait_for_line("is durable in", 60)
@@ -82,7 +82,7 @@ def test_a_server_that_fails_in_every_way_costs_nothing_but_what_it_refused(
             job.wait_for(lambda hurt=hurt: server.hurt > hurt, 20, fault)
             before = steps(record)
             job.wait_for_line("is not durable", 30, failures + 1)
-            job.wait_for(lambda before=before: steps(record) > before + 10, 20, "steps meanwhile")
+            job.wait_for(lambda before=before: steps(record) > before + 5, 20, "steps meanwhile")
             server.heal()
             line = [line for _, line in job.lines if "is not durable" in line][failures]
             assert url in line, line
@@ -91,7 +91,7 @@ def test_a_server_that_fails_in_every_way_costs_nothing_but_what_it_refused(
         server.break_with(lambda method, target: "403 Access Denied" if writes(method, target) else None)
         (record / "hurry").touch()
         assert job.finish(40) == 74, job.output
-        assert f"the last state (step 800 (lineage 1)) could not be made durable in {url}" in job.output
+        assert f"the last state (step 300 (lineage 1)) could not be made durable in {url}" in job.output
         assert "Access Denied" in job.output
         assert "Traceback" not in job.output
         said = [line.split(" is not durable")[0] for _, line in job.lines if "is not durable" in line]
