@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(PYTHON) examples/demo.py
 
 test: $(STAMP) lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

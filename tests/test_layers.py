@@ -24,7 +24,12 @@ PURE = {"spec", "plan"}
 # All that decisions may use: no clock, IO, threads, torch or hidden randomness is among it.
 ALLOWED = {"__future__", "collections", "dataclasses", "enum", "json", "math", "re", "resilient_train", "typing"}
 # Optional at its one edge: the extension, which may not be built; what needs torch, of a command line that does not.
-LATE = {("image", "resilient_train"), ("launch", "resilient_train.interop")}
+LATE = {
+    ("image", "resilient_train"),
+    ("launch", "resilient_train.interop"),
+    ("storage", "aiobotocore"),
+    ("storage", "botocore"),
+}
 # Pickles that others wrote, read by unpicklers that call nothing: here, and nowhere else.
 UNPICKLES = {"interop/dcp_folder.py": {"pickle"}, "interop/dcp_items.py": {"torch.load"}}
 

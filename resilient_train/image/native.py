@@ -212,7 +212,8 @@ class PythonEngine:
 
     def xor_into(self, target: int, source: int, size: int) -> None:
         to, other = (
-            np.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=np.uint8) for address in (target, source)
+            np.frombuffer(memoryview((ctypes.c_ubyte * size).from_address(address)), dtype=np.uint8)
+            for address in (target, source)
         )
         np.bitwise_xor(to, other, out=to)
 

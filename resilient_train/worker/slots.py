@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from resilient_train.image.arena import Slot
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.worker.keeper_link import KeeperLink
+
+logger = logging.getLogger(__name__)
 
 SLOTS = 3
 """One being written, one that is complete here, one that is complete on all ranks; one more while one is persisted."""
@@ -51,6 +54,9 @@ class Slots:
             self._keeper.discard(slot.number)
         fitting = [slot for slot in self._slots if slot.memory.size == size]
         yield from sorted((slot for slot in fitting if _free(slot, safe, past)), key=lambda s: s.key or Key(0, 0))
+        if not fitting:
+            needed = (SLOTS * size, (SLOTS + 1) * size)
+            logger.info("snapshots of %d bytes: %d bytes of shared memory, %d while one is written", size, *needed)
         if len(fitting) < SLOTS + any(slot.held for slot in fitting):
             number, memory = self._keeper.allocate(size, max(0, SLOTS - len(fitting) - 1))
             slot = OwnSlot(number, memory)

@@ -96,24 +96,24 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
 
 
 def test_twenty_kills_at_random_instants(tmp_path: Path) -> None:
-    """Two ranks at once, one during a recovery and one in the last step among them: the job finishes, every batch is
-    used once, and the survivors do not grow with the number of generations."""
+    """Two and three ranks at once, one during a recovery and one in the last step among them: the job finishes, every
+    batch is used once, and the survivors do not grow with the number of generations."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
-    steps, kills = 700, 0
+    steps, kills = 500, 0
     args = ("--steps", str(steps), "--step-time", "0.08", "--kill-self-at", str(steps - 1), "--exit-rank", "3")
     with job(tmp_path, *args) as running:
         running.wait_for_line("step 5 size 4", 90)
-        # Six pairs, six single ones, one during a recovery; the last step has the twentieth.
-        for round_ in range(12):
+        # Eighteen here and one during a recovery; the last step has the twentieth.
+        for round_, together in enumerate((2, 3, 1, 3, 2, 3, 1, 3)):
             running.wait_for_line(f"size 4 generation {running_generation(running)}", 60)
             wait(running, chance.uniform(0.05, 0.4))
             # Slot 0 is spared, to watch one process through all generations.
-            slots = chance.sample([1, 2, 3], 1 + round_ % 2)
+            slots = chance.sample([1, 2, 3], together)
             running.kill(*slots)
             kills += len(slots)
-            if round_ == 6:
+            if round_ == 4:
                 wait(running, chance.uniform(0.02, 0.15))
                 running.kill(chance.choice([slot for slot in running.slots() if slot]))
                 kills += 1
@@ -134,7 +134,7 @@ def check_memory_is_flat(tmp_path: Path) -> None:
     """A process that lived through all generations holds no more of anything after many than after a few."""
     by_process = [records.lines(path) for path in (tmp_path / "record").glob("*.jsonl")]
     usage = max(([r["usage"] for r in found if "usage" in r] for found in by_process), key=len)
-    assert len(usage) >= 20
+    assert len(usage) >= 16
     # The first few generations meet every world size and warm every allocator.
     early, late = usage[4], usage[-1]
     assert late["tensors"] <= early["tensors"] + 2, usage
