@@ -5,5 +5,5 @@ import s3fs
 from resilient_train.storage import retrying, s3
 
 s3fs.S3FileSystem.retries = 1
-retrying.DELAYS = (0.2,)
-s3.REQUEST_SECONDS = 1.0
+retrying.DELAYS = (0.05,)
+s3.REQUEST_SECONDS = 0.5
