@@ -42,6 +42,7 @@ class Backing:
         self._making: list[tuple[str, int]] = []
         self._spare: list[tuple[str, int, int]] = []
         self._finished: list[Backed] = []
+        self._gone: set[str] = set()
 
     def order(self, member: str, size: int, ahead: int) -> None:
         """Make a slot.
@@ -52,6 +53,7 @@ class Backing:
             ahead: how many more of the same to have ready then.
         """
         with self._lock:
+            self._gone.discard(member)
             self._drop_spares(lambda owner, length: owner == member and length != size)
             spare = next((item for item in self._spare if item[:2] == (member, size)), None)
             if spare is not None:
@@ -70,6 +72,7 @@ class Backing:
     def forget(self, member: str) -> None:
         """It will not ask for more."""
         with self._lock:
+            self._gone.add(member)
             self._waiting = [pair for pair in self._waiting if pair[0] != member]
             self._drop_spares(lambda owner, _: owner == member)
 
@@ -98,5 +101,7 @@ class Backing:
                 self._waiting.remove(pair)
                 self._finished.append(Backed(member=member, descriptor=descriptor, error=error))
                 self._wake()
-            elif descriptor >= 0:
+            elif descriptor >= 0 and member not in self._gone:
                 self._spare.append((member, size, descriptor))
+            elif descriptor >= 0:
+                os.close(descriptor)
