@@ -160,7 +160,7 @@ class Agent:
         threading.Thread(target=self._make_calls, name="control store", daemon=True).start()
         with self._signals():
             self._start_keeper()
-            self._call(self._store.load, m.RecordSeen)
+            self._call(self._store.look, lambda news: m.RecordSeen(news.record))
             self._every(1.0, self._watch_board)
             while self._outcome is None:
                 self._once()

@@ -1,12 +1,16 @@
 """The embedded control store: torch's TCPStore, served by one agent.
 
-One key holds each version of the record and is created only if absent, which is the compare-and-swap.  A watch is a
-wait for the next version's key on a connection of its own: a wait blocks every other call of the same client.
+One key holds each version of the record and is created only if absent, which is the compare-and-swap.  Every change
+gets a number and a key of that number; a watch is a wait for the next one's key, on a connection of its own, because a
+wait blocks every other call of the same client.  A node is alive while its count of beats grows on the observer's
+clock.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,11 +18,15 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
+from resilient_train.clock import Clock, MonotonicClock
+from resilient_train.control.store import News
 from resilient_train.errors import FormatError, StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
 _KEPT_VERSIONS = 16
+_KEPT_NEWS = 1024
+"""Whoever is further behind than this hears at its next look."""
 _T = TypeVar("_T")
 
 
@@ -37,24 +45,122 @@ def serve(host: str, port: int) -> TCPStore:
 class TcpControlStore:
     """A `ControlStore` over a TCPStore server."""
 
-    def __init__(self, host: str, port: int, job: str, timeout: float = 30.0) -> None:
+    lasting = False
+
+    def __init__(
+        self, host: str, port: int, job: str, ttl: float = 5.0, timeout: float = 30.0, clock: Clock | None = None
+    ) -> None:
         """Connects to a server.
 
         Args:
             host: where it listens.
             port: its port.
             job: the job's id; jobs with different ids do not see each other.
+            ttl: seconds without a sign of life after which a node's announcement has expired.
             timeout: seconds to wait for the server.
+            clock: the observer's; clocks of different nodes are never compared.
 
         Raises:
             StoreLost: if it cannot be reached.
         """
         self._prefix = f"resilient_train/{job}/"
-        self._calls = _connect(host, port, timeout)
-        self._watching = _connect(host, port, timeout)
+        self._where = (host, port)
+        self._ttl = ttl
+        self._timeout = timeout
+        self._clock = clock or MonotonicClock()
+        self._order = -1
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._expired: frozenset[int] = frozenset()
+        self._seeing = threading.Lock()
+        self._calls: TCPStore | None = _connect(host, port, timeout)
+        self._watching: TCPStore | None = _connect(host, port, timeout)
 
-    def load(self) -> WorldRecord | None:
-        return _mapped(lambda: self._load(self._calls))
+    def join(self) -> int:
+        def join() -> int:
+            self._order = int(self._store().add(self._prefix + "joined", 1)) - 1
+            return self._order
+
+        return self._mapped(join)
+
+    def secret(self) -> str:
+        made = secrets.token_hex(32)
+        return self._mapped(lambda: str(self._store().compare_set(self._prefix + "secret", "", made).decode()))
+
+    def swap(self, record: WorldRecord) -> WorldRecord:
+        def swap() -> WorldRecord:
+            store, key = self._store(), self._key(record.revision)
+            text = json.dumps(record.to_json())
+            if record.revision > 1 and not store.check([self._key(record.revision - 1)]):
+                newest = self._load(store)
+                if newest is None:
+                    raise StoreLost("the store has lost the job's record")
+                return newest
+            won = store.compare_set(key, "", text)
+            if won == text.encode():
+                store.set(self._prefix + "head", str(record.revision))
+                store.delete_key(self._key(record.revision - _KEPT_VERSIONS))
+                self._tell(store)
+            return _record(won)
+
+        return self._mapped(swap)
+
+    def announce(self, info: NodeInfo) -> None:
+        def announce() -> None:
+            store = self._store()
+            self._order = info.order
+            store.set(self._prefix + f"node/{info.order}", json.dumps(info.to_json()))
+            store.add(self._prefix + f"beat/{info.order}", 1)
+            self._tell(store)
+
+        self._mapped(announce)
+
+    def beat(self) -> None:
+        self._mapped(lambda: self._store().add(self._prefix + f"beat/{self._order}", 1))
+
+    def withdraw(self) -> None:
+        def withdraw() -> None:
+            store = self._store()
+            store.delete_key(self._prefix + f"node/{self._order}")
+            self._tell(store)
+
+        self._mapped(withdraw)
+
+    def look(self) -> News:
+        return self._mapped(lambda: self._look(self._store()))
+
+    def watch(self, number: int, timeout: float) -> News | None:
+        def watch() -> News | None:
+            if self._watching is None:
+                self._watching = _connect(*self._where, self._timeout)
+            # Nobody tells when a node falls silent: that shows by looking again.
+            deadline = self._clock.now() + timeout
+            while True:
+                left = max(0.001, min(deadline - self._clock.now(), self._ttl / 4))
+                expired = self._expired
+                try:
+                    self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=left))
+                    return self._look(self._watching)
+                except dist.DistStoreError as error:
+                    if "timeout" not in str(error).lower():
+                        raise
+                news = self._look(self._watching)
+                if self._expired != expired or news.number > number:
+                    return news
+                if self._clock.now() >= deadline:
+                    return None
+
+        return self._mapped(watch, watching=True)
+
+    def close(self) -> None:
+        self._calls = self._watching = None
+
+    def _store(self) -> TCPStore:
+        if self._calls is None:
+            self._calls = _connect(*self._where, self._timeout)
+        return self._calls
+
+    def _key(self, revision: int) -> str:
+        return self._prefix + f"record/{revision}"
 
     def _load(self, store: Store) -> WorldRecord | None:
         head = self._prefix + "head"
@@ -63,62 +169,45 @@ class TcpControlStore:
             revision += 1
         return _record(store.get(self._key(revision))) if revision else None
 
-    def swap(self, record: WorldRecord) -> WorldRecord:
-        def swap() -> WorldRecord:
-            key = self._key(record.revision)
-            text = json.dumps(record.to_json())
-            if record.revision > 1 and not self._calls.check([self._key(record.revision - 1)]):
-                newest = self._load(self._calls)
-                if newest is None:
-                    raise StoreLost("the store has lost the job's record")
-                return newest
-            won = self._calls.compare_set(key, "", text)
-            if won == text.encode():
-                self._calls.set(self._prefix + "head", str(record.revision))
-                self._calls.delete_key(self._key(record.revision - _KEPT_VERSIONS))
-            return _record(won)
+    def _look(self, store: Store) -> News:
+        number = int(store.add(self._prefix + "news", 0))
+        record, found, expired = self._load(store), [], set()
+        for order in range(int(store.add(self._prefix + "joined", 0))):
+            key = self._prefix + f"node/{order}"
+            if store.check([key]):
+                if self._alive(order, int(store.add(self._prefix + f"beat/{order}", 0))):
+                    found.append(NodeInfo.from_json(_json(store.get(key))))
+                else:
+                    expired.add(order)
+        self._expired = frozenset(expired)
+        return News(number=number, record=record, nodes=tuple(found))
 
-        return _mapped(swap)
+    def _alive(self, order: int, beats: int) -> bool:
+        now = self._clock.now()
+        with self._seeing:
+            known, at = self._seen.get(order, (-1, now))
+            if beats != known:
+                self._seen[order] = (beats, now)
+            return beats != known or now < at + self._ttl
 
-    def join(self) -> int:
-        return _mapped(lambda: int(self._calls.add(self._prefix + "joined", 1)) - 1)
+    def _tell(self, store: Store) -> None:
+        """Wake whoever watches."""
+        number = int(store.add(self._prefix + "news", 1))
+        store.set(self._prefix + f"news/{number}", "")
+        store.delete_key(self._prefix + f"news/{number - _KEPT_NEWS}")
 
-    def announce(self, info: NodeInfo) -> None:
-        def announce() -> None:
-            self._calls.set(self._prefix + f"node/{info.order}", json.dumps(info.to_json()))
-            self._calls.add(self._prefix + f"beat/{info.order}", 1)
-
-        _mapped(announce)
-
-    def nodes(self) -> list[tuple[NodeInfo, int]]:
-        def nodes() -> list[tuple[NodeInfo, int]]:
-            found = []
-            for order in range(int(self._calls.add(self._prefix + "joined", 0))):
-                key = self._prefix + f"node/{order}"
-                if self._calls.check([key]):
-                    beat = int(self._calls.add(self._prefix + f"beat/{order}", 0))
-                    found.append((NodeInfo.from_json(_json(self._calls.get(key))), beat))
-            return found
-
-        return _mapped(nodes)
-
-    def watch(self, revision: int, timeout: float) -> WorldRecord | None:
-        def watch() -> WorldRecord | None:
-            try:
-                self._watching.wait([self._key(revision + 1)], timedelta(seconds=timeout))
-            except dist.DistStoreError as error:
-                if "timeout" in str(error).lower():
-                    return None
-                raise
-            return self._load(self._watching)
-
-        return _mapped(watch)
-
-    def close(self) -> None:
-        del self._calls, self._watching
-
-    def _key(self, revision: int) -> str:
-        return self._prefix + f"record/{revision}"
+    def _mapped(self, call: Callable[[], _T], watching: bool = False) -> _T:
+        """A store call with torch's errors turned into ours; the connection of one that failed is given up."""
+        try:
+            return call()
+        except (dist.DistError, RuntimeError) as error:
+            if watching:
+                self._watching = None
+            else:
+                self._calls = None
+            raise StoreLost(
+                f"the control store at {self._where[0]}:{self._where[1]} does not answer: {error}"
+            ) from error
 
 
 def _connect(host: str, port: int, timeout: float) -> TCPStore:
@@ -126,14 +215,6 @@ def _connect(host: str, port: int, timeout: float) -> TCPStore:
         return TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
-
-
-def _mapped(call: Callable[[], _T]) -> _T:
-    """A store call with torch's errors turned into ours."""
-    try:
-        return call()
-    except (dist.DistError, RuntimeError) as error:
-        raise StoreLost(f"the control store does not answer: {error}") from error
 
 
 def _json(data: bytes) -> dict[str, Any]:

@@ -86,6 +86,14 @@ class NodeInfo:
     """That worker."""
     exit_code: int = 1
     """How the job is to end because of it."""
+    link: str = ""
+    """host:port at which this agent answers other agents; empty on a job's only node."""
+    keeper: str = ""
+    """host:port at which this node's keeper serves images to other nodes; empty where it serves none."""
+    suspects: tuple[str, ...] = ()
+    """Nodes that this one finds unreachable."""
+    leaving: str = ""
+    """Why this node wants to leave at the next boundary; empty if it does not."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -103,6 +111,7 @@ class NodeInfo:
             workers = tuple(WorkerInfo(**item) for item in fields.pop("workers"))
             exits = tuple(ExitInfo(**item) for item in fields.pop("exits"))
             generation, step = fields.pop("progress")
-            return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
+            suspects = tuple(fields.pop("suspects"))
+            return cls(workers=workers, exits=exits, progress=(generation, step), suspects=suspects, **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a node's announcement: {error}") from error

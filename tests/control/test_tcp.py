@@ -16,12 +16,12 @@ class TestTcpControlStore(ControlStoreConformance):
         self.server = serve("127.0.0.1", 0)
 
     def store(self, job: str = "job") -> ControlStore:
-        return TcpControlStore("127.0.0.1", self.server.port, job)
+        return TcpControlStore("127.0.0.1", self.server.port, job, self.ttl)
 
     def test_jobs_do_not_see_each_other(self) -> None:
         """Two jobs on one server have two records."""
         self.store("one").swap(record(1))
-        assert self.store("other").load() is None
+        assert self.store("other").look().record is None
 
 
 def test_a_missing_server_is_an_error_with_its_address() -> None:
