@@ -261,7 +261,7 @@ def test_standbys_are_stopped_at_the_end() -> None:
 def test_a_users_error_fails_the_job() -> None:
     """Nobody restarts anything; the error and the culprit are in the record."""
     bench = running()
-    bench.say("n/2.0", UserFailed(generation=1, step=3, text="ValueError: x"))
+    bench.say("n/2.0", UserFailed(generation=1, text="ValueError: x"))
     assert bench.record.phase is Phase.FAILED
     assert (bench.record.error, bench.record.culprit) == ("ValueError: x", "n/2.0")
     for slot in range(4):
@@ -273,7 +273,7 @@ def test_a_users_error_fails_the_job() -> None:
 def test_workers_that_do_not_end_after_a_failure_are_stopped() -> None:
     """Ranks stuck in user code do not keep a failed job alive."""
     bench = running(slots=2)
-    bench.say("n/0.0", UserFailed(generation=1, step=3, text="boom"))
+    bench.say("n/0.0", UserFailed(generation=1, text="boom"))
     bench.feed(m.WorkerExited("n/0.0", 1))
     bench.run_for(m.GRACE + 1)
     assert [e.member for e in bench.taken(m.Stop)] == ["n/1.0"]
