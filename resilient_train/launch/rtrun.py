@@ -14,7 +14,6 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from resilient_train import config
 from resilient_train.agent.addresses import own_addresses
 from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
 from resilient_train.agent.keeper_process import KeeperProcess
@@ -113,7 +112,6 @@ def run(args: argparse.Namespace) -> ExitCode:
         ConfigError: for arguments that contradict each other or name nothing.
     """
     _check_script(args)
-    config.prepare_name_lookups()
     if args.rdzv_id in (None, "", "none") and str(args.nnodes) in ("1", "1:1"):
         args.rdzv_id = uuid.uuid4().hex
     scratch = None if args.log_dir else ScratchLogs()

@@ -296,9 +296,12 @@ def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[
     silence, since = state.silence, state.silent_since
     if silence is None or since is None or (not isinstance(event, StoreSilent) and now >= since + STORE_RETRY):
         return replace(state, swapping=True), Swap(record)
-    if not silence.lasting or now >= since + state.view.limits.patience:
-        return replace(state, ended=True), End(ExitCode.STORE_LOST, f"{silence.text}; it was needed: {record.reason}")
-    return state, Wake(now + STORE_RETRY)
+    text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
+    if not silence.lasting:
+        text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+    elif now < since + state.view.limits.patience:
+        return state, Wake(now + STORE_RETRY)
+    return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
 
 
 def _without_progress(info: NodeInfo) -> NodeInfo:
