@@ -375,6 +375,7 @@ class Agent:
         for message, _ in messages:
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
+                self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
                     channel.post(Welcome(keeper=self._keeper.address))
             member = next((name for name, known in self._channels.items() if known is channel), "")

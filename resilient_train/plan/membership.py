@@ -285,6 +285,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         state = replace(state, view=replace(state.view, since=since))
         if proposal.wake_at is not None:
             effects.append(Wake(proposal.wake_at))
+        if proposal.give_up:
+            return replace(state, ended=True), [*effects, End(ExitCode.PARKED, proposal.give_up)]
         if proposal.record is not None:
             state, swap = _swap(state, proposal.record, event, now)
             effects.append(swap)

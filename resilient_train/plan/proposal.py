@@ -43,6 +43,8 @@ class Timing:
     """Before another planned change is tried."""
     no_boundary: float = 5.0
     """For a script to step through boundaries before it is taken for one that does not."""
+    gather: float = 3.0
+    """For workers that are starting, once others of their nodes could join: one change instead of several."""
     rejoin: float = 2.0
     """For a node that was lost and is back to stay reachable, before it is taken in again."""
 
@@ -174,6 +176,8 @@ class Proposal:
     """The reasons that stand; the caller remembers since when."""
     wake_at: float | None = None
     """When to ask again although nothing happened."""
+    give_up: str = ""
+    """Why there will be no world at all, if so."""
 
 
 def propose(view: View, now: float) -> Proposal:
@@ -277,8 +281,9 @@ def _first_world(view: View, now: float) -> Proposal:
     nodes = sorted(here, key=lambda node: node.order)[: limits.max_nodes]
     waits = _Waits(view, now)
     if len(nodes) < limits.min_nodes:
-        waits.over("too few nodes", limits.patience)
-        return waits.proposal()
+        over = waits.over("too few nodes", limits.patience)
+        text = f"{len(nodes)} of at least {limits.min_nodes} nodes came within {limits.patience:g} s"
+        return replace(waits.proposal(), give_up=text if over else "")
     if nodes[0].node != view.me:
         return Proposal()
     if len(nodes) < limits.max_nodes and not waits.over("last call", limits.last_call):
@@ -366,6 +371,9 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
             return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
         return waits.proposal()
     if not waits.over("enough", view.timing.coalesce + _turn(view, record, view.workers())):
+        return waits.proposal()
+    starting = _starting(view, members)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
         return waits.proposal()
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
@@ -455,6 +463,9 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
         members = set()
     if members == set(record.members):
         return None
+    starting = _starting(view, joining)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
+        return None
     text = _describe_change(view, record, members)
     if not all(alive[m].stepping == generation for m in record.members):
         # Without a state to resume, a change would cost everything that was computed so far.
@@ -467,6 +478,12 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
     number = record.revision + 1
     planned = Planned(number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text)
     return record.successor(planned=planned, proposer=view.me)
+
+
+def _starting(view: View, joining: Collection[str]) -> str:
+    """Workers that are not warm yet, of nodes of which others could join."""
+    nodes = sorted({node_of(member) for member in joining})
+    return ", ".join(worker.member for node in nodes for worker in view.nodes[node].workers if not worker.elastic)
 
 
 def _describe_change(view: View, record: WorldRecord, members: set[str]) -> str:
