@@ -30,6 +30,7 @@ from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError
 from resilient_train.events import Event as LogEvent
 from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, Timing, View
 from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
@@ -195,7 +196,7 @@ class Agent:
                 self._every(self._settings.within / BEATS, lambda: self._store.ask(lambda store: store.beat()))
                 self._store.listen(self._news)
             else:
-                self._store.ask(lambda store: store.look().record, lambda record: self._feed(m.RecordSeen(record)))
+                self._store.ask(lambda store: store.look().record, lambda record: self._feed(ev.RecordSeen(record)))
             self._every(1.0, self._watch_board)
             while self._outcome is None:
                 self._once()
@@ -218,7 +219,7 @@ class Agent:
 
         again()
 
-    def _feed(self, event: m.Event) -> None:
+    def _feed(self, event: ev.Event) -> None:
         """Hand one event to the state machine and carry out what follows."""
         before = self._state.view.record
         self._state, effects = m.step(self._state, event, self._clock.now())
@@ -228,27 +229,27 @@ class Agent:
         for effect in effects:
             self._carry_out(effect)
 
-    def _carry_out(self, effect: m.Effect) -> None:
+    def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
-            case m.Swap(proposed):
-                self._store.ask(lambda store: store.swap(proposed), lambda record: self._feed(m.RecordSeen(record)))
-            case m.Announce(info):
+            case ev.Swap(proposed):
+                self._store.ask(lambda store: store.swap(proposed), lambda record: self._feed(ev.RecordSeen(record)))
+            case ev.Announce(info):
                 self._neighbours.own(info)
                 self._announce()
-            case m.Spawn(member):
+            case ev.Spawn(member):
                 self._spawn(member)
-            case m.Stop(member, _):
+            case ev.Stop(member, _):
                 self._stop(member)
-            case m.Tell(member, message):
+            case ev.Tell(member, message):
                 channel = self._channels.get(member)
                 if channel is not None:
                     with contextlib.suppress(LinkLost):
                         channel.post(message)
-            case m.Say(text):
+            case ev.Say(text):
                 self._say(text)
-            case m.Wake(at):
+            case ev.Wake(at):
                 self._timers.at(at, self._tick)
-            case m.End(code, text):
+            case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
                 if code is ExitCode.STORE_LOST:
@@ -258,7 +259,7 @@ class Agent:
 
     def _tick(self) -> None:
         self._watch_board()
-        self._feed(m.Tick())
+        self._feed(ev.Tick())
 
     def _record_changed(self, before: WorldRecord | None, record: WorldRecord) -> None:
         now = self._clock.now()
@@ -268,7 +269,7 @@ class Agent:
                 self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
-                self._timers.at(now, lambda: self._feed(m.EndpointReady(self._new_bootstrap())))
+                self._timers.at(now, lambda: self._feed(ev.EndpointReady(self._new_bootstrap())))
         if before is not None and record.planned is not None and record.planned != before.planned:
             text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
@@ -296,7 +297,7 @@ class Agent:
         if not self._store_answers:
             self._store_answers = True
             self._say("the control store answers again")
-        self._feed(m.RecordSeen(news.record))
+        self._feed(ev.RecordSeen(news.record))
         self._neighbours.announced(news.nodes)
 
     def _heard_node(self, node: str) -> None:
@@ -309,7 +310,7 @@ class Agent:
         if self._store_answers and self._outcome is None:
             self._store_answers = False
             self._say(f"{text}; training goes on, changes of the world wait")
-        self._feed(m.StoreSilent(text, self._store.lasting))
+        self._feed(ev.StoreSilent(text, self._store.lasting))
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.put(action)
@@ -328,11 +329,11 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(m.StopAsked(str(error), ExitCode.USER_ERROR))
-            self._feed(m.WorkerExited(member, 1))
+            self._feed(ev.StopAsked(str(error), ExitCode.USER_ERROR))
+            self._feed(ev.WorkerExited(member, 1))
             return
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
-        self._feed(m.WorkerSpawned(member))
+        self._feed(ev.WorkerSpawned(member))
 
     def _exited(self, member: str, pidfd: int) -> None:
         at = self._clock.now()
@@ -350,7 +351,7 @@ class Agent:
             self._read(channel)
         self._hang_up(member)
         self._keeper.tell(Gone(member=member))
-        self._feed(m.WorkerExited(member, code))
+        self._feed(ev.WorkerExited(member, code))
 
     def _stop(self, member: str) -> None:
         self._workers.signal(member, signal.SIGTERM)
@@ -384,7 +385,7 @@ class Agent:
             line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
-            self._feed(m.WorkerSaid(member, message))
+            self._feed(ev.WorkerSaid(member, message))
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
         channel = self._channels.pop(member, channel)
@@ -404,7 +405,7 @@ class Agent:
         progress = (record.generation, max(steps)) if steps else self._progress
         if progress != self._progress:
             self._progress = progress
-            self._feed(m.Progress(*progress))
+            self._feed(ev.Progress(*progress))
 
     def _mention_early_return(self, record: WorldRecord) -> None:
         """A function that returns on some ranks only leaves the others waiting in a collective: say so."""
@@ -473,7 +474,7 @@ class Agent:
         self._keeper_deaths = 1 if proven else self._keeper_deaths + 1
         if self._keeper_deaths > _KEEPER_RESTARTS:
             text = f"the keeper of this node died {self._keeper_deaths} times in a row (exit code {code})"
-            self._feed(m.StopAsked(text, ExitCode.USER_ERROR))
+            self._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
             return
         self._say(f"the keeper died (exit code {code}); another takes over its images")
         self._start_keeper()
@@ -539,10 +540,10 @@ class Agent:
             for worker in self._workers.running():
                 self._workers.signal(worker.member, signal.SIGKILL)
         if self._interrupts == 1 and self._links is not None:
-            self._feed(m.LeaveAsked(f"its agent got {name}"))
+            self._feed(ev.LeaveAsked(f"its agent got {name}"))
             leaving = bool(self._state.info.leaving)
         else:
-            self._feed(m.StopAsked(f"the agent got {name}"))
+            self._feed(ev.StopAsked(f"the agent got {name}"))
             leaving = False
         self._say(f"got {name}, {'leaving' if leaving else 'ending'} the job")
         if self._state.view.record is None:
