@@ -38,10 +38,11 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_rtrun_takes_every_flag_of_torchrun() -> None:
-    """The same options with the same defaults."""
+    """The same options with the same defaults, and a few of its own."""
     ours = {tuple(a.option_strings): a.default for a in rtrun.parser()._actions}
     theirs = {tuple(a.option_strings): a.default for a in torchrun.get_args_parser()._actions}
-    assert ours == theirs
+    own = {("--detect-within",): 5.0, ("--standby",): 0, ("--patience",): 600.0}
+    assert ours == theirs | own
 
 
 def test_help_says_what_is_different() -> None:
@@ -71,6 +72,9 @@ def test_rtctl_commands_and_options() -> None:
         },
         "import": {"DIR": None, "--to": None, "--step": None},
         "clean": {"URL": None, "--keep": None, "--yes": False},
+        "status": {"--job": "", "--watch": False, "--json": False},
+        "drain": {"--job": "", "NODE": None},
+        "scale": {"--job": "", "N": None},
     }
     assert "exit codes" in rtctl.parser().format_help()
 

@@ -33,7 +33,17 @@ from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, Timing, View
-from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
+from resilient_train.spec.messages import (
+    AskStatus,
+    Flushed,
+    Gone,
+    Hello,
+    Notice,
+    Status,
+    Welcome,
+    Wish,
+    Wished,
+)
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
@@ -65,7 +75,9 @@ class AgentConfig:
     limits: Limits
     """What the job tolerates."""
     address: str
-    """Abstract address at which workers reach it."""
+    """Abstract address at which workers and ``rtctl`` reach it."""
+    job: str = ""
+    """The job's id."""
     within: float = 5.0
     """Seconds within which the loss of a silent node is to be noticed."""
     host: str = "127.0.0.1"
@@ -374,6 +386,10 @@ class Agent:
             self._hang_up(member, channel)
             return
         for message, _ in messages:
+            if isinstance(message, (AskStatus, Wish)):
+                with contextlib.suppress(LinkLost):
+                    channel.post(self._status() if isinstance(message, AskStatus) else self._wish(message))
+                continue
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
                 self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
@@ -386,6 +402,28 @@ class Agent:
             if line:
                 self._say(line)
             self._feed(ev.WorkerSaid(member, message))
+
+    def _status(self) -> Status:
+        now, record = self._clock.now(), self._state.view.record
+        return Status(
+            job=self._settings.job,
+            node=self._settings.node,
+            record=None if record is None else record.to_json(),
+            nodes=[node.to_json() for node in self._state.view.nodes.values()],
+            step=self._progress[1],
+            incidents=[[now - at, text] for at, text in self._timeline.incidents],
+            store="" if self._state.silence is None else self._state.silence.text,
+        )
+
+    def _wish(self, wish: Wish) -> Wished:
+        known = self._state.view.nodes
+        unknown = [node for node in wish.leave if node not in known]
+        if unknown:
+            return Wished(error=f"this job has no node {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        if not self._state.view.elastic() or self._links is None:
+            return Wished(error="only jobs of several nodes, with an elastic script, can change while they run")
+        self._feed(ev.Wished(tuple(wish.leave), wish.room))
+        return Wished(error="")
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
         channel = self._channels.pop(member, channel)

@@ -158,6 +158,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         slots=launch.nproc_per_node,
         limits=_limits(args, launch),
         address=address,
+        job=launch.run_id,
         within=args.detect_within,
         host=place.host,
         addresses=own_addresses() if place.secret else (),

@@ -95,6 +95,14 @@ class EndpointReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Wished:
+    """Somebody wants these nodes to leave and, if ``room`` is not 0, at most so many to take part."""
+
+    leave: tuple[str, ...]
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """Something on this node asks for the end of the job."""
 
@@ -118,6 +126,7 @@ Event = (
     | Progress
     | EndpointReady
     | LeaveAsked
+    | Wished
     | StopAsked
     | Tick
 )

@@ -32,11 +32,12 @@ from resilient_train.plan.events import (
     Tell,
     Tick,
     Wake,
+    Wished,
     WorkerExited,
     WorkerSaid,
     WorkerSpawned,
 )
-from resilient_train.plan.proposal import View, is_new_restore, propose
+from resilient_train.plan.proposal import View, Wish, is_new_restore, propose
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
@@ -187,6 +188,9 @@ def _take_in(state: State, event: Event, now: float) -> State:
             if state.view.elastic() and others and state.view.enough(others):
                 return _with_info(state, leaving=text)
             return _with_info(state, failed=text, exit_code=int(ExitCode.INTERRUPTED))
+        case Wished(leave, room):
+            wish = Wish(leave=leave, room=room)
+            return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, exit_code=int(exit_code))
         case Tick():
@@ -221,6 +225,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
+    if view.wish is not None and view.wish.fulfilled(record):
+        view = replace(view, wish=None)
     if old is None or record.generation != old.generation:
         state = replace(state, seen_at=now, devices=_devices(state, record))
         view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
@@ -231,6 +237,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     if view.resume is not None and not is_new_restore(record, view.resume):
         view = replace(view, resume=None)
     state = replace(state, view=view)
+    if view.me in record.leave and not state.info.leaving:
+        state = _with_info(state, leaving="it was asked to")
     for worker in state.info.workers:
         if worker.member in record.members and worker.idle:
             state = _with_worker(state, worker.member, idle=False)

@@ -75,6 +75,20 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What somebody wants the job's record to say."""
+
+    leave: tuple[str, ...]
+    """Nodes that are to leave."""
+    room: int
+    """The most nodes that may take part; 0: as before."""
+
+    def fulfilled(self, record: WorldRecord) -> bool:
+        """Whether the record says so."""
+        return set(self.leave) <= set(record.leave) and self.room in (0, record.room)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """Everything one agent knows."""
 
@@ -96,6 +110,8 @@ class View:
     """How long decisions wait."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """Nodes that were announced and are gone, and why."""
+    wish: Wish | None = None
+    """What was wished for at this node."""
     doubted: bool = False
     """The others cannot reach this node, so it leaves proposing to them."""
 
@@ -141,10 +157,14 @@ class View:
         for member in members:
             node = node_of(member)
             slots = self.nodes[node].slots if node in self.nodes else 0
-            if used.get(node, 0) < slots and (node in used or len(used) < self.limits.max_nodes):
+            if used.get(node, 0) < slots and (node in used or len(used) < self.room()):
                 used[node] = used.get(node, 0) + 1
                 found.append(member)
         return found
+
+    def room(self) -> int:
+        """The most nodes that may take part."""
+        return (self.record.room if self.record else 0) or self.limits.max_nodes
 
     def enough(self, members: Collection[str]) -> bool:
         """Whether a world of ``members`` spans the nodes that the job needs at least."""
@@ -194,6 +214,10 @@ def propose(view: View, now: float) -> Proposal:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
         return Proposal(record=_with_restore(view, record, view.resume))
+    if view.wish is not None and not view.wish.fulfilled(record):
+        leave = tuple(dict.fromkeys((*record.leave, *view.wish.leave)))
+        room = view.wish.room or record.room
+        return Proposal(record=record.successor(leave=leave, room=room, proposer=view.me))
     alive, exits = view.workers(), view.exits()
     if not record.members:
         return _unpark(view, record, now)
@@ -408,7 +432,7 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
         newest[place] = max(newest.get(place, 0), incarnation_of(member))
     members = {
         member_id(node.node, slot, newest.get((node.node, slot), -1) + 1)
-        for node in sorted(view.nodes.values(), key=lambda node: node.order)[: view.limits.max_nodes]
+        for node in sorted(view.nodes.values(), key=lambda node: node.order)[: view.room()]
         for slot in range(node.slots)
     }
     return replace(
@@ -449,19 +473,19 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
     staying = {m for m in record.members if not view.nodes[node_of(m)].leaving}
     joining = view.idle() - set(record.members)
     settled = all(alive[m].formed == generation and alive[m].done != generation for m in record.members)
-    if not settled or not (joining or len(staying) < record.size):
-        return None
-    back = any(node_of(member) in view.lost for member in joining)
-    changing = ", ".join(sorted(joining | (set(record.members) - staying)))
-    if not waits.over(
-        f"{changing} would change place",
-        (view.timing.rejoin if back else view.timing.coalesce) + _turn(view, record, alive),
-    ):
+    if not settled:
         return None
     members = view.fitting(staying | joining, staying)
     if not view.enough(members):
         members = set()
     if members == set(record.members):
+        return None
+    back = any(node_of(member) in view.lost for member in joining)
+    changing = ", ".join(sorted(members ^ set(record.members)))
+    if not waits.over(
+        f"{changing} would change place",
+        (view.timing.rejoin if back else view.timing.coalesce) + _turn(view, record, alive),
+    ):
         return None
     starting = _starting(view, joining)
     if starting and not waits.over(f"{starting} are starting", view.timing.gather):

@@ -126,6 +126,49 @@ class WorldIs(Message):
     """Index of the accelerator on which the receiver computes; -1: it is no member."""
 
 
+# ---- rtctl <-> agent ------------------------------------------------------------------------------------------------
+
+
+@_message
+class AskStatus(Message):
+    """Answered by `Status`."""
+
+
+@_message
+class Status(Message):
+    """The job as this agent knows it.
+
+    ``record`` and ``nodes`` are as the store has them; ``incidents`` are [seconds ago, text] pairs, oldest first.
+    """
+
+    job: str
+    node: str
+    record: dict[str, Any] | None
+    nodes: list[dict[str, Any]]
+    step: int
+    incidents: list[list[Any]]
+    store: str
+    """Why the store does not answer; empty if it does."""
+
+
+@_message
+class Wish(Message):
+    """These nodes are to leave the job; and ``room``, if not 0, is the most nodes that may take part.
+
+    Answered by `Wished`.
+    """
+
+    leave: list[str]
+    room: int = 0
+
+
+@_message
+class Wished(Message):
+    """The wish will be agreed on; or an ``error`` why not."""
+
+    error: str
+
+
 # ---- worker -> keeper -----------------------------------------------------------------------------------------------
 
 
