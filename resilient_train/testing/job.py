@@ -31,6 +31,7 @@ class Job:
         log_dir: where logs and ``events.jsonl`` go.
         env: further environment variables.
         launcher: another launcher's command instead of ``rtrun``, for comparisons.
+        prefix: what to put before the command, such as one that runs it in a network namespace.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Job:
         log_dir: Path,
         env: Mapping[str, str] | None = None,
         launcher: Sequence[str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.log_dir = log_dir
         self._mark = uuid.uuid4().hex
-        command = [*(launcher or (sys.executable, "-m", "resilient_train.launch.rtrun")), *flags]
+        command = [*prefix, *(launcher or (sys.executable, "-m", "resilient_train.launch.rtrun")), *flags]
         if launcher is None:
             command.append(f"--log-dir={log_dir}")
         variables = {**config.process_environment(), "OMP_NUM_THREADS": "1", **(env or {}), _MARK: self._mark}

@@ -14,6 +14,7 @@ from typing import Self
 
 from resilient_train.events import Event
 from resilient_train.testing.job import Job
+from resilient_train.testing.network import Network
 
 
 def free_port() -> int:
@@ -33,6 +34,7 @@ class Nodes:
         folder: gets a folder of logs for each node.
         meet: flags that say where the nodes meet; by default the first of them serves the record.
         env: further environment variables.
+        network: gives each node a network of its own.
     """
 
     def __init__(
@@ -45,13 +47,16 @@ class Nodes:
         folder: Path,
         meet: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,
+        network: Network | None = None,
     ) -> None:
         self._script = script
         self._args = args
-        self._meet = meet or ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+        endpoint = f"{network.address(0)}:29400" if network is not None else f"127.0.0.1:{free_port()}"
+        self._meet = meet or ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+        self._network = network
         self._flags = flags
         self._folder = folder
-        self._env = env
+        self._env = env if network is None else {"GLOO_SOCKET_IFNAME": "eth0", **(env or {})}
         self._stack = ExitStack()
         self.jobs: list[Job] = []
         self.killed: set[int] = set()
@@ -69,6 +74,7 @@ class Nodes:
             flags=[*self._flags, *self._meet],
             log_dir=self._folder / f"node{len(self.jobs)}",
             env=self._env,
+            prefix=self._network.prefix(len(self.jobs)) if self._network is not None else (),
         )
         self.jobs.append(self._stack.enter_context(job))
         return job
