@@ -22,7 +22,8 @@ from typing import Any
 
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control import etcd_messages as messages
-from resilient_train.control.etcd_client import EtcdAccess, EtcdClient
+from resilient_train.control.endpoint import EtcdAccess
+from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.etcd_mirror import EtcdMirror, read
 from resilient_train.control.store import News
 from resilient_train.errors import ConfigError, FormatError, StoreLost

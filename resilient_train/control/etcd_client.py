@@ -7,7 +7,6 @@ So every request must be harmless when it arrives twice, or late: the store comp
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import grpc
 
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control import etcd_messages as messages
+from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.errors import ConfigError, StoreLost
 
 _OPTIONS = [
@@ -39,29 +39,6 @@ _REFUSALS = {
     "permission denied": "etcd at {endpoints} does not let the user {user!r} use keys under /resilient_train/",
 }
 """What etcd says, and what it means; the same on all members."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EtcdAccess:
-    """Where an etcd is, and what it asks of those who come."""
-
-    endpoints: tuple[str, ...]
-    """host:port of its members' client ports."""
-    user: str = ""
-    """Name of the user; empty where etcd has none."""
-    password: str = field(default="", repr=False)
-    """The user's password; never logged."""
-    tls: bool = False
-    """Whether connections are encrypted; so they are if ``ca`` or ``cert`` is given."""
-    ca: str = ""
-    """File of the certificates that vouch for the servers; empty for the system's."""
-    cert: str = ""
-    """File of this client's certificate; empty for none."""
-    key: str = ""
-    """File of its key."""
-
-    def __str__(self) -> str:
-        return ",".join(self.endpoints)
 
 
 class EtcdClient:
@@ -121,6 +98,16 @@ class EtcdClient:
                 if self._clock.now() >= deadline or self._closed.is_set():
                     raise StoreLost(f"etcd at {self._access} does not answer ({'; '.join(reasons)})")
             self._closed.wait(min(_PAUSE, max(0.0, deadline - self._clock.now())))
+
+    def answers(self) -> bool:
+        """Whether the next member in turn knows what the majority knows; one try."""
+        channel, _ = self._connected()
+        try:
+            self._attempt(channel, "Range", messages.request("Range", key=b"/"), self.patience)
+        except (grpc.RpcError, ValueError):
+            self.leave(channel)
+            return False
+        return True
 
     def watch(self, key: bytes, range_end: bytes, after: int) -> tuple[Any, Any]:
         """The changes of a range of keys after a revision, as they happen on the member that answered last.

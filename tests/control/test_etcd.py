@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from etcd_cluster import EtcdCluster, running
 
+from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd import EtcdControlStore
-from resilient_train.control.etcd_client import EtcdAccess
 from resilient_train.errors import ConfigError, StoreLost
 from resilient_train.spec.world import Phase
 from resilient_train.testing.control import ControlStoreConformance, node, record, wait_for

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from etcd_cluster import EtcdCluster, running
 
+from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd import EtcdControlStore
-from resilient_train.control.etcd_client import EtcdAccess
 from resilient_train.errors import ConfigError, StoreLost
 from resilient_train.testing.control import node, record
 
