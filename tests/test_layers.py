@@ -23,8 +23,11 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"spec", "plan"}
 # All that decisions may use: no clock, IO, threads, torch or hidden randomness is among it.
 ALLOWED = {"__future__", "collections", "dataclasses", "enum", "json", "math", "re", "resilient_train", "typing"}
-# Optional at its one edge: the extension, which may not be built; what needs torch, of a command line that does not.
+# Optional at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a
+# command line that does not.
 LATE = {
+    ("control", "resilient_train.control.etcd"),
+    ("control", "resilient_train.control.own_etcd"),
     ("image", "resilient_train"),
     ("launch", "resilient_train.interop"),
     ("storage", "aiobotocore"),
