@@ -22,7 +22,7 @@ from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
-from resilient_train.launch.meeting import join_job
+from resilient_train.launch.meeting import Place, joined
 from resilient_train.plan.proposal import Limits
 
 _EPILOG = """
@@ -126,7 +126,13 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     launch, entrypoint, worker_args = _launch_config(args)
-    place = join_job(args, launch)
+    with joined(args, launch) as place:
+        return _take_part(args, launch, entrypoint, worker_args, place, write_events)
+
+
+def _take_part(
+    args: argparse.Namespace, launch: Any, entrypoint: str, worker_args: list[str], place: Place, write_events: bool
+) -> ExitCode:
     address = f"job-{uuid.uuid4().hex}"
     bootstraps: list[Any] = []
 
@@ -180,7 +186,6 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         MonotonicClock(),
     )
     outcome = agent.run()
-    place.leave()
     _report(outcome, workers, args.training_script, keeps_logs=write_events)
     if outcome.unsaved and outcome.code is ExitCode.SUCCESS:
         # The training succeeded and its result is lost: nobody may take that for a success.
