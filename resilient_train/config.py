@@ -99,12 +99,15 @@ def prepare_nccl() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 
-def prepare_name_lookups() -> None:
-    """Have name servers asked again after one second, and not after five, as often as the resolver's total allows.
+def prepare_launcher() -> None:
+    """Settings of the launcher's own process, and through it of its workers'.
 
-    torch asks for the name of every address that its stores connect, on both ends, and a lost answer holds them up.
+    Name servers are asked again after one second, and not after five, as often as the resolver's total allows: torch
+    asks for the name of every address that its stores connect, on both ends, and a lost answer holds them up.  And
+    torch's own reports of lost connections, a page each, give way to one line of ours.
     """
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:5")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def process_environment() -> dict[str, str]:

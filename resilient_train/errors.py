@@ -17,13 +17,14 @@ class ExitCode(IntEnum):
     USAGE = 2
     NO_PROGRESS = 66
     STORE_LOST = 67
+    PARKED = 68
     NOT_DURABLE = 74
     INTERRUPTED = 130
 
     @property
     def requeue(self) -> bool:
         """Whether a scheduler that starts the same job again can expect another outcome."""
-        return self in (ExitCode.STORE_LOST, ExitCode.INTERRUPTED)
+        return self in (ExitCode.STORE_LOST, ExitCode.PARKED, ExitCode.INTERRUPTED)
 
 
 class ResilientError(Exception):

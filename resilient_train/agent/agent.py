@@ -14,23 +14,25 @@ import queue
 import selectors
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
 
 from resilient_train.agent.keeper_process import KeeperProcess
+from resilient_train.agent.links import Links
+from resilient_train.agent.neighbours import BEATS, Neighbours
+from resilient_train.agent.store_line import StoreLine
 from resilient_train.agent.timeline import Timeline, count_ranks
 from resilient_train.agent.workers import Workers
 from resilient_train.clock import Clock
-from resilient_train.control.store import ControlStore
-from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError, StoreLost
+from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError
 from resilient_train.events import Event as LogEvent
 from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, View
+from resilient_train.plan.proposal import Limits, Timing, View
 from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
@@ -40,6 +42,8 @@ _KEEPER_RESTARTS = 5
 _KEEPER_PROVEN = 60.0
 _FLUSH_TIMEOUT = 600.0
 _KEEPER_STOP = 30.0
+_LAST_CALLS = 2.0
+"""Seconds for the store to take this node's leave."""
 _UNSENT = 0.05
 """Seconds between attempts to send to a worker that does not read."""
 _AT_ONCE = 3
@@ -62,10 +66,20 @@ class AgentConfig:
     """What the job tolerates."""
     address: str
     """Abstract address at which workers reach it."""
+    within: float = 5.0
+    """Seconds within which the loss of a silent node is to be noticed."""
+    host: str = "127.0.0.1"
+    """The address at which the other nodes' agents reach this one."""
+    addresses: tuple[str, ...] = ()
+    """All of this machine's addresses."""
+    secret: str = ""
+    """The job's, by which agents know each other; empty on a job's only node."""
+    standby: int = 0
+    """Number of workers to keep ready besides."""
     stop_timeout: float = 30.0
     """Seconds between SIGTERM and SIGKILL for a worker that is to end."""
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    """Signals that end the job in good order; the third one ends it at once."""
+    """Signals that end this node's part in good order, and the job if it cannot go on; the third one at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,24 +140,41 @@ class Agent:
         self._settings = settings
         self._workers = workers
         self._keeper = keeper
-        self._store = store
         self._new_bootstrap = new_bootstrap
         self._sink = sink
         self._say = say
         self._clock = clock
-        self._timeline = Timeline(sink)
+        self._timeline = Timeline(sink, settings.node)
         self._selector = selectors.DefaultSelector()
         self._listener = Listener(settings.address)
         self._channels: dict[str, Channel] = {}
         self._timers = _Timers()
         self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._store = StoreLine(store, self._post, self._store_silent)
+        self._store_answers = True
         self._outcome: Outcome | None = None
         self._progress = (0, 0)
-        info = NodeInfo(node=settings.node, order=settings.order, endpoint=new_bootstrap(), slots=settings.slots)
-        view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info})
+        links = None
+        if settings.secret:
+            links = Links(
+                settings.node, settings.host, settings.secret, self._selector, self._heard_node, self._refused_by_node
+            )
+        info = NodeInfo(
+            node=settings.node,
+            order=settings.order,
+            endpoint=new_bootstrap(),
+            slots=settings.slots,
+            standby=settings.standby,
+            link=links.address if links is not None else "",
+            addresses=settings.addresses,
+        )
+        timing = Timing.scaled(settings.within)
+        view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)
         self._state = m.State(view=view)
+        self._links = links
+        self._neighbours = Neighbours(info, settings.within, clock, self._timers.at, self._feed)
+        self._announcing = False
         self._interrupts = 0
         self._flushed: str | None = None
         self._saved = False
@@ -157,10 +188,15 @@ class Agent:
         """Run the job to its end on this node."""
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain)
-        threading.Thread(target=self._make_calls, name="control store", daemon=True).start()
         with self._signals():
             self._start_keeper()
-            self._call(self._store.look, lambda news: m.RecordSeen(news.record))
+            if self._links is not None:
+                self._announce()
+                self._neighbours.begin(self._links)
+                self._every(self._settings.within / BEATS, lambda: self._store.ask(lambda store: store.beat()))
+                self._store.listen(self._news)
+            else:
+                self._store.ask(lambda store: store.look().record, lambda record: self._feed(ev.RecordSeen(record)))
             self._every(1.0, self._watch_board)
             while self._outcome is None:
                 self._once()
@@ -183,7 +219,7 @@ class Agent:
 
         again()
 
-    def _feed(self, event: m.Event) -> None:
+    def _feed(self, event: ev.Event) -> None:
         """Hand one event to the state machine and carry out what follows."""
         before = self._state.view.record
         self._state, effects = m.step(self._state, event, self._clock.now())
@@ -193,34 +229,37 @@ class Agent:
         for effect in effects:
             self._carry_out(effect)
 
-    def _carry_out(self, effect: m.Effect) -> None:
+    def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
-            case m.Swap(proposed):
-                self._call(lambda: self._store.swap(proposed), m.RecordSeen)
-            case m.Announce(info):
-                if self._settings.limits.max_nodes > 1:
-                    self._call(lambda: self._store.announce(info), None)
-            case m.Spawn(member):
+            case ev.Swap(proposed):
+                self._store.ask(lambda store: store.swap(proposed), lambda record: self._feed(ev.RecordSeen(record)))
+            case ev.Announce(info):
+                self._neighbours.own(info)
+                self._announce()
+            case ev.Spawn(member):
                 self._spawn(member)
-            case m.Stop(member, _):
+            case ev.Stop(member, _):
                 self._stop(member)
-            case m.Tell(member, message):
+            case ev.Tell(member, message):
                 channel = self._channels.get(member)
                 if channel is not None:
                     with contextlib.suppress(LinkLost):
                         channel.post(message)
-            case m.Say(text):
+            case ev.Say(text):
                 self._say(text)
-            case m.Wake(at):
+            case ev.Wake(at):
                 self._timers.at(at, self._tick)
-            case m.End(code, text):
+            case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
+                if code is ExitCode.STORE_LOST:
+                    for worker in self._workers.running():
+                        self._workers.signal(worker.member, signal.SIGTERM)
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)
 
     def _tick(self) -> None:
         self._watch_board()
-        self._feed(m.Tick())
+        self._feed(ev.Tick())
 
     def _record_changed(self, before: WorldRecord | None, record: WorldRecord) -> None:
         now = self._clock.now()
@@ -230,7 +269,7 @@ class Agent:
                 self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
-                self._timers.at(now, lambda: self._feed(m.EndpointReady(self._new_bootstrap())))
+                self._timers.at(now, lambda: self._feed(ev.EndpointReady(self._new_bootstrap())))
         if before is not None and record.planned is not None and record.planned != before.planned:
             text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
@@ -239,26 +278,39 @@ class Agent:
             if record.phase is Phase.FINISHED and (line := self._timeline.unsaid()):
                 self._say(line)
 
-    # ---- store calls ------------------------------------------------------------------------------------------------
+    # ---- the store and the other nodes ------------------------------------------------------------------------------
 
-    def _call(self, call: Callable[[], Any], event: Callable[[Any], m.Event] | None) -> None:
-        """Make a store call on its own thread and feed what it returned as ``event``."""
+    def _announce(self) -> None:
+        """Announce this node, once for all that changes until the store is free for it."""
+        if self._links is None or self._announcing:
+            return
+        self._announcing = True
 
-        def work() -> None:
-            try:
-                result = call()
-            except (StoreLost, FormatError) as error:
-                text = str(error)
-                self._post(lambda: self._store_lost(text))
-                return
-            if event is not None:
-                self._post(lambda: self._feed(event(result)))
+        def begun(_: object) -> None:
+            self._announcing = False
+            info = self._state.info
+            self._store.ask(lambda store: store.announce(info))
 
-        self._calls.put(work)
+        self._store.ask(lambda _: None, begun)
 
-    def _make_calls(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
+    def _news(self, news: News) -> None:
+        if not self._store_answers:
+            self._store_answers = True
+            self._say("the control store answers again")
+        self._feed(ev.RecordSeen(news.record))
+        self._neighbours.announced(news.nodes)
+
+    def _heard_node(self, node: str) -> None:
+        self._neighbours.heard(node)
+
+    def _refused_by_node(self, node: str) -> None:
+        self._neighbours.refused(node)
+
+    def _store_silent(self, text: str) -> None:
+        if self._store_answers and self._outcome is None:
+            self._store_answers = False
+            self._say(f"{text}; training goes on, changes of the world wait")
+        self._feed(ev.StoreSilent(text, self._store.lasting))
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posted.put(action)
@@ -269,12 +321,6 @@ class Agent:
         while not self._posted.empty():
             self._posted.get()()
 
-    def _store_lost(self, text: str) -> None:
-        self._say(text)
-        for worker in self._workers.running():
-            self._workers.signal(worker.member, signal.SIGTERM)
-        self._outcome = Outcome(code=ExitCode.STORE_LOST, text=text)
-
     # ---- workers ----------------------------------------------------------------------------------------------------
 
     def _spawn(self, member: str) -> None:
@@ -283,11 +329,11 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(m.StopAsked(str(error), ExitCode.USER_ERROR))
-            self._feed(m.WorkerExited(member, 1))
+            self._feed(ev.StopAsked(str(error), ExitCode.USER_ERROR))
+            self._feed(ev.WorkerExited(member, 1))
             return
         self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
-        self._feed(m.WorkerSpawned(member))
+        self._feed(ev.WorkerSpawned(member))
 
     def _exited(self, member: str, pidfd: int) -> None:
         at = self._clock.now()
@@ -305,7 +351,7 @@ class Agent:
             self._read(channel)
         self._hang_up(member)
         self._keeper.tell(Gone(member=member))
-        self._feed(m.WorkerExited(member, code))
+        self._feed(ev.WorkerExited(member, code))
 
     def _stop(self, member: str) -> None:
         self._workers.signal(member, signal.SIGTERM)
@@ -330,6 +376,7 @@ class Agent:
         for message, _ in messages:
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
+                self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
                     channel.post(Welcome(keeper=self._keeper.address))
             member = next((name for name, known in self._channels.items() if known is channel), "")
@@ -338,7 +385,7 @@ class Agent:
             line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
-            self._feed(m.WorkerSaid(member, message))
+            self._feed(ev.WorkerSaid(member, message))
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
         channel = self._channels.pop(member, channel)
@@ -358,7 +405,7 @@ class Agent:
         progress = (record.generation, max(steps)) if steps else self._progress
         if progress != self._progress:
             self._progress = progress
-            self._feed(m.Progress(*progress))
+            self._feed(ev.Progress(*progress))
 
     def _mention_early_return(self, record: WorldRecord) -> None:
         """A function that returns on some ranks only leaves the others waiting in a collective: say so."""
@@ -427,7 +474,7 @@ class Agent:
         self._keeper_deaths = 1 if proven else self._keeper_deaths + 1
         if self._keeper_deaths > _KEEPER_RESTARTS:
             text = f"the keeper of this node died {self._keeper_deaths} times in a row (exit code {code})"
-            self._feed(m.StopAsked(text, ExitCode.USER_ERROR))
+            self._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
             return
         self._say(f"the keeper died (exit code {code}); another takes over its images")
         self._start_keeper()
@@ -439,7 +486,10 @@ class Agent:
             self._selector.unregister(self._keeper.pidfd)
         self._keeper.stop(_KEEPER_STOP if self._interrupts < _AT_ONCE else 0.0)
         self._listener.close()
-        self._calls.put(None)
+        if self._links is not None:
+            self._neighbours.close()
+            self._store.ask(lambda store: store.withdraw())
+        self._store.close(_LAST_CALLS if self._interrupts < _AT_ONCE else 0.0)
         return replace(outcome, unsaved=unsaved, saved=self._saved)
 
     def _flush(self) -> str:
@@ -489,8 +539,13 @@ class Agent:
         if self._interrupts >= _AT_ONCE:
             for worker in self._workers.running():
                 self._workers.signal(worker.member, signal.SIGKILL)
-        self._say(f"got {name}, ending the job")
-        self._feed(m.StopAsked(f"the agent got {name}"))
+        if self._interrupts == 1 and self._links is not None:
+            self._feed(ev.LeaveAsked(f"its agent got {name}"))
+            leaving = bool(self._state.info.leaving)
+        else:
+            self._feed(ev.StopAsked(f"the agent got {name}"))
+            leaving = False
+        self._say(f"got {name}, {'leaving' if leaving else 'ending'} the job")
         if self._state.view.record is None:
             self._outcome = Outcome(code=ExitCode.INTERRUPTED, text=f"the agent got {name}")
 

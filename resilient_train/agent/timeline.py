@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resilient_train.events import STAGES, Event, Sink
 from resilient_train.spec.messages import Message, Resumed, Stage
-from resilient_train.spec.world import WorldRecord
+from resilient_train.spec.world import WorldRecord, node_of
 
 FRESH = "a fresh start"
 
@@ -12,8 +12,14 @@ FRESH = "a fresh start"
 class Timeline:
     """Follows one generation at a time."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, node: str) -> None:
+        """Args:
+        sink: where events go.
+        node: this node; its ranks are those that are heard here.
+        """
         self._sink = sink
+        self._node = node
+        self._local = 0
         self._detected: float | None = None
         self._generation = 0
         self._size = 0
@@ -31,6 +37,7 @@ class Timeline:
     def agreed(self, record: WorldRecord, at: float) -> None:
         """A new generation is in the record."""
         self._generation, self._size = record.generation, record.size
+        self._local = sum(node_of(member) == self._node for member in record.members)
         began = self._detected if self._detected is not None else at
         self._stages, self._reached = {"detected": began, "agreed": at}, {}
         self._detected, self._resumed, self._said = None, "", False
@@ -64,7 +71,7 @@ class Timeline:
         return self._line()
 
     def _line(self) -> str | None:
-        if self._said or len(self._reached.get("first_step", ())) < self._size:
+        if self._said or not 0 < self._local <= len(self._reached.get("first_step", ())):
             return None
         self._said = True
         began = self._stages["detected"]

@@ -8,6 +8,7 @@ clock.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import threading
@@ -115,7 +116,16 @@ class TcpControlStore:
         self._mapped(announce)
 
     def beat(self) -> None:
-        self._mapped(lambda: self._store().add(self._prefix + f"beat/{self._order}", 1))
+        def beat() -> None:
+            store = self._store()
+            store.add(self._prefix + f"beat/{self._order}", 1)
+            # No server tells when a node falls silent: whoever lives looks, and wakes the watchers.
+            expired = self._expired
+            self._look(store)
+            if self._expired != expired:
+                self._tell(store)
+
+        self._mapped(beat)
 
     def withdraw(self) -> None:
         def withdraw() -> None:
@@ -132,27 +142,23 @@ class TcpControlStore:
         def watch() -> News | None:
             if self._watching is None:
                 self._watching = _connect(*self._where, self._timeout)
-            # Nobody tells when a node falls silent: that shows by looking again.
-            deadline = self._clock.now() + timeout
-            while True:
-                left = max(0.001, min(deadline - self._clock.now(), self._ttl / 4))
-                expired = self._expired
-                try:
-                    self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=left))
-                    return self._look(self._watching)
-                except dist.DistStoreError as error:
-                    if "timeout" not in str(error).lower():
-                        raise
+            try:
+                self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=timeout))
+            except dist.DistStoreError as error:
+                if "timeout" not in str(error).lower():
+                    raise
+                # The key may have been deleted, a thousand changes ago.
                 news = self._look(self._watching)
-                if self._expired != expired or news.number > number:
-                    return news
-                if self._clock.now() >= deadline:
-                    return None
+                return news if news.number > number else None
+            return self._look(self._watching)
 
         return self._mapped(watch, watching=True)
 
     def close(self) -> None:
-        self._calls = self._watching = None
+        if self._watching is not None:
+            with contextlib.suppress(StoreLost):
+                self._mapped(lambda: self._tell(self._store()))
+        self._calls = None
 
     def _store(self) -> TCPStore:
         if self._calls is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -15,25 +14,29 @@ from typing import Any
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from resilient_train import config
+from resilient_train.agent.addresses import own_addresses
 from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
 from resilient_train.clock import MonotonicClock
-from resilient_train.control.tcp import TcpControlStore, serve
+from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
+from resilient_train.launch.meeting import join_job
 from resilient_train.plan.proposal import Limits
 
 _EPILOG = """
 rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are
 not restarted when a worker dies: the others go on in their processes, and a replacement joins at a step boundary.
 --max-restarts counts restarts of the whole group and concerns other scripts. With --log-dir DIR, everything that
-happened to the job is written to DIR/events.jsonl. This version runs one node (--nnodes=1).
+happened to the job is written to DIR/events.jsonl.
+
+With several nodes, start the same command on each. --rdzv-endpoint=HOST:PORT names the node that keeps the job's
+record; without that node the job cannot change any more. --rdzv-backend=etcd lets the job outlive every node.
 
 exit codes: 0 success; 1 an error of the script; 2 a wrong command line; 66 losses set the job back to the same step
-again and again; 67 the control store was lost; 74 the training finished, but its last state could not be made durable;
-130 ended by a signal.
+again and again; 67 the control store was lost; 68 too few nodes for too long; 74 the training finished, but its last
+state could not be made durable; 130 ended by a signal.
 """
 
 
@@ -44,7 +47,44 @@ def parser() -> argparse.ArgumentParser:
     made.description = "Run a PyTorch training so that it survives the loss of its processes."
     made.epilog = _EPILOG
     made.formatter_class = _Formatter
+    ours = made.add_argument_group("staying alive")
+    ours.add_argument(
+        "--detect-within",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how soon a silent node must be noticed; all other times follow: nodes say that they live 5 times within"
+        " it, announcements expire after it, a rank may take twice as long to come free for a new world (default 5)",
+    )
+    ours.add_argument(
+        "--standby",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="workers on this node that wait, warm, to take a lost one's place (default 0)",
+    )
+    ours.add_argument(
+        "--patience",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for MIN nodes, or for a control store that does not answer (default 600)",
+    )
     return made
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -72,8 +112,8 @@ def run(args: argparse.Namespace) -> ExitCode:
         ConfigError: for arguments that contradict each other or name nothing.
     """
     _check_script(args)
-    config.prepare_name_lookups()
-    args.rdzv_id = args.rdzv_id if args.rdzv_id not in (None, "", "none") else uuid.uuid4().hex
+    if args.rdzv_id in (None, "", "none") and str(args.nnodes) in ("1", "1:1"):
+        args.rdzv_id = uuid.uuid4().hex
     scratch = None if args.log_dir else ScratchLogs()
     if scratch is not None:
         args.log_dir = scratch.path
@@ -85,19 +125,17 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
-    asked = _asked_endpoint(args)
     launch, entrypoint, worker_args = _launch_config(args)
-    host = launch.local_addr or asked[0]
+    place = join_job(args, launch)
     address = f"job-{uuid.uuid4().hex}"
-    control = serve("127.0.0.1", 0)
     bootstraps: list[Any] = []
 
     def new_bootstrap() -> str:
         # The first is where the user wants the ranks to meet; later generations need stores that are new.
-        bootstraps.append(serve(host, 0 if bootstraps else asked[1]))
+        bootstraps.append(serve(place.host, 0 if bootstraps else place.port))
         # Members of the generation before may still be connected; nobody needs those before it.
         del bootstraps[:-3]
-        return f"{host}:{bootstraps[-1].port}"
+        return f"{place.host}:{bootstraps[-1].port}"
 
     spec = WorkerSpec(
         entrypoint=entrypoint,
@@ -115,11 +153,16 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         stderr_filters=tuple(getattr(launch, "duplicate_stderr_filters", None) or ()),
     )
     settings = AgentConfig(
-        node="n0",
-        order=0,
+        node=f"n{place.order}",
+        order=place.order,
         slots=launch.nproc_per_node,
-        limits=Limits(max_restarts=launch.max_restarts),
+        limits=_limits(args, launch),
         address=address,
+        within=args.detect_within,
+        host=place.host,
+        addresses=own_addresses() if place.secret else (),
+        secret=place.secret,
+        standby=args.standby,
         stop_timeout=float(getattr(launch, "shutdown_timeout", 30)),
         signals=_signals(getattr(launch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP")),
     )
@@ -128,14 +171,15 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     agent = Agent(
         settings,
         workers,
-        KeeperProcess(f"{address}/keeper", launch.nproc_per_node, "" if write_events else args.log_dir),
-        TcpControlStore("127.0.0.1", control.port, launch.run_id),
+        KeeperProcess(f"{address}/keeper", launch.nproc_per_node + args.standby, "" if write_events else args.log_dir),
+        place.store,
         new_bootstrap,
         sink,
         print_line,
         MonotonicClock(),
     )
     outcome = agent.run()
+    place.leave()
     _report(outcome, workers, args.training_script, keeps_logs=write_events)
     if outcome.unsaved and outcome.code is ExitCode.SUCCESS:
         # The training succeeded and its result is lost: nobody may take that for a success.
@@ -149,22 +193,18 @@ def _check_script(args: argparse.Namespace) -> None:
         raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")
 
 
-def _asked_endpoint(args: argparse.Namespace) -> tuple[str, int]:
-    """(host, port) where the user wants the ranks to meet; port 0 for any."""
-    endpoint = args.rdzv_endpoint if not args.standalone else ""
-    port = args.master_port
-    if not endpoint and (port is None or port == parser().get_default("master_port")):
-        return args.master_addr, 0
-    host, _, text = endpoint.rpartition(":") if ":" in endpoint else (endpoint, "", "0")
-    host, text = (host, text) if endpoint else (args.master_addr, str(port))
-    if not text.isdigit() or int(text) > 65535:
-        raise ConfigError(f"the endpoint must be HOST:PORT, it is {endpoint or text!r}")
-    host = host or "127.0.0.1"
+def _limits(args: argparse.Namespace, launch: Any) -> Limits:
+    wait = str(launch.rdzv_configs.get("last_call_timeout", Limits().last_call))
     try:
-        socket.getaddrinfo(host, None)
-    except OSError as error:
-        raise ConfigError(f"the endpoint's host {host!r} is not known: {error}") from error
-    return host, int(text)
+        return Limits(
+            min_nodes=launch.min_nodes,
+            max_nodes=launch.max_nodes,
+            max_restarts=launch.max_restarts,
+            last_call=float(wait),
+            patience=args.patience,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--rdzv-conf last_call_timeout must be a number of seconds, it is {wait!r}") from error
 
 
 def _signals(names: str) -> tuple[signal.Signals, ...]:
@@ -182,8 +222,6 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         raise ConfigError(f"--nnodes must be a number or MIN:MAX, it is {args.nnodes!r}") from error
     if not 0 < min_nodes <= max_nodes:
         raise ConfigError(f"--nnodes must be at least 1 and MIN at most MAX, it is {args.nnodes!r}")
-    if min_nodes > 1:
-        raise ConfigError(f"this version of rtrun runs one node; --nnodes={args.nnodes} needs at least {min_nodes}")
     if not 0 <= args.node_rank < max_nodes:
         raise ConfigError(f"--node-rank={args.node_rank} is not one of {max_nodes} nodes")
     if args.master_port is None:

@@ -12,6 +12,30 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan.events import (
+    Announce,
+    Effect,
+    End,
+    EndpointReady,
+    Event,
+    KeeperServes,
+    LeaveAsked,
+    NodesSeen,
+    Progress,
+    RecordSeen,
+    Say,
+    Spawn,
+    Stop,
+    StopAsked,
+    StoreSilent,
+    Swap,
+    Tell,
+    Tick,
+    Wake,
+    WorkerExited,
+    WorkerSaid,
+    WorkerSpawned,
+)
 from resilient_train.plan.proposal import View, is_new_restore, propose
 from resilient_train.spec.messages import (
     Acknowledge,
@@ -39,146 +63,16 @@ from resilient_train.spec.world import (
 
 FAILED_STARTS = 3
 """Replacement processes in one slot that may die before they are warm; then the slot is given up."""
+STORE_RETRY = 0.5
+"""Seconds before a store that did not answer is asked for a change again."""
+LET_GO = 30.0
+"""Seconds that a node which has left goes on serving its images, if nobody says that they are not needed any more."""
 RESPAWN_AFTER = 1.0
 """Seconds between a new generation and the start of replacements, which would take the survivors' processor time."""
+_KEPT_LOST = 64
+"""Lost nodes that are remembered."""
 GRACE = 10.0
 """Seconds for workers to end by themselves once the job failed."""
-
-
-# ---- events ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RecordSeen:
-    """The record, as read, swapped or heard of; ``None`` says that no record exists."""
-
-    record: WorldRecord | None
-
-
-@dataclass(frozen=True, slots=True)
-class NodesSeen:
-    """The other nodes that are alive."""
-
-    nodes: tuple[NodeInfo, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpawned:
-    """A worker process runs."""
-
-    member: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSaid:
-    """A worker sent a message."""
-
-    member: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerExited:
-    """A worker process ended; ``code`` is minus the signal's number if a signal ended it."""
-
-    member: str
-    code: int
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The furthest local worker, as the board shows it: (generation, finished steps)."""
-
-    generation: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointReady:
-    """This agent serves a fresh TCPStore for the next generation at host:port."""
-
-    endpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopAsked:
-    """Something on this node asks for the end of the job."""
-
-    text: str
-    exit_code: ExitCode = ExitCode.INTERRUPTED
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = RecordSeen | NodesSeen | WorkerSpawned | WorkerSaid | WorkerExited | Progress | EndpointReady | StopAsked | Tick
-
-
-# ---- effects --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """Try to make this the next version of the record; then report the record as it is."""
-
-    record: WorldRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Tell the other nodes."""
-
-    info: NodeInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start a worker process."""
-
-    member: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End a worker process: SIGTERM, then SIGKILL."""
-
-    member: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """Print a line for people."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to a worker."""
-
-    member: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Send a `Tick` at this time."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing is left to do."""
-
-    code: ExitCode
-    text: str
-
-
-Effect = Swap | Announce | Spawn | Stop | Say | Tell | Wake | End
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +93,12 @@ class State:
     """Workers whose start was asked for."""
     over_at: float | None = None
     """When the job was first seen to be over."""
+    silent_since: float | None = None
+    """Since when the store has not answered."""
+    silence: StoreSilent | None = None
+    """How it did not, when last asked."""
+    devices: Mapping[str, int] = field(default_factory=dict)
+    """The accelerators of this node's members; a process keeps the one that it has computed on."""
     ended: bool = False
     """`End` was said."""
 
@@ -217,7 +117,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     before = state
     state = _take_in(state, event, now)
     effects: list[Effect] = []
-    if state.info != before.info:
+    if _without_progress(state.info) != _without_progress(before.info):
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
@@ -228,12 +128,33 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     if not state.swapping and not state.ended:
         proposal = propose(state.view, now)
         since = {reason: state.view.since.get(reason, now) for reason in proposal.reasons}
-        state = replace(state, view=replace(state.view, since=since), swapping=proposal.record is not None)
-        if proposal.record is not None:
-            effects.append(Swap(proposal.record))
+        state = replace(state, view=replace(state.view, since=since))
         if proposal.wake_at is not None:
             effects.append(Wake(proposal.wake_at))
+        if proposal.give_up:
+            return replace(state, ended=True), [*effects, End(ExitCode.PARKED, proposal.give_up)]
+        if proposal.record is not None:
+            state, swap = _swap(state, proposal.record, event, now)
+            effects.append(swap)
     return state, effects
+
+
+def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[State, Effect]:
+    """Put a change to the store, or wait for a store that does not answer, in the end in vain."""
+    silence, since = state.silence, state.silent_since
+    if silence is None or since is None or (not isinstance(event, StoreSilent) and now >= since + STORE_RETRY):
+        return replace(state, swapping=True), Swap(record)
+    text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
+    if not silence.lasting:
+        text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+    elif now < since + state.view.limits.patience:
+        return state, Wake(now + STORE_RETRY)
+    return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
+
+
+def _without_progress(info: NodeInfo) -> NodeInfo:
+    """Steps are no news: nobody is told of each.  Members keep pace, so each node's own steps tell where all are."""
+    return replace(info, progress=(0, 0))
 
 
 # ---- taking events in -----------------------------------------------------------------------------------------------
@@ -243,9 +164,13 @@ def _take_in(state: State, event: Event, now: float) -> State:
     match event:
         case RecordSeen(record):
             return _new_record(state, record, now)
-        case NodesSeen(nodes):
-            known = {node.node: node for node in nodes if node.node != state.view.me}
-            return replace(state, view=replace(state.view, nodes={**known, state.view.me: state.info}))
+        case NodesSeen():
+            return _nodes_seen(state, event)
+        case StoreSilent():
+            since = now if state.silent_since is None else state.silent_since
+            return replace(state, swapping=False, silence=event, silent_since=since)
+        case KeeperServes(endpoint):
+            return _with_info(state, keeper=endpoint)
         case WorkerSpawned(member):
             workers = (*state.info.workers, WorkerInfo(member=member))
             return _with_info(replace(state, spawning=state.spawning - {member}), workers=workers)
@@ -257,10 +182,27 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _with_info(state, progress=(generation, finished))
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
+        case LeaveAsked(text):
+            others = {m for m in (state.view.record.members if state.view.record else ()) if not _is_mine(state, m)}
+            if state.view.elastic() and others and state.view.enough(others):
+                return _with_info(state, leaving=text)
+            return _with_info(state, failed=text, exit_code=int(ExitCode.INTERRUPTED))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, exit_code=int(exit_code))
         case Tick():
             return state
+
+
+def _is_mine(state: State, member: str) -> bool:
+    return node_of(member) == state.view.me
+
+
+def _nodes_seen(state: State, event: NodesSeen) -> State:
+    known = {node.node: node for node in event.nodes if node.node != state.view.me}
+    # Who came back is still one that was lost, until the next change of the world.
+    lost = dict([*state.view.lost.items(), *event.lost.items()][-_KEPT_LOST:])
+    view = replace(state.view, nodes={**known, state.view.me: state.info}, lost=lost, doubted=event.doubted)
+    return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
 
 def _with_info(state: State, **changes: Any) -> State:
@@ -275,13 +217,13 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
-    state = replace(state, swapping=False)
+    state = replace(state, swapping=False, silence=None, silent_since=None)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
     if old is None or record.generation != old.generation:
-        state = replace(state, seen_at=now)
-        view = replace(view, margin=2)
+        state = replace(state, seen_at=now, devices=_devices(state, record))
+        view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
     elif old.planned is not None and record.planned is None:
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
@@ -293,6 +235,17 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         if worker.member in record.members and worker.idle:
             state = _with_worker(state, worker.member, idle=False)
     return state
+
+
+def _devices(state: State, record: WorldRecord) -> dict[str, int]:
+    """A device for each local member: the one it had, else its slot's, else (one that stood by) one that is free."""
+    members = [m for m in record.members if _is_mine(state, m)]
+    devices = {m: state.devices[m] for m in members if m in state.devices}
+    for member in members:
+        free = [slot for slot in range(state.info.slots) if slot not in devices.values()]
+        if member not in devices and free:
+            devices[member] = slot_of(member) if slot_of(member) in free else free[0]
+    return devices
 
 
 def _worker_exited(state: State, member: str, code: int) -> State:
@@ -310,10 +263,10 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         slot = slot_of(member)
         state = replace(state, failed_starts={**state.failed_starts, slot: state.failed_starts.get(slot, 0) + 1})
     # Only the newest ends matter; a long job must not grow its announcements.
-    exits = (*state.info.exits, ended)[-4 * state.info.slots :]
+    exits = (*state.info.exits, ended)[-4 * (state.info.slots + state.info.standby) :]
     state = _with_info(state, workers=workers, exits=exits)
     running = any(node.workers for node in state.view.nodes.values()) or state.spawning
-    if not running and _given_up(state) == set(range(state.info.slots)):
+    if not running and _given_up(state) >= set(range(state.info.slots)):
         text = f"no worker of this job runs and none can be started any more; the last one {ended.describe()}"
         return _with_info(state, failed=text, culprit=member)
     return state
@@ -342,8 +295,11 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
-        case UserFailed(text=text):
-            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case UserFailed(text=text, generation=generation, doubtful=doubtful):
+            if doubtful and record is not None and record.generation > generation:
+                return state
+            scope = generation if doubtful else 0
+            return _with_info(state, failed=text, failed_in=scope, culprit=member, exit_code=int(ExitCode.USER_ERROR))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)
@@ -361,10 +317,17 @@ def _tell(before: State, state: State, event: Event) -> tuple[State, list[Effect
     if record is None:
         return state, []
     if before.view.record != record:
-        return state, [Tell(w.member, WorldIs(record=record.to_json())) for w in state.info.workers if w.elastic]
-    if isinstance(event, WorkerSaid) and isinstance(event.message, Hello) and state.worker(event.member):
-        return state, [Tell(event.member, WorldIs(record=record.to_json()))]
-    return state, []
+        hearers = [w.member for w in state.info.workers if w.elastic]
+    elif isinstance(event, WorkerSaid) and isinstance(event.message, Hello) and state.worker(event.member):
+        hearers = [event.member]
+    else:
+        return state, []
+    nodes = [state.view.nodes[n] for n in dict.fromkeys(map(node_of, record.members)) if n in state.view.nodes]
+    hosts = sorted({address for node in nodes for address in node.addresses})
+    world = record.to_json()
+    return state, [
+        Tell(member, WorldIs(record=world, hosts=hosts, device=state.devices.get(member, -1))) for member in hearers
+    ]
 
 
 def _local(state: State, now: float) -> tuple[State, list[Effect]]:
@@ -374,6 +337,8 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
         return state, []
     if record.phase is not Phase.RUNNING:
         return _wind_up(state, record, now)
+    if state.info.leaving and not any(_is_mine(state, m) for m in record.members):
+        return _leave(state, record, now)
     state, effects = _stop_outsiders(state, record)
     wanted = [m for m in record.members if node_of(m) == state.view.me and not _known(state, m)]
     if any(worker.member in state.stopping for worker in state.info.workers):
@@ -385,6 +350,20 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
     if wake is not None:
         effects.append(Wake(wake))
     return replace(state, spawning=state.spawning | set(wanted)), effects
+
+
+def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[Effect]]:
+    """The job goes on without this node; what it holds may be needed until the others have resumed."""
+    gone = [w.member for w in state.info.workers if w.member not in state.stopping]
+    effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
+    state = replace(state, stopping=state.stopping | set(gone))
+    if state.info.workers or state.spawning:
+        return state, effects
+    needed = record.resumed() is None and record.members and now < state.seen_at + LET_GO
+    if needed:
+        return state, [*effects, Wake(state.seen_at + LET_GO)]
+    text = f"this node has left the job: {state.info.leaving}"
+    return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
 
 
 def _known(state: State, member: str) -> bool:
@@ -406,10 +385,11 @@ def _stop_outsiders(state: State, record: WorldRecord) -> tuple[State, list[Effe
 
 def _replacements(state: State, record: WorldRecord, now: float) -> tuple[list[str], float | None]:
     """Ids of processes to start in slots that lost theirs, and when to ask again."""
-    if not state.view.elastic():
+    if not state.view.elastic() or state.info.leaving:
         return [], None
     taken = {slot_of(w.member) for w in state.info.workers} | {slot_of(m) for m in state.spawning}
-    vacant = [slot for slot in range(state.info.slots) if slot not in taken | _given_up(state)]
+    places = range(state.info.slots + state.info.standby)
+    vacant = [slot for slot in places if slot not in taken | _given_up(state)]
     if not vacant or any(w.done == record.generation for w in state.info.workers):
         return [], None
     alive = state.view.workers()

@@ -7,7 +7,7 @@ lowest-ranked surviving member proposes first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from resilient_train.errors import ExitCode
@@ -43,6 +43,15 @@ class Timing:
     """Before another planned change is tried."""
     no_boundary: float = 5.0
     """For a script to step through boundaries before it is taken for one that does not."""
+    gather: float = 3.0
+    """For workers that are starting, once others of their nodes could join: one change instead of several."""
+    rejoin: float = 2.0
+    """For a node that was lost and is back to stay reachable, before it is taken in again."""
+
+    @classmethod
+    def scaled(cls, within: float) -> Timing:
+        """The timing of a job that wants to notice a loss within so many seconds."""
+        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +64,10 @@ class Limits:
     """More are not used."""
     max_restarts: int = 0
     """Restarts of the whole group of a script that is not elastic."""
-    last_call: float = 30.0
-    """Seconds to wait for further nodes once ``min_nodes`` are there."""
+    last_call: float = 5.0
+    """Seconds to wait for further nodes once ``min_nodes`` are there; later ones join at a step boundary."""
+    patience: float = 600.0
+    """Seconds to wait for ``min_nodes`` nodes, at the start or after losses."""
     crashes_at_step: int = 3
     """Losses in a row, by processes' own doing, that all set the job back to the same step, and so end it."""
     kills_at_step: int = 6
@@ -83,6 +94,10 @@ class View:
     """A restore that is not in the record yet."""
     timing: Timing = field(default_factory=Timing)
     """How long decisions wait."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that were announced and are gone, and why."""
+    doubted: bool = False
+    """The others cannot reach this node, so it leaves proposing to them."""
 
     def workers(self) -> dict[str, WorkerInfo]:
         """All living workers by id, and members whose process is about to be started."""
@@ -109,12 +124,42 @@ class View:
         return tuple(sorted(members, key=place))
 
     def fitting(self, members: set[str], prefer: Collection[str] = ()) -> set[str]:
-        """As many of ``members`` as the script's mesh takes, those in ``prefer`` first; the others stand by."""
+        """As many of ``members`` as there is room and the script's mesh takes, those in ``prefer`` first.
+
+        The others stand by.
+        """
         workers = self.workers().values()
         multiple = max((worker.multiple for worker in workers), default=1)
         most = min((worker.most for worker in workers if worker.most), default=len(members))
-        ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)[:most]
+        ordered = self._with_room(sorted(self.in_order(members), key=lambda member: member not in prefer))[:most]
         return set(ordered[: len(ordered) - len(ordered) % multiple])
+
+    def _with_room(self, members: Sequence[str]) -> list[str]:
+        """The first of ``members`` for which there is a slot on one of ``max_nodes`` nodes."""
+        used: dict[str, int] = {}
+        found = []
+        for member in members:
+            node = node_of(member)
+            slots = self.nodes[node].slots if node in self.nodes else 0
+            if used.get(node, 0) < slots and (node in used or len(used) < self.limits.max_nodes):
+                used[node] = used.get(node, 0) + 1
+                found.append(member)
+        return found
+
+    def enough(self, members: Collection[str]) -> bool:
+        """Whether a world of ``members`` spans the nodes that the job needs at least."""
+        return len({node_of(m) for m in members}) >= max(1, self.limits.min_nodes)
+
+    def idle(self) -> set[str]:
+        """Workers that can be named in a world: warm, on nodes that stay and that everybody reaches."""
+        doubted = {name for node in self.nodes.values() for name in node.suspects}
+        return {
+            worker.member
+            for node in self.nodes.values()
+            if not node.leaving and not node.suspects and node.node not in doubted
+            for worker in node.workers
+            if worker.idle
+        }
 
     def elastic(self) -> bool:
         """Whether the script is elastic: any of its workers ever said hello."""
@@ -131,16 +176,20 @@ class Proposal:
     """The reasons that stand; the caller remembers since when."""
     wake_at: float | None = None
     """When to ask again although nothing happened."""
+    give_up: str = ""
+    """Why there will be no world at all, if so."""
 
 
 def propose(view: View, now: float) -> Proposal:
     """The next version of the record, or what is being waited for."""
     record = view.record
+    if view.doubted:
+        return Proposal()
     if record is None:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
-    failed = next((node for node in view.nodes.values() if node.failed), None)
+    failed = next((node for node in view.nodes.values() if _has_failed(node, record)), None)
     if failed is not None:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
@@ -164,8 +213,12 @@ def propose(view: View, now: float) -> Proposal:
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
-        change = _growth(view, record, waits)
+        change = _wished_change(view, record, waits)
     return waits.proposal(change)
+
+
+def _has_failed(node: NodeInfo, record: WorldRecord) -> bool:
+    return bool(node.failed) and node.failed_in in (0, record.generation)
 
 
 def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
@@ -224,10 +277,15 @@ def _turn(view: View, record: WorldRecord, alive: Mapping[str, WorkerInfo]) -> f
 
 def _first_world(view: View, now: float) -> Proposal:
     limits = view.limits
-    nodes = sorted(view.nodes.values(), key=lambda node: node.order)[: limits.max_nodes]
-    if not nodes or len(nodes) < limits.min_nodes or nodes[0].node != view.me:
-        return Proposal()
+    here = (node for node in view.nodes.values() if not node.leaving)
+    nodes = sorted(here, key=lambda node: node.order)[: limits.max_nodes]
     waits = _Waits(view, now)
+    if len(nodes) < limits.min_nodes:
+        over = waits.over("too few nodes", limits.patience)
+        text = f"{len(nodes)} of at least {limits.min_nodes} nodes came within {limits.patience:g} s"
+        return replace(waits.proposal(), give_up=text if over else "")
+    if nodes[0].node != view.me:
+        return Proposal()
     if len(nodes) < limits.max_nodes and not waits.over("last call", limits.last_call):
         return waits.proposal()
     members = tuple(member_id(node.node, slot, 0) for node in nodes for slot in range(node.slots))
@@ -274,7 +332,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     broken = [e for e in ended if not e.elastic and not e.killed]
     if broken or not view.elastic():
         return Proposal(record=_restart_group(view, record, lost, broken or ended))
-    text = f"lost {_names(lost, record)}" + (f" ({ended[0].describe()})" if ended else "")
+    text = f"lost {_names(lost, record)}{_cause(view, lost, ended)}"
     resumed, stalls = _stalls(record)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
     if stalls >= limit:
@@ -282,8 +340,8 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         return Proposal(record=_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
     # Who is idle and warm takes a lost rank's place in the same transition.
     survivors = {m for m in record.members if m in alive}
-    members = view.fitting(survivors | {m for m, w in alive.items() if w.idle}, survivors)
-    if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
+    members = view.fitting(survivors | view.idle(), survivors)
+    if not view.enough(members):
         # Too few for a world: whoever is left lets go of this one and waits, its images safe with the keepers.
         members = set()
         text += "; too few are left, waiting for replacements"
@@ -295,13 +353,27 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
 
 
+def _cause(view: View, lost: Sequence[str], ended: Sequence[ExitInfo]) -> str:
+    """What is known of how members were lost, for people."""
+    causes = [f"node {node}: {view.lost[node]}" for node in dict.fromkeys(map(node_of, lost)) if node in view.lost]
+    causes += [ended[0].describe()] if ended else []
+    return f" ({'; '.join(causes)})" if causes else ""
+
+
 def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     """Begin again as soon as enough workers are idle."""
     waits = _Waits(view, now)
-    members = view.fitting({m for m, worker in view.workers().items() if worker.idle})
-    if len({node_of(m) for m in members}) < max(1, view.limits.min_nodes):
+    members = view.fitting(view.idle())
+    if not view.enough(members):
+        limits = view.limits
+        if waits.over(f"parked in {record.generation}", limits.patience + _turn(view, record, view.workers())):
+            text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
+            return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
         return waits.proposal()
-    if not waits.over("enough", view.timing.coalesce):
+    if not waits.over("enough", view.timing.coalesce + _turn(view, record, view.workers())):
+        return waits.proposal()
+    starting = _starting(view, members)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
         return waits.proposal()
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
@@ -336,7 +408,7 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
         newest[place] = max(newest.get(place, 0), incarnation_of(member))
     members = {
         member_id(node.node, slot, newest.get((node.node, slot), -1) + 1)
-        for node in view.nodes.values()
+        for node in sorted(view.nodes.values(), key=lambda node: node.order)[: view.limits.max_nodes]
         for slot in range(node.slots)
     }
     return replace(
@@ -370,21 +442,31 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     return _regroup(view, record, set(record.members) - set(late), text, None)
 
 
-def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
-    """Take idle workers in, at a boundary if the script has boundaries."""
+def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """Take idle workers in and let leaving nodes go, at a boundary if the script has boundaries."""
     alive = view.workers()
     generation = record.generation
-    joining = {m for m, worker in alive.items() if worker.idle and m not in record.members}
+    staying = {m for m in record.members if not view.nodes[node_of(m)].leaving}
+    joining = view.idle() - set(record.members)
     settled = all(alive[m].formed == generation and alive[m].done != generation for m in record.members)
-    if not joining or not settled:
+    if not settled or not (joining or len(staying) < record.size):
         return None
-    if not waits.over("joining", view.timing.coalesce + _turn(view, record, alive)):
+    back = any(node_of(member) in view.lost for member in joining)
+    changing = ", ".join(sorted(joining | (set(record.members) - staying)))
+    if not waits.over(
+        f"{changing} would change place",
+        (view.timing.rejoin if back else view.timing.coalesce) + _turn(view, record, alive),
+    ):
         return None
-    members = view.fitting(set(record.members) | joining, record.members)
-    joining &= members
-    if not joining:
+    members = view.fitting(staying | joining, staying)
+    if not view.enough(members):
+        members = set()
+    if members == set(record.members):
         return None
-    text = f"joined by {len(joining)} worker" + ("s" if len(joining) > 1 else "")
+    starting = _starting(view, joining)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
+        return None
+    text = _describe_change(view, record, members)
     if not all(alive[m].stepping == generation for m in record.members):
         # Without a state to resume, a change would cost everything that was computed so far.
         if record.resumed() is not None and waits.over(f"no boundary in {generation}", view.timing.no_boundary):
@@ -396,6 +478,24 @@ def _growth(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | Non
     number = record.revision + 1
     planned = Planned(number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text)
     return record.successor(planned=planned, proposer=view.me)
+
+
+def _starting(view: View, joining: Collection[str]) -> str:
+    """Workers that are not warm yet, of nodes of which others could join."""
+    nodes = sorted({node_of(member) for member in joining})
+    return ", ".join(worker.member for node in nodes for worker in view.nodes[node].workers if not worker.elastic)
+
+
+def _describe_change(view: View, record: WorldRecord, members: set[str]) -> str:
+    joined = len(members - set(record.members))
+    leaving = [
+        node for node in view.nodes.values() if node.leaving and any(node_of(m) == node.node for m in record.members)
+    ]
+    parts = [f"joined by {joined} worker" + ("s" if joined > 1 else "")] if joined else []
+    parts += [f"node {node.node} leaves ({node.leaving})" for node in leaving]
+    if not members:
+        parts.append("too few are left, waiting for replacements")
+    return "; ".join(parts) or f"{len(members)} of {record.size} ranks go on"
 
 
 def _planned_change(view: View, record: WorldRecord, planned: Planned, waits: _Waits) -> WorldRecord | None:

@@ -94,8 +94,9 @@ class UserFailed(Message):
     """The elastic function raised an error of its own; sent before any socket closes."""
 
     generation: int
-    step: int
     text: str
+    doubtful: bool = False
+    """It may be the consequence of a loss that nobody has told this worker of."""
 
 
 @message
@@ -120,6 +121,10 @@ class WorldIs(Message):
     """The agreed world and the receiver's place in it."""
 
     record: dict[str, Any]
+    hosts: list[str] = dataclasses.field(default_factory=list)
+    """Addresses that connections between the members may have; empty: those of the bootstrap's host."""
+    device: int = -1
+    """Index of the accelerator on which the receiver computes; -1: it is no member."""
 
 
 # ---- worker -> keeper -----------------------------------------------------------------------------------------------

@@ -73,7 +73,9 @@ class NodeInfo:
     endpoint: str
     """host:port of the TCPStore that this agent serves."""
     slots: int
-    """Number of workers it runs."""
+    """Number of ranks it has room for."""
+    standby: int = 0
+    """Number of further workers that it keeps ready to take a lost one's place."""
     workers: tuple[WorkerInfo, ...] = ()
     """Its living workers."""
     exits: tuple[ExitInfo, ...] = ()
@@ -86,12 +88,16 @@ class NodeInfo:
     """That worker."""
     exit_code: int = 1
     """How the job is to end because of it."""
+    failed_in: int = 0
+    """The generation that the error ends, if it is over once that generation is; 0: it ends the job in any case."""
     link: str = ""
     """host:port at which this agent answers other agents; empty on a job's only node."""
     keeper: str = ""
     """host:port at which this node's keeper serves images to other nodes; empty where it serves none."""
     suspects: tuple[str, ...] = ()
     """Nodes that this one finds unreachable."""
+    addresses: tuple[str, ...] = ()
+    """This machine's network addresses: where connections between its ranks and others' come from."""
     leaving: str = ""
     """Why this node wants to leave at the next boundary; empty if it does not."""
 
@@ -111,7 +117,7 @@ class NodeInfo:
             workers = tuple(WorkerInfo(**item) for item in fields.pop("workers"))
             exits = tuple(ExitInfo(**item) for item in fields.pop("exits"))
             generation, step = fields.pop("progress")
-            suspects = tuple(fields.pop("suspects"))
-            return cls(workers=workers, exits=exits, progress=(generation, step), suspects=suspects, **fields)
+            fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses")})
+            return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a node's announcement: {error}") from error

@@ -166,6 +166,10 @@ class Job:
         self._reader.join(5.0)
         return code
 
+    def signal_process(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to one of the job's processes."""
+        os.kill(pid, number)
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the agent."""
         os.kill(self.pid, number)

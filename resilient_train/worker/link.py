@@ -36,6 +36,10 @@ class AgentLink:
         self._groups = groups
         self._changed = threading.Condition()
         self._record: WorldRecord | None = None
+        self.hosts: frozenset[str] = frozenset()
+        """addresses of the members' machines, as far as the agents know them"""
+        self.device = 0
+        """index of the accelerator that this process computes on"""
         self._generation = 0
         self._busy = False
         self._step = -1
@@ -146,7 +150,7 @@ class AgentLink:
             try:
                 received = self._channel.receive(None if self._to_abort() is None else _ABORT_EVERY)
                 if received is not None and isinstance(received[0], WorldIs):
-                    self._hear(WorldRecord.from_json(received[0].record))
+                    self._hear(received[0])
             except (LinkLost, FormatError):
                 # The main thread, wherever it waits, must not wait for news that cannot come.
                 with self._changed:
@@ -158,12 +162,15 @@ class AgentLink:
                 # By the time this is heard the main thread may have left it, and be forming the next.
                 self._groups.abort(generation)
 
-    def _hear(self, record: WorldRecord) -> None:
+    def _hear(self, world: WorldIs) -> None:
+        record = WorldRecord.from_json(world.record)
         answer: Promise | None = None
         with self._changed:
             if self._record is not None and record.revision <= self._record.revision:
                 return
             self._record = record
+            self.hosts = frozenset(world.hosts)
+            self.device = world.device if world.device >= 0 else self.device
             planned = record.planned
             if planned is not None and planned.number > self._answered and self._busy:
                 accepted = record.generation == self._generation and self._step < planned.boundary <= self._last_step

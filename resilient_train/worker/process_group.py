@@ -67,6 +67,7 @@ class ProcessGroups:
         host: str,
         port: int,
         backend: str | None,
+        hosts: Set[str] = frozenset(),
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         """Initialise ``torch.distributed`` for a generation; blocks until all of its members are here.
@@ -78,6 +79,7 @@ class ProcessGroups:
             host: where the generation's store is served.
             port: of the store.
             backend: torch's name of it, None for the default of the devices.
+            hosts: addresses that connections to the other ranks may have, besides those of ``host``.
             is_over: whether nobody needs the generation any more.
 
         Raises:
@@ -86,7 +88,7 @@ class ProcessGroups:
         # Every initialisation wraps the hook once more, with the rank that tracebacks are labelled with.
         sys.excepthook = self._excepthook
         self._nccl_aborted = False
-        self._hosts = _addresses(host)
+        self._hosts = _addresses(host) | hosts
         with self._lock:
             self._generation, self._size = generation, size
         before = set(_sockets())

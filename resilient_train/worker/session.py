@@ -186,7 +186,7 @@ class Session:
         rank = record.members.index(self.link.member)
         local = [m for m in record.members if node_of(m) == node_of(self.link.member)]
         host, _, port = record.bootstrap.rpartition(":")
-        device = _device(self.slot)
+        device = _device(self.link.device)
         self.groups.form(
             generation=record.generation,
             rank=rank,
@@ -194,6 +194,7 @@ class Session:
             host=host,
             port=int(port),
             backend=backend,
+            hosts=self.link.hosts,
             is_over=self.link.over,
         )
         return World(
@@ -218,20 +219,20 @@ class Session:
         if is_device_error(error):
             # The loss of this slot, not an error of the script: the process ends, another takes its place.
             raise error
-        if is_communication_error(error):
+        doubtful = is_communication_error(error)
+        if doubtful:
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
             if verdict is not None and verdict.phase is Phase.FAILED:
                 _forget(error)
                 self._end_failed(verdict)
             if verdict is not None:
                 return
-        step = self.link.step
         text = "".join(traceback.format_exception_only(error)).strip()
         if isinstance(error, SystemExit):
             text = f"the elastic function was left by sys.exit({error.code!r})"
         text = f"rank {record.members.index(self.link.member)}: {text}"
         # Before any socket closes: the others' errors are consequences of this one.
-        self.tell(UserFailed(generation=record.generation, step=step, text=text))
+        self.tell(UserFailed(generation=record.generation, text=text, doubtful=doubtful))
         get_error_handler().record_exception(error)  # torchrun's error file
         raise error
 

@@ -1,0 +1,88 @@
+"""The agent's line to the control store: calls and the watch, each on a thread of its own, answers on the agent's."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import FormatError, StoreLost
+
+_WATCH = 3600.0
+"""Seconds after which a watch is asked anew."""
+_RETRY = 0.5
+"""Seconds before a store that did not answer is asked again."""
+
+
+class StoreLine:
+    """Store calls that never hold up the agent."""
+
+    def __init__(self, store: ControlStore, post: Callable[[Callable[[], None]], None], silent: Callable[[str], None]):
+        """Args:
+        store: where to ask.
+        post: has an action run on the agent's thread.
+        silent: told, there, of a call that the store did not answer, and why.
+        """
+        self.lasting = store.lasting
+        self._store = store
+        self._post = post
+        self._silent = silent
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._threads = [threading.Thread(target=self._make_calls, name="control store", daemon=True)]
+        self._threads[0].start()
+
+    def ask(self, call: Callable[[ControlStore], Any], then: Callable[[Any], None] | None = None) -> None:
+        """Make a call, after those that were asked for before, and hand what it returned to ``then``."""
+
+        def work() -> None:
+            try:
+                result = call(self._store)
+            except (StoreLost, FormatError) as error:
+                self._post(functools.partial(self._silent, str(error)))
+                return
+            if then is not None:
+                self._post(functools.partial(then, result))
+
+        self._calls.put(work)
+
+    def listen(self, heard: Callable[[News], None]) -> None:
+        """Have ``heard`` called with the news, now and whenever something changes."""
+
+        def first(news: News) -> None:
+            heard(news)
+            self._threads.append(
+                threading.Thread(target=self._watch, args=(news.number, heard), name="news", daemon=True)
+            )
+            self._threads[-1].start()
+
+        self.ask(lambda store: store.look(), first)
+
+    def close(self, timeout: float) -> None:
+        """No more calls; waits up to ``timeout`` seconds for those that were asked for."""
+        self._closed.set()
+        self.ask(lambda store: store.close())
+        self._calls.put(None)
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _make_calls(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def _watch(self, number: int, heard: Callable[[News], None]) -> None:
+        while not self._closed.is_set():
+            try:
+                news = self._store.watch(number, _WATCH)
+            except (StoreLost, FormatError) as error:
+                self._post(functools.partial(self._silent, str(error)))
+                self._closed.wait(_RETRY)
+                continue
+            if news is not None:
+                number = news.number
+                self._post(functools.partial(heard, news))

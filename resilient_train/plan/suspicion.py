@@ -1,0 +1,242 @@
+"""Who is lost: from the links between agents, announcements that expire, and what the other agents find.
+
+Theory of operation.  Every agent keeps a line to the next two of the ring of nodes, so each node is heard by four
+others.  A node whose agent's port refuses a connection is dead now.  One that falls silent is a *suspect*, and
+suspects are announced.  Silence alone proves little, because either end may be cut off:
+
+- a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
+- among nodes that all reach the store but not each other, whoever most others cannot reach goes (`_most_doubted`).
+  All see the same announcements and reckon alike; a node that finds itself among those to go proposes nothing.
+
+An expired announcement alone is a reason to probe, no more: a store that freezes and comes back may have let
+everybody's expire at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from resilient_train.spec.node import NodeInfo
+
+NEIGHBOURS = 2
+"""Nodes of the ring that each agent keeps lines to."""
+PROBERS = 3
+"""Agents, those whose turn to propose comes first, that look for themselves at whom others suspect."""
+_FEW = 8
+"""So many expired announcements every agent looks into; more at once say something about the store."""
+_PROBE = 0.2
+"""Share of ``within`` after which a node without a line and without an announcement is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """What is known of another node."""
+
+    info: NodeInfo
+    """Its newest announcement."""
+    announced: bool = True
+    """It stands, and has not expired."""
+    wanted_at: float | None = None
+    """Since when this agent has wanted to hear from it; None: it does not."""
+    heard_at: float | None = None
+    """When it was last heard over a line; None: never since it is wanted."""
+    refused: bool = False
+    """Nobody listens any more where its agent did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What one agent knows of the others."""
+
+    me: NodeInfo
+    """This node."""
+    within: float
+    """Seconds of silence after which a node is a suspect."""
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    """The other nodes of the job that are not known to be gone."""
+    at: float = 0.0
+    """When this agent last did anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """The announcements that stand in the store, this node's perhaps among them."""
+
+    nodes: tuple[NodeInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Signs of life over the lines to these nodes."""
+
+    nodes: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Nobody listens where this node's agent did."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """Time has passed."""
+
+
+Event = Announced | Heard | Refused | Looked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What to make of it."""
+
+    wanted: frozenset[str]
+    """Nodes to keep a line to."""
+    suspects: frozenset[str]
+    """Nodes that this agent cannot reach, for its announcement."""
+    alive: tuple[NodeInfo, ...]
+    """The other nodes that take part."""
+    lost: Mapping[str, str]
+    """Nodes that do not, and why, for people."""
+    doubted: bool
+    """This node itself is the one that most others cannot reach."""
+    wake_at: float | None
+    """When to look again although nothing happened."""
+
+
+def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
+    """Take in one event; return what to make of everything known."""
+    if now > state.at + state.within / 2:
+        # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
+        state = replace(state, peers={name: _excused(peer, now) for name, peer in state.peers.items()})
+    state = _take_in(replace(state, at=now), event, now)
+    verdict = _judge(state, now)
+    peers = {
+        name: _listen_for(peer, name in verdict.wanted, now)
+        for name, peer in state.peers.items()
+        # Who is lost and not announced any more is forgotten; it may come back under the same name.
+        if peer.announced or name not in verdict.lost
+    }
+    state = replace(state, peers=peers)
+    return state, replace(verdict, wake_at=_next_look(state, now))
+
+
+def _listen_for(peer: Peer, wanted: bool, now: float) -> Peer:
+    if wanted == (peer.wanted_at is not None):
+        return peer
+    return replace(peer, wanted_at=now if wanted else None, heard_at=None)
+
+
+def _take_in(state: State, event: Event, now: float) -> State:
+    peers = dict(state.peers)
+    match event:
+        case Announced(nodes):
+            standing = {node.node: node for node in nodes if node.node != state.me.node}
+            for name, peer in state.peers.items():
+                peers[name] = replace(peer, announced=name in standing)
+            for name, info in standing.items():
+                known = state.peers.get(name)
+                moved = known is not None and known.info.link != info.link
+                peers[name] = Peer(info=info) if known is None or moved else replace(known, info=info, announced=True)
+        case Heard(nodes):
+            for name in nodes & peers.keys():
+                peers[name] = replace(peers[name], heard_at=now, refused=False)
+        case Refused(node):
+            if node in peers:
+                peers[node] = replace(peers[node], refused=True)
+        case Looked():
+            pass
+    return replace(state, peers=peers)
+
+
+def _excused(peer: Peer, now: float) -> Peer:
+    wanted_at = None if peer.wanted_at is None else now
+    heard_at = None if peer.heard_at is None else now
+    return replace(peer, wanted_at=wanted_at, heard_at=heard_at)
+
+
+def with_own(state: State, me: NodeInfo) -> State:
+    """The same with another announcement of this node's."""
+    return replace(state, me=me)
+
+
+def _silent_at(state: State, peer: Peer) -> float | None:
+    """When a node that is not heard from has been silent for too long; None if nobody listens for it here."""
+    if peer.wanted_at is None:
+        return None
+    if peer.heard_at is not None:
+        return peer.heard_at + state.within
+    return peer.wanted_at + state.within * (1.0 if peer.announced else _PROBE)
+
+
+def _is_suspect(state: State, peer: Peer, now: float) -> bool:
+    silent_at = _silent_at(state, peer)
+    return peer.refused or (silent_at is not None and now >= silent_at)
+
+
+def _judge(state: State, now: float) -> Verdict:
+    suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
+    lost = {}
+    for name in suspects:
+        peer = state.peers[name]
+        if peer.refused:
+            lost[name] = "its agent is gone"
+        elif not peer.announced:
+            lost[name] = f"nothing was heard from it for {state.within:g} s"
+    infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
+    doubts = {name: frozenset(info.suspects) for name, info in infos.items() if state.peers[name].announced}
+    doubts[state.me.node] = suspects
+    orders = {name: info.order for name, info in infos.items()} | {state.me.node: state.me.order}
+    for name in _most_doubted(doubts, orders):
+        lost[name] = "other nodes cannot reach it"
+    alive = tuple(sorted((info for name, info in infos.items() if name not in lost), key=lambda info: info.order))
+    doubted = lost.pop(state.me.node, "") != ""
+    return Verdict(
+        wanted=_wanted(state, alive, suspects, doubts),
+        suspects=suspects,
+        alive=alive,
+        lost=lost,
+        doubted=doubted,
+        wake_at=None,
+    )
+
+
+def _most_doubted(doubts: Mapping[str, frozenset[str]], orders: Mapping[str, int]) -> list[str]:
+    """Who has to go so that all who stay reach each other: again and again whoever most others are at odds with.
+
+    Of several the last that joined goes.  A pure function of announcements, so all who see the same agree.
+    """
+    edges = {frozenset((a, b)) for a, found in doubts.items() for b in found if b in doubts and a != b}
+    gone = []
+    while edges:
+        degree: dict[str, int] = {}
+        for edge in edges:
+            for name in edge:
+                degree[name] = degree.get(name, 0) + 1
+        worst = max(degree, key=lambda name: (degree[name], orders[name]))
+        gone.append(worst)
+        edges = {edge for edge in edges if worst not in edge}
+    return gone
+
+
+def _wanted(
+    state: State, alive: tuple[NodeInfo, ...], suspects: frozenset[str], doubts: Mapping[str, frozenset[str]]
+) -> frozenset[str]:
+    ring = sorted([*alive, state.me], key=lambda info: info.order)
+    mine = next(index for index, info in enumerate(ring) if info.node == state.me.node)
+    after = [ring[(mine + step) % len(ring)].node for step in range(1, NEIGHBOURS + 1)]
+    before = [ring[(mine - step) % len(ring)].node for step in range(1, NEIGHBOURS + 1)]
+    named = {name for found in doubts.values() for name in found} if mine < PROBERS else set()
+    expired = {name for name, peer in state.peers.items() if not peer.announced}
+    if len(expired) > _FEW and mine >= PROBERS:
+        expired = set()
+    # Who is suspected stays wanted: it may come back.
+    wanted = {*after, *before, *named, *expired, *suspects} - {state.me.node}
+    return frozenset(wanted & state.peers.keys())
+
+
+def _next_look(state: State, now: float) -> float | None:
+    times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
+    return min((at for at in times if at is not None), default=None)
