@@ -12,7 +12,7 @@ from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.keeper.conduct import Conductor
 from resilient_train.keeper.replicas import Replicas
-from resilient_train.keeper.replicate import Replicator, previous, takes_part
+from resilient_train.keeper.replicate import Replicator, alone, previous
 from resilient_train.keeper.serve import PeerServer
 from resilient_train.keeper.shelf import Shelf, source_of
 from resilient_train.keeper.survey import Finding, Survey
@@ -101,8 +101,17 @@ class JobWide:
 
     @property
     def shared(self) -> bool:
-        """Whether the present world has members on this node and on others."""
-        return self._peers is not None and takes_part(self._peers)
+        """Whether the present world has, or may have, members on other nodes."""
+        return self._peers is not None and not alone(self._peers)
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether the job goes on without this node."""
+        return self._peers is not None and bool(self._peers.keepers) and not self._member
+
+    @property
+    def _member(self) -> bool:
+        return self._peers is not None and self._peers.node in [node for node, _ in self._peers.keepers]
 
     @property
     def asked_at(self) -> float:
@@ -117,7 +126,7 @@ class JobWide:
     def keeps(self, owner: str) -> bool:
         """Whether a slot holds copies of a node that sends them here, and will be used again."""
         source = source_of(owner)
-        return bool(source) and self.shared and self._peers is not None and node_of(source) == previous(self._peers)
+        return bool(source) and self._member and self._peers is not None and node_of(source) == previous(self._peers)
 
     def serve(self, host: str, secret: str) -> Serving:
         """Begin to serve other nodes."""
@@ -150,7 +159,7 @@ class JobWide:
 
     def time_to_persist(self) -> None:
         """Have all nodes make a state durable, if it is this one that says when."""
-        if self._peers is not None and self._peers.keepers[0][0] == self._peers.node:
+        if self._peers is not None and self._peers.keepers and self._peers.keepers[0][0] == self._peers.node:
             self._conductor.persist()
 
     def list(self, answer: Callable[[list[list[object]], str], None]) -> None:

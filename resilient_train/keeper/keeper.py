@@ -55,8 +55,10 @@ from resilient_train.spec.world import Key
 _TICK = 0.25
 _FIRST_TIMEOUT = 60.0
 """Seconds to wait for whoever started this keeper."""
-_ORPHAN, _UNASKED = 60.0, 20.0
+_KILLED = (60.0, 20.0)
 """Seconds that a keeper serves other nodes after its agent was killed, and the same while none of them asks."""
+_LEFT = (20.0, 3.0)
+"""The same after its node has left the job in good order."""
 _NOBODY = "nobody"
 """The owner of a slot that its worker gave back while it was still being read."""
 
@@ -117,10 +119,12 @@ class Keeper:
             return False
         now = self._clock.now()
         if self._had_agent:
-            # The agent's end is the job's end if its Flush was answered.  If it was killed, others may go on.
+            # The agent's end is the job's end if its Flush was answered.  If it was killed, or its node has left,
+            # others may be about to restore what is here.
+            others = self._job.left_behind if self._flushed else self._job.involved
+            longest, unasked = _LEFT if self._flushed else _KILLED
             asked = max(self._alone_since, self._job.asked_at)
-            needed = self._job.involved and now < min(self._alone_since + _ORPHAN, asked + _UNASKED)
-            return self._flushed or not needed
+            return not others or now >= min(self._alone_since + longest, asked + unasked)
         if self._starter is not None and os.getppid() != self._starter:
             return True  # It died before it came.
         linger = self._linger if self._had_client else _FIRST_TIMEOUT
@@ -403,7 +407,7 @@ class Keeper:
 
     def _persist_newest(self) -> None:
         """Persist the newest complete state unless that is already durable."""
-        if self._saving.policy is None:
+        if self._saving.policy is None or self._job.left_behind:
             return
         if self._job.involved:
             self._job.decide_last(self._decided)
@@ -439,7 +443,9 @@ class Keeper:
         """Persist the newest state: at once for an agent; without one, when every worker has nothing more to give."""
         if self._everything_is_here():
             self._persist_newest()
-            if not self._job.involved or self._saving.policy is None:
+            if self._job.left_behind:
+                self._answer_flushes(None)  # The last state is for those to save who go on.
+            elif not self._job.involved or self._saving.policy is None:
                 self._answer_flushes(self._newest_complete())
 
     def _everything_is_here(self) -> bool:

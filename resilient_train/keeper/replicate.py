@@ -105,7 +105,7 @@ class Replicator:
         if before is None or before.generation != peers.generation:
             with self._changed:
                 self._pending = self._done = self._missed = self.kept = self._errand = None
-            self._board().protect(None, self._board().kept() if takes_part(peers) else None)
+            self._board().protect(None, None if alone(peers) else self._board().kept())
         if not same_keepers:
             with self._changed:
                 self._errand = None
@@ -268,6 +268,11 @@ class Replicator:
 def takes_part(peers: Peers) -> bool:
     """Whether images of this node are copied to another."""
     return len(peers.keepers) > 1 and peers.node in [node for node, _ in peers.keepers]
+
+
+def alone(peers: Peers) -> bool:
+    """Whether all members of the world are on this node."""
+    return [node for node, _ in peers.keepers] == [peers.node]
 
 
 def _next(peers: Peers) -> str:

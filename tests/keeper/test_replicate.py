@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from nodes import Cluster, rows_of, wait_until
+from nodes import Cluster, rows_of
 
 from resilient_train.spec.world import Key
 from resilient_train.worker.sources import MemorySource
