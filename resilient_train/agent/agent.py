@@ -33,12 +33,14 @@ from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, Timing, View
+from resilient_train.plan.ring import peers_of
 from resilient_train.spec.messages import (
     AskStatus,
     Flushed,
     Gone,
     Hello,
     Notice,
+    Serving,
     Status,
     Welcome,
     Wish,
@@ -201,6 +203,8 @@ class Agent:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain)
         with self._signals():
+            if self._links is not None:
+                self._keeper.serve(self._settings.host, self._settings.secret)
             self._start_keeper()
             if self._links is not None:
                 self._announce()
@@ -238,6 +242,8 @@ class Agent:
         record = self._state.view.record
         if record is not None and record is not before:
             self._record_changed(before, record)
+        if self._links is not None and (peers := peers_of(self._state.view)) is not None:
+            self._keeper.follow(peers)  # Before the workers ask it for what the others hold.
         for effect in effects:
             self._carry_out(effect)
 
@@ -494,6 +500,10 @@ class Agent:
                     self._sink.put(LogEvent(at=message.at, kind=message.kind, text=message.text))
                 if isinstance(message, Flushed):
                     self._flushed = message.text
+                if isinstance(message, Serving):
+                    if message.error:
+                        self._say(f"images are not copied to other nodes: {message.error}")
+                    self._feed(ev.KeeperServes(message.endpoint))
         except (LinkLost, FormatError):
             # Its pidfd tells the rest.
             self._selector.unregister(channel)
