@@ -130,12 +130,12 @@ class WorldIs(Message):
 # ---- rtctl <-> agent ------------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class AskStatus(Message):
     """Answered by `Status`."""
 
 
-@_message
+@message
 class Status(Message):
     """The job as this agent knows it.
 
@@ -152,7 +152,7 @@ class Status(Message):
     """Why the store does not answer; empty if it does."""
 
 
-@_message
+@message
 class Wish(Message):
     """These nodes are to leave the job; and ``room``, if not 0, is the most nodes that may take part.
 
@@ -163,7 +163,7 @@ class Wish(Message):
     room: int = 0
 
 
-@_message
+@message
 class Wished(Message):
     """The wish will be agreed on; or an ``error`` why not."""
 
