@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from resilient_train.plan import membership as m
@@ -50,6 +50,8 @@ class _Call:
     call: Callable[[Store], Any] | None
     """None: no call, only its turn is waited for."""
     then: Callable[[Any], None] | None
+    again: bool = False
+    """To be made until it is answered."""
     over: bool = False
 
 
@@ -77,7 +79,9 @@ class StoreLine:
 
     def listen(self) -> None:
         """Hear the news from now on."""
-        self.ask(lambda store: store.look(), self._first)
+        self._calls.append(_Call(lambda store: store.look(), self._first, again=True))
+        if len(self._calls) == 1:
+            self._begin()
 
     def _first(self, news: Snapshot) -> None:
         self.heard(news)
@@ -94,12 +98,23 @@ class StoreLine:
             self._host,
             call.call,
             lambda result: self._guard(lambda: self._end(call, lambda: call.then and call.then(result))),
-            lambda: self._guard(lambda: self._end(call, lambda: self.silent("the store refuses"))),
+            lambda: self._guard(lambda: self._fail(call, "the store refuses")),
         )
         self._clock.at(
             self._clock.now() + _CALL_TIMEOUT,
-            lambda: self._guard(lambda: self._end(call, lambda: self.silent("the store does not answer"))),
+            lambda: self._guard(lambda: self._fail(call, "the store does not answer")),
         )
+
+    def _fail(self, call: _Call, text: str) -> None:
+        if call.over:
+            return
+        if not call.again:
+            self._end(call, lambda: self.silent(text))
+            return
+        call.over = True
+        self._calls[0] = replace(call, over=False)
+        self._clock.at(self._clock.now() + _RETRY, lambda: self._guard(self._begin))
+        self.silent(text)
 
     def _end(self, call: _Call, then: Callable[[], object]) -> None:
         if call.over:
@@ -177,6 +192,7 @@ class Agent:
         self._seen: m.NodesSeen | None = None
         self._beat_every = within / BEATS
         self._announcing = False
+        self._unsaid: NodeInfo | None = None
         self._endpoints = 0
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
@@ -324,14 +340,22 @@ class Agent:
         def begun(_: object) -> None:
             self._announcing = False
             info: NodeInfo = self.state.info
-            self._store.ask(lambda store: store.announce(info, self._server.now()))
+            self._unsaid = info
+            self._store.ask(lambda store: store.announce(info, self._server.now()), lambda _: said(info))
             self._server.traffic.writes += 1
             self._server.traffic.carry(info)
+
+        def said(info: NodeInfo) -> None:
+            if self._unsaid is info:
+                self._unsaid = None
 
         self._store.ask(None, begun)
 
     def _beat_store(self) -> None:
         def beat() -> None:
+            if self._unsaid is not None:
+                self._announce()
+                return
             order = self.state.info.order
             self._store.ask(lambda store: store.beat(order, self._server.now()))
             self._server.traffic.beats += 1
