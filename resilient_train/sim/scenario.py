@@ -70,8 +70,7 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
         checker.wrong(f"the job did not end: {cluster.outcome()}")
     elif record.phase is Phase.FAILED and not (drained and record.exit_code == 130):
         checker.wrong(f"the job {cluster.outcome()}")
-    elif not cluster.over():
-        left = [node.name for node in cluster.nodes.values() if node.alive]
+    elif left := [node.name for node in cluster.nodes.values() if node.alive]:
         checker.wrong(f"the job has ended and {', '.join(left)} did not notice")
     if scenario.faults and all(fault.what in OF_STORE for fault in scenario.faults) and len(checker.worlds) > 1:
         checker.wrong("the world changed and only the store had troubles")
