@@ -189,6 +189,7 @@ class Agent:
         self._links = links
         self._neighbours = Neighbours(info, settings.within, clock, self._timers.at, self._feed)
         self._announcing = False
+        self._unsaid: NodeInfo | None = None
         self._interrupts = 0
         self._flushed: str | None = None
         self._saved = False
@@ -209,7 +210,7 @@ class Agent:
             if self._links is not None:
                 self._announce()
                 self._neighbours.begin(self._links)
-                self._every(self._settings.within / BEATS, lambda: self._store.ask(lambda store: store.beat()))
+                self._every(self._settings.within / BEATS, self._show_life)
                 self._store.listen(self._news)
             else:
                 self._store.ask(lambda store: store.look().record, lambda record: self._feed(ev.RecordSeen(record)))
@@ -306,10 +307,21 @@ class Agent:
 
         def begun(_: object) -> None:
             self._announcing = False
-            info = self._state.info
-            self._store.ask(lambda store: store.announce(info))
+            info = self._unsaid = self._state.info
+            self._store.ask(lambda store: store.announce(info), lambda _: said(info))
+
+        def said(info: NodeInfo) -> None:
+            if self._unsaid is info:
+                self._unsaid = None
 
         self._store.ask(lambda _: None, begun)
+
+    def _show_life(self) -> None:
+        """A beat; or again the announcement that the store did not take."""
+        if self._unsaid is not None:
+            self._announce()
+        else:
+            self._store.ask(lambda store: store.beat())
 
     def _news(self, news: News) -> None:
         if not self._store_answers:

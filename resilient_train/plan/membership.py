@@ -362,11 +362,17 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
 
 def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[Effect]]:
     """The job goes on without this node; what it holds may be needed until the others have resumed."""
-    gone = [w.member for w in state.info.workers if w.member not in state.stopping]
+    # Who has promised a boundary goes on up to it, and says hello behind it: the others need that state.
+    limit = state.seen_at + state.view.timing.acknowledge if record.boundary is not None else now
+    gone = [
+        w.member
+        for w in state.info.workers
+        if w.member not in state.stopping and (now >= limit or w.idle or not w.elastic)
+    ]
     effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
-        return state, effects
+        return state, [*effects, *([Wake(limit)] if now < limit else [])]
     needed = record.resumed() is None and record.members and now < state.seen_at + LET_GO
     if needed:
         return state, [*effects, Wake(state.seen_at + LET_GO)]

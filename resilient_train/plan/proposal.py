@@ -183,6 +183,8 @@ class View:
 
     def elastic(self) -> bool:
         """Whether the script is elastic: any of its workers ever said hello."""
+        if self.record is not None and self.record.elastic:
+            return True
         return any(w.elastic for w in self.workers().values()) or any(e.elastic for e in self.exits().values())
 
 
@@ -202,6 +204,13 @@ class Proposal:
 
 def propose(view: View, now: float) -> Proposal:
     """The next version of the record, or what is being waited for."""
+    proposal = _propose(view, now)
+    if proposal.record is not None and not proposal.record.elastic and view.elastic():
+        return replace(proposal, record=replace(proposal.record, elastic=True))
+    return proposal
+
+
+def _propose(view: View, now: float) -> Proposal:
     record = view.record
     if view.doubted:
         return Proposal()

@@ -91,6 +91,8 @@ class WorldRecord:
     """A change under way."""
     restores: tuple[Restore, ...] = ()
     """Which state each generation resumed from, oldest first."""
+    elastic: bool = False
+    """The script was seen to be elastic; who knew that may be gone."""
     restarts: int = 0
     """How often the whole group of a script that is not elastic was restarted."""
     stalls: int = 0

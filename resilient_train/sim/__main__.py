@@ -1,0 +1,63 @@
+"""``python -m resilient_train.sim``: many seeds, one seed, a scenario from a file, or the table of costs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from resilient_train.sim.faults import Scenario, draw, parse, shrink
+from resilient_train.sim.scenario import run
+
+
+def main() -> int:
+    """Run the command line; 1 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(prog="python -m resilient_train.sim", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=100, metavar="N", help="how many (default 100)")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first (default 0)")
+    parser.add_argument("--keep-going", action="store_true", help="count the seeds that fail instead of stopping")
+    parser.add_argument("--scenario", type=Path, metavar="FILE", help="run this one and tell its story")
+    args = parser.parse_args()
+    if args.scenario is not None:
+        return _tell(parse(args.scenario.read_text()))
+    return _seeds(range(args.first, args.first + args.seeds), args.keep_going)
+
+
+def _tell(scenario: Scenario) -> int:
+    result = run(scenario)
+    print(*result.story, *(f"WRONG: {problem}" for problem in result.problems), sep="\n")
+    return 1 if result.problems else 0
+
+
+def _seeds(seeds: range, keep_going: bool) -> int:
+    begin, simulated, slowest, failed = time.monotonic(), 0.0, (0.0, -1), Counter[str]()
+    for seed in seeds:
+        result = run(draw(seed))
+        simulated += result.seconds
+        slowest = max(slowest, (result.settled_after, seed))
+        if result.problems and keep_going:
+            failed[result.problems[0]] += 1
+            print(f"seed {seed}: {result.problems[0]}", flush=True)
+        elif result.problems:
+            _show(seed, result.problems[0])
+            return 1
+    took = time.monotonic() - begin
+    print(f"{len(seeds)} seeds, {simulated:,.0f} s simulated in {took:.1f} s; {failed.total()} failed")
+    print(f"all that was alive trained at most {slowest[0]:g} s after the last fault (seed {slowest[1]})")
+    return 1 if failed else 0
+
+
+def _show(seed: int, problem: str) -> None:
+    """The smallest scenario that still goes wrong."""
+    smallest = shrink(draw(seed), lambda scenario: bool(run(scenario).problems))
+    if not smallest.faults:
+        smallest = replace(smallest, faults=())
+    result = run(smallest)
+    print(f"seed {seed}: {problem}\n\n{smallest}\n\n# what happened", *result.story, *result.problems, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
