@@ -147,6 +147,7 @@ def _take_part(
         entrypoint=entrypoint,
         args=tuple(map(str, worker_args)),
         slots=launch.nproc_per_node,
+        standby=args.standby,
         run_id=launch.run_id,
         role=launch.role,
         max_restarts=launch.max_restarts,

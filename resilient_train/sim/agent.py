@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan import suspicion
 from resilient_train.sim.engine import Action, DriftingClock
@@ -165,7 +166,7 @@ class Agent:
         server: Server,
         directory: dict[str, Links],
         crew: Crew,
-        ended: Callable[[m.End], None],
+        ended: Callable[[ev.End], None],
     ) -> None:
         """Args:
         state: the membership machine's first.
@@ -189,7 +190,7 @@ class Agent:
         self._links = Links(self.node, network, directory, self.guard, self._heard_node, self._refused_by_node)
         self._suspicion = suspicion.State(me=state.info, within=within, at=clock.now())
         self._wake_at = float("inf")
-        self._seen: m.NodesSeen | None = None
+        self._seen: ev.NodesSeen | None = None
         self._beat_every = within / BEATS
         self._announcing = False
         self._unsaid: NodeInfo | None = None
@@ -253,7 +254,7 @@ class Agent:
 
     # ---- the machine ------------------------------------------------------------------------------------------------
 
-    def feed(self, event: m.Event) -> None:
+    def feed(self, event: ev.Event) -> None:
         """Hand one event to the machine and carry out what follows."""
         if not self.alive:
             return
@@ -268,55 +269,55 @@ class Agent:
 
     def _new_endpoint(self) -> None:
         self._endpoints += 1
-        self.feed(m.EndpointReady(f"{self.node}:{self._endpoints}"))
+        self.feed(ev.EndpointReady(f"{self.node}:{self._endpoints}"))
 
-    def _carry_out(self, effect: m.Effect) -> None:
+    def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
-            case m.Swap(proposed):
-                self._store.ask(lambda store: store.swap(proposed), lambda record: self.feed(m.RecordSeen(record)))
+            case ev.Swap(proposed):
+                self._store.ask(lambda store: store.swap(proposed), lambda record: self.feed(ev.RecordSeen(record)))
                 self._server.traffic.writes += 1
                 self._server.traffic.carry(proposed)
-            case m.Announce(info):
+            case ev.Announce(info):
                 self._suspicion = suspicion.with_own(self._suspicion, info)
                 self._announce()
-            case m.Spawn(member):
+            case ev.Spawn(member):
                 assert self.state.view.record is not None
                 self._crew.spawn(member, self.state.view.record)
-                self.feed(m.WorkerSpawned(member))
-            case m.Stop(member, _):
+                self.feed(ev.WorkerSpawned(member))
+            case ev.Stop(member, _):
                 self._crew.stop(member)
-            case m.Tell(member, message):
+            case ev.Tell(member, message):
                 assert isinstance(message, WorldIs)
                 self._crew.tell(member, message)
-            case m.Wake(at):
+            case ev.Wake(at):
                 self._at(at, self._tick)
-            case m.End():
+            case ev.End():
                 for member in self._crew.running():
                     self._crew.stop(member)
                 self._store.ask(lambda store: store.withdraw(self.state.info.order), lambda _: self._end(effect))
                 self._at(self._clock.now() + 2.0, lambda: self._end(effect))
-            case m.Say():
+            case ev.Say():
                 pass
 
-    def _end(self, effect: m.End) -> None:
+    def _end(self, effect: ev.End) -> None:
         if self.alive:
             self.die()
             self._ended(effect)
 
     def _tick(self) -> None:
         self._watch_board()
-        self.feed(m.Tick())
+        self.feed(ev.Tick())
 
     def said(self, member: str, message: Message) -> None:
         """A worker's message has come."""
-        self.guard(lambda: self.feed(m.WorkerSaid(member, message)))
+        self.guard(lambda: self.feed(ev.WorkerSaid(member, message)))
 
     def exited(self, member: str, code: int) -> None:
         """A worker's process has ended."""
 
         def act() -> None:
             self._watch_board()
-            self.feed(m.WorkerExited(member, code))
+            self.feed(ev.WorkerExited(member, code))
 
         self.guard(act)
 
@@ -328,7 +329,7 @@ class Agent:
         progress = self._crew.progress(record) if record is not None else None
         if progress is not None and progress != self._progress:
             self._progress = progress
-            self.feed(m.Progress(*progress))
+            self.feed(ev.Progress(*progress))
 
     # ---- the store --------------------------------------------------------------------------------------------------
 
@@ -363,11 +364,11 @@ class Agent:
         self._every(self._beat_every, beat)
 
     def _news(self, news: Snapshot) -> None:
-        self.feed(m.RecordSeen(news.record))
+        self.feed(ev.RecordSeen(news.record))
         self._step(suspicion.Announced(news.nodes))
 
     def _store_silent(self, text: str) -> None:
-        self.feed(m.StoreSilent(text, lasting=True))
+        self.feed(ev.StoreSilent(text, lasting=True))
 
     # ---- the other nodes --------------------------------------------------------------------------------------------
 
@@ -396,9 +397,7 @@ class Agent:
         if verdict.wake_at is not None and verdict.wake_at < self._wake_at:
             self._wake_at = verdict.wake_at
             self._at(verdict.wake_at, self._wake)
-        seen = m.NodesSeen(
-            nodes=verdict.alive, lost=verdict.lost, suspects=verdict.suspects, doubted=verdict.doubted
-        )
+        seen = ev.NodesSeen(nodes=verdict.alive, lost=verdict.lost, suspects=verdict.suspects, doubted=verdict.doubted)
         if seen != self._seen:
             self._seen = seen
             self.feed(seen)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from random import Random
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, Timing, View
 from resilient_train.sim.agent import Agent
@@ -54,7 +55,7 @@ class Node:
         job, random = cluster.job, cluster.random
         self.name = name
         self.workers: dict[str, Worker] = {}
-        self.ended: m.End | None = None
+        self.ended: ev.End | None = None
         self._cluster = cluster
         clock = DriftingClock(cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1))
         info = NodeInfo(
@@ -71,7 +72,7 @@ class Node:
         """Whether its agent is there."""
         return self.agent.alive
 
-    def _end(self, end: m.End) -> None:
+    def _end(self, end: ev.End) -> None:
         self.ended = end
 
     def die(self) -> None:
@@ -259,6 +260,7 @@ class Cluster:
         lines = []
         for world in self.checker.worlds.values():
             where = "" if world.boundary is None else " at a boundary"
-            lines.append(f"generation {world.generation}{where}: {world.reason} -> {' '.join(world.members) or 'nobody'}")
+            lines.append(
+                f"generation {world.generation}{where}: {world.reason} -> {' '.join(world.members) or 'nobody'}"
+            )
         return [*lines, self.outcome()]
-

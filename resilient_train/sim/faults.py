@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from random import Random
 
 from resilient_train.errors import FormatError
-from resilient_train.plan.membership import LeaveAsked
+from resilient_train.plan.events import LeaveAsked
 from resilient_train.sim.cluster import Cluster, Job
 from resilient_train.sim.network import STORE
 
