@@ -129,9 +129,11 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
             list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
         complete = commit(tier, job.key, job.world, files, job.past)
     except BaseException:
-        # Without this node's part it will never be complete; what is there only takes the room of the next one.
-        with contextlib.suppress(OutsideError):
-            tier.delete(folder_of(job.key))
+        # Without this node's part it will never be complete; what is there only takes the room of the next one.  Where
+        # other nodes may be writing to the folder it is left to the next checkpoint that is complete.
+        if len(job.images) == job.world:
+            with contextlib.suppress(OutsideError):
+                tier.delete(folder_of(job.key))
         raise
     if complete:
         _remove_superseded(tier, job.keep_last)
