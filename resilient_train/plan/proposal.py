@@ -364,7 +364,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
     broken = [e for e in ended if not e.elastic and not e.killed]
     if broken or not view.elastic():
-        return Proposal(record=_restart_group(view, record, lost, broken or ended))
+        return _restart_group(view, record, lost, broken or ended, waits)
     text = f"lost {_names(lost, record)}{_cause(view, lost, ended)}"
     resumed, stalls = _stalls(record)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
@@ -379,7 +379,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         members = set()
         text += "; too few are left, waiting for replacements"
         if not survivors:
-            return waits.proposal()
+            return _too_few(view, record, waits)
     after = _regroup(view, record, members, text, None)
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
     best = max([record.best_step, *steps])
@@ -398,11 +398,7 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     waits = _Waits(view, now)
     members = view.fitting(view.idle())
     if not view.enough(members):
-        limits = view.limits
-        if waits.over(f"parked in {record.generation}", limits.patience + _turn(view, record, view.workers())):
-            text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
-            return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
-        return waits.proposal()
+        return _too_few(view, record, waits)
     if not waits.over("enough", view.timing.coalesce + _turn(view, record, view.workers())):
         return waits.proposal()
     starting = _starting(view, members)
@@ -428,26 +424,39 @@ def _names(members: list[str], record: WorldRecord) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo]) -> WorldRecord:
+def _restart_group(
+    view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits
+) -> Proposal:
+    """All start over; what a script did itself uses up its restarts, the loss of a node does not."""
     what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
-    culprit = ended[0].member if ended else lost[0]
-    if record.restarts >= view.limits.max_restarts:
-        if ended and ended[0].killed and not view.elastic():
+    what += "" if ended else _cause(view, lost, ended)
+    if ended and record.restarts >= view.limits.max_restarts:
+        if ended[0].killed and not view.elastic():
             what += "; nobody had called an elastic function yet, and until then only --max-restarts helps"
-        return _failure(view, record, what, culprit)
+        return Proposal(record=_failure(view, record, what, ended[0].member))
     newest: dict[tuple[str, int], int] = {}
     for member in [*view.workers(), *view.exits(), *record.members]:
         place = (node_of(member), slot_of(member))
         newest[place] = max(newest.get(place, 0), incarnation_of(member))
+    here = sorted((node for node in view.nodes.values() if not node.leaving), key=lambda node: node.order)
     members = {
         member_id(node.node, slot, newest.get((node.node, slot), -1) + 1)
-        for node in sorted(view.nodes.values(), key=lambda node: node.order)[: view.room()]
+        for node in here[: view.room()]
         for slot in range(node.slots)
     }
-    return replace(
-        _regroup(view, record, members, f"{what}; the group restarts", None),
-        restarts=record.restarts + 1,
-    )
+    if not view.enough(members):
+        return _too_few(view, record, waits)
+    after = _regroup(view, record, members, f"{what}; the group restarts", None)
+    return waits.proposal(replace(after, restarts=record.restarts + (1 if ended else 0)))
+
+
+def _too_few(view: View, record: WorldRecord, waits: _Waits) -> Proposal:
+    """Wait for nodes, for a bounded time."""
+    limits = view.limits
+    if not waits.over(f"too few in {record.generation}", limits.patience + _turn(view, record, view.workers())):
+        return waits.proposal()
+    text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
+    return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
 
 
 def _misfit(view: View, record: WorldRecord) -> WorldRecord | None:

@@ -24,6 +24,8 @@ _DRIFT = 0.005
 """How much faster or slower than another a node's clock may go."""
 _PERSIST_EVERY = 10
 """Steps between states that outlive all nodes."""
+_HEARS = 5.0
+"""Seconds after which a node that can hear of the record again has heard of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +131,14 @@ class Cluster:
         """Nodes that are on their way."""
         self._groups: dict[int, Group] = {}
         self._durable: list[Key] = []
+        self._deaf_at: dict[str, float] = {}
         self._images: dict[str, dict[int, int]] = {}
         for _ in range(job.nodes):
             self.start_node()
 
-    def run(self, until: float) -> None:
-        """Let time pass, until the job is over everywhere or something is wrong."""
-        self.engine.run(until, lambda: bool(self.checker.problems) or self.over())
+    def run(self, until: float, to_the_end: bool = False) -> None:
+        """Let time pass, until something is wrong; no further than the end of the job everywhere, unless asked to."""
+        self.engine.run(until, lambda: bool(self.checker.problems) or (not to_the_end and self.over()))
 
     def over(self) -> bool:
         """Whether no agent is left and none comes."""
@@ -167,7 +170,13 @@ class Cluster:
         self.checker.entered(worker.member, record)
 
     def stepped(self, group: Group, step: int) -> None:
-        self.checker.stepped(self.engine.now, group.record, step)
+        now = self.engine.now
+        hosts = {node_of(member) for member in group.record.members}
+        for host in hosts:
+            if self.nodes[host].agent.stopped or not self.server.answers(host):
+                self._deaf_at[host] = now
+        deaf = all(now - self._deaf_at.get(host, -_HEARS) < _HEARS for host in hosts)
+        self.checker.stepped(now, group.record, step, deaf)
 
     def at_boundary(self, worker: Worker, key: Key) -> None:
         self._images.setdefault(worker.host, {})[key.lineage] = key.step

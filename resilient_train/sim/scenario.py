@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from resilient_train.errors import ExitCode
 from resilient_train.sim.cluster import Cluster
 from resilient_train.sim.faults import OF_STORE, VERBS, Fault, Scenario
 from resilient_train.spec.world import Phase
@@ -35,6 +36,7 @@ def run(scenario: Scenario) -> Result:
     cluster = Cluster(scenario.job)
     for fault in scenario.faults:
         cluster.engine.at(fault.at, lambda fault=fault: _happen(cluster, fault))  # type: ignore[misc]
+    cluster.run(scenario.over_at, to_the_end=True)
     quiet = max(scenario.over_at, _START)
     cluster.run(quiet)
     settled_after = 0.0
@@ -65,10 +67,15 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
     record, checker = cluster.record, cluster.checker
     if checker.problems:
         return
-    drained = any(fault.what == "drain" for fault in scenario.faults)
+    verbs = {fault.what for fault in scenario.faults}
+    meant = record is not None and (
+        ("drain" in verbs and record.exit_code == ExitCode.INTERRUPTED)
+        # Until a script is known to be elastic, a killed worker means what it means to torchrun.
+        or ("kill-worker" in verbs and "nobody had called an elastic function yet" in record.error)
+    )
     if record is None or record.phase is Phase.RUNNING:
         checker.wrong(f"the job did not end: {cluster.outcome()}")
-    elif record.phase is Phase.FAILED and not (drained and record.exit_code == 130):
+    elif record.phase is Phase.FAILED and not meant:
         checker.wrong(f"the job {cluster.outcome()}")
     elif left := [node.name for node in cluster.nodes.values() if node.alive]:
         checker.wrong(f"the job has ended and {', '.join(left)} did not notice")

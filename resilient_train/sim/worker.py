@@ -215,7 +215,7 @@ class Worker:
                 self.end(0)
             else:
                 self._leave()
-        elif self.doing == "boundary" and self._stop_at is None:
+        elif self.doing == "boundary" and self._stop_at != self.step:
             self._compute(self.step)
 
     def _next_world(self) -> None:

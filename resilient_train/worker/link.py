@@ -138,9 +138,12 @@ class AgentLink:
         return self._step
 
     def wait_at_boundary(self) -> bool:
-        """Wait for the planned change to be committed (True: leave) or taken back (False: go on)."""
+        """Wait for the planned change to be committed (True: leave) or taken back (False: go on).
+
+        That it was taken back may be heard of only by the next one, at a later boundary.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._lost or self._over() or self._stop_at is None)
+            self._changed.wait_for(lambda: self._lost or self._over() or self._stop_at != self._step)
             return self._over()
 
     # ---- monitor thread ---------------------------------------------------------------------------------------------
