@@ -15,9 +15,10 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def nodes(tmp_path: Path, *args: str, count: int, flags: tuple[str, ...] = ()) -> Nodes:
-    """Two ranks a node, a durable copy of every step."""
-    record = ["--record", str(tmp_path / "record"), "--url", str(tmp_path / "url"), "--persist-every", "1"]
-    return Nodes(SCRIPT, [*record, *args], count=count, flags=["--nproc-per-node=2", *flags], folder=tmp_path / "logs")
+    """Two ranks a node; their state is in memory only."""
+    common = ["--nproc-per-node=2", "--rdzv-conf=last_call_timeout=60"]
+    script = ["--record", str(tmp_path / "record"), *args]
+    return Nodes(SCRIPT, script, count=count, flags=[*common, *flags], folder=tmp_path / "logs")
 
 
 def check_nothing_left(running: Nodes) -> None:
@@ -107,8 +108,8 @@ def test_a_silent_node_is_out_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_too_few_nodes_wait_and_go_on_when_another_comes(tmp_path: Path) -> None:
-    """--nnodes=2:3: one of two lost, the other waits with its processes, and goes on with a new one."""
-    with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=2:3",)) as running:
+    """--nnodes=2:2: one of two lost, the other waits with its processes, and goes on with a new one."""
+    with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=2:2",)) as running:
         first = running.jobs[0]
         first.wait_for_line("step 10 size 4", 90)
         pids = set(first.workers().values())
