@@ -40,6 +40,8 @@ parser.add_argument("--width", type=int, default=30)
 parser.add_argument("--hidden", type=int, default=50)
 parser.add_argument("--raise-at", type=int, default=-1)
 parser.add_argument("--abort-at", type=int, default=-1)
+parser.add_argument("--stop-file", type=Path, help="says, from some time on, after how many steps to end")
+parser.add_argument("--parameters", action="store_true", help="write down the parameters at the end")
 parser.add_argument("--exit-rank", type=int, default=1)
 parser.add_argument("--kill-self-at", type=int, default=-1)
 args = parser.parse_args()
@@ -70,6 +72,12 @@ def digest(model, optim):
             if isinstance(value, torch.Tensor) and (isinstance(value, DTensor) or dist.get_rank() == 0):
                 total += part(value, f"{name}.{key}")
     return total % 2**64
+
+
+def whole(parameter):
+    """All of a parameter's values."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write(world, **fields):
@@ -130,6 +138,8 @@ def train(world):
         if first:
             write(world, restored=step, digest=digest(model, optim))
             first = False
+        if args.stop_file and args.stop_file.exists() and step >= int(args.stop_file.read_text()):
+            break
         if step == args.raise_at and world.rank == args.exit_rank:
             raise ValueError(f"a bug at step {step}")
         if step == args.abort_at and world.rank == args.exit_rank:
@@ -158,7 +168,10 @@ def train(world):
                 model(samples[:4])
         if world.rank == 0:
             print(f"step {step} size {world.size} generation {world.generation}", flush=True)
-    write(world, final=True, digest=digest(model, optim))
+    more = (
+        {"parameters": [v for p in model.parameters() for v in whole(p).view(-1).tolist()]} if args.parameters else {}
+    )
+    write(world, final=True, digest=digest(model, optim), **more)
     return world.size
 
 
