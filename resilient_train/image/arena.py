@@ -245,9 +245,9 @@ class Board(Memory):
         word = engine.observe(self._word(index, _PUBLISHED))
         return Key.unpack(word) if word else None
 
-    def report_published(self, index: int, key: Key) -> None:
-        """Say that the image of ``key`` is complete."""
-        engine.publish(self._word(index, _PUBLISHED), key.pack())
+    def report_published(self, index: int, key: Key | None) -> None:
+        """Say that the image of ``key`` is complete; None: that there is none of this generation yet."""
+        engine.publish(self._word(index, _PUBLISHED), key.pack() if key else 0)
 
     def every(self, index: int) -> int:
         """Steps between two snapshots of the worker in slot ``index``."""

@@ -375,7 +375,7 @@ class Keeper:
             return
         keys = {image.slot: image.stamp.key for image in self.shelf.images()}
         for slot in orphans:
-            if slot not in keys or keys[slot] < newest:
+            if keys[slot] < newest if slot in keys else not self.shelf.locked(slot):
                 self.drop(slot)
 
     def _newest_complete(self) -> Key | None:

@@ -56,13 +56,14 @@ class Replicas:
         if not PEEK <= request.size <= _MOST_BYTES or not request.source or len(request.source) > 500:
             raise FormatError(f"{request!r:.300} announces no image")
         try:
-            slot = self._room(request)
+            room = self._room(request)
         except MemoryRefused as error:
             wire.send(Declined(reason=str(error)))
             return
-        if slot is None:
+        if room is None:
             wire.send(Declined(reason="both slots for its copies are in use"))
             return
+        number, slot = room
         try:
             yield_to_others()
             engine.retract(slot.address)
@@ -73,9 +74,12 @@ class Replicas:
                 engine.publish(slot.address, length)
         finally:
             slot.close()
-        wire.send(Stored() if length else Declined(reason="what arrived fails its checksums"))
+        if length and number not in self._shelf:
+            wire.send(Declined(reason="the copy is not needed any more"))
+        else:
+            wire.send(Stored() if length else Declined(reason="what arrived fails its checksums"))
 
-    def _room(self, request: Put) -> Slot | None:
+    def _room(self, request: Put) -> tuple[int, Slot] | None:
         """A slot for a copy, locked against readers; None if all hold what must stay."""
         owner = replica_owner(request.source)
         told = key_or_none(request.keep)
@@ -91,7 +95,7 @@ class Replicas:
                 stamp = slot.stamp()
                 free = stamp is None or stamp.key not in keep
                 if free and slot.size == request.size and slot.try_lock(exclusive=True):
-                    return slot
+                    return number, slot
                 if free and slot.size != request.size:
                     self._useless(number)
                 else:
@@ -109,7 +113,7 @@ class Replicas:
         assert slot is not None
         slot.try_lock(exclusive=True)
         self._added(number)
-        return slot
+        return number, slot
 
 
 def yield_to_others() -> None:

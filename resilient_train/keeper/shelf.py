@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,11 +115,14 @@ class Shelf:
             kept = self._slots.get(number)
             return Slot(kept.memory.fd) if kept is not None else None
 
-    def descriptor(self, number: int) -> int:
-        """A duplicate of a slot's descriptor, the caller's; -1 if there is no such slot."""
-        with self._lock:
-            kept = self._slots.get(number)
-            return os.dup(kept.memory.fd) if kept is not None else -1
+    def locked(self, number: int) -> bool:
+        """Whether somebody reads or writes a slot right now."""
+        memory = self.open(number)
+        if memory is None:
+            return False
+        free = memory.try_lock(exclusive=True)
+        memory.close()
+        return not free
 
     @contextmanager
     def reading(self, number: int, key: Key) -> Iterator[memoryview | None]:

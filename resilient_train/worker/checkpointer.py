@@ -141,6 +141,7 @@ class Checkpointer:
             )
         self._host.claim()
         self._host.board.report_every(self._host.index, snapshot_every)
+        self._host.board.report_published(self._host.index, None)
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()

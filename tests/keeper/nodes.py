@@ -60,6 +60,7 @@ class Worker:
         self.slots = Slots(self.link)
         self.generation = 1
         self.safe: Key | None = None
+        self.past: dict[int, int | None] = {1: None}
 
     def publish(self, key: Key, rank: int, world: int, rows: int = 4, columns: int = 5) -> bool:
         """Write the image of a state at its boundary; False if there is no free slot."""
@@ -74,7 +75,7 @@ class Worker:
         parts = [Part(entry=entry, sources=(rows_of(rank, world, key.step, rows, columns),))]
         writer = ImageWriter(layout, parts, rank, world)
         self.link.board.report_progress(self.slot, self.generation, key.step)
-        for slot in self.slots.writable(layout.total, self.safe, {key.lineage: None}):
+        for slot in self.slots.writable(layout.total, self.safe, self.past):
             slot.key = None
             if writer.begin(slot.memory, key, parts, b"{}"):
                 assert writer.conclude() == []
@@ -152,6 +153,7 @@ class Node:
         """Kill the keeper; another takes over what it had deposited."""
         self.process.kill()
         self.process.wait()
+        self.agent.close()
         self.endpoint = ""
         self.process = subprocess.Popen(self._command)
         self.agent = self._adopt()
@@ -162,6 +164,7 @@ class Node:
         """The whole node dies."""
         self.process.kill()
         self.process.wait()
+        self.agent.close()
         for worker in self.workers:
             worker.close()
         self.workers = []
