@@ -38,8 +38,9 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_rtrun_takes_every_flag_of_torchrun() -> None:
-    """The same options with the same defaults."""
+    """The same options with the same defaults; one is our own."""
     ours = {tuple(a.option_strings): a.default for a in rtrun.parser()._actions}
+    assert ours.pop(("--detect-within", "--detect_within")) == 5.0
     theirs = {tuple(a.option_strings): a.default for a in torchrun.get_args_parser()._actions}
     assert ours == theirs
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
+from resilient_train.agent.hangs import Hangs
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.timeline import Timeline, count_ranks
 from resilient_train.agent.workers import Workers
@@ -31,7 +32,7 @@ from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, View
-from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
+from resilient_train.spec.messages import Flushed, Gone, Hello, Message, Notice, Welcome
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
@@ -62,6 +63,8 @@ class AgentConfig:
     """What the job tolerates."""
     address: str
     """Abstract address at which workers reach it."""
+    detect_within: float = 5.0
+    """Seconds within which a rank that hangs is to be noticed."""
     stop_timeout: float = 30.0
     """Seconds between SIGTERM and SIGKILL for a worker that is to end."""
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -144,6 +147,7 @@ class Agent:
         info = NodeInfo(node=settings.node, order=settings.order, endpoint=new_bootstrap(), slots=settings.slots)
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info})
         self._state = m.State(view=view)
+        self._hangs = Hangs(settings.detect_within, workers, _Surroundings(self), clock)
         self._interrupts = 0
         self._flushed: str | None = None
         self._saved = False
@@ -162,6 +166,7 @@ class Agent:
             self._start_keeper()
             self._call(self._store.look, lambda news: m.RecordSeen(news.record))
             self._every(1.0, self._watch_board)
+            self._every(self._hangs.period, self._hangs.look)
             while self._outcome is None:
                 self._once()
             return self._wind_up(self._outcome)
@@ -205,10 +210,7 @@ class Agent:
             case m.Stop(member, _):
                 self._stop(member)
             case m.Tell(member, message):
-                channel = self._channels.get(member)
-                if channel is not None:
-                    with contextlib.suppress(LinkLost):
-                        channel.post(message)
+                self._tell(member, message)
             case m.Say(text):
                 self._say(text)
             case m.Wake(at):
@@ -217,6 +219,12 @@ class Agent:
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)
+
+    def _tell(self, member: str, message: Message) -> None:
+        channel = self._channels.get(member)
+        if channel is not None:
+            with contextlib.suppress(LinkLost):
+                channel.post(message)
 
     def _tick(self) -> None:
         self._watch_board()
@@ -297,7 +305,8 @@ class Agent:
         if record is not None and member in record.members and record.phase is Phase.RUNNING:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
             rank = record.members.index(member)
-            self._timeline.detected(at, f"rank {rank} {how}", member)
+            if member in self._state.view.workers():  # Else it hangs, and that was the event.
+                self._timeline.detected(at, f"rank {rank} {how}", member)
         self._watch_board()
         channel = self._channels.get(member)
         if channel is not None:
@@ -338,6 +347,7 @@ class Agent:
             line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
+            self._hangs.heard(member, message)
             self._feed(m.WorkerSaid(member, message))
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
@@ -493,6 +503,31 @@ class Agent:
         self._feed(m.StopAsked(f"the agent got {name}"))
         if self._state.view.record is None:
             self._outcome = Outcome(code=ExitCode.INTERRUPTED, text=f"the agent got {name}")
+
+
+class _Surroundings:
+    """An agent, as its `Hangs` see it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.say = agent._say
+        self.at = agent._timers.at
+        self.tell = agent._tell
+
+    def view(self) -> View:
+        return self._agent._state.view
+
+    def progress(self, member: str) -> tuple[int, int]:
+        board = self._agent._keeper.board
+        return (0, 0) if board is None else board.progress(slot_of(member))
+
+    def feed(self, event: m.Event) -> None:
+        agent = self._agent
+        if isinstance(event, m.Hung):
+            agent._timeline.detected(agent._clock.now(), event.reason, event.member)
+        elif isinstance(event, m.Deadlocked):
+            agent._timeline.detected(agent._clock.now(), event.reason, "")
+        agent._feed(event)
 
 
 def print_line(text: str) -> None:

@@ -44,6 +44,17 @@ def parser() -> argparse.ArgumentParser:
     made.description = "Run a PyTorch training so that it survives the loss of its processes."
     made.epilog = _EPILOG
     made.formatter_class = _Formatter
+    made.add_argument(
+        "--detect-within",
+        "--detect_within",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="seconds within which a loss must be noticed; all time-outs derive from it. A job whose ranks pass no step"
+        " boundary for this long, or for twice the longest recent step if that is more, hangs: the rank that the others"
+        " wait for is ended, its stacks in the log (asked at 60%% and 85%% of that time; stopped processes after"
+        " SECONDS)",
+    )
     return made
 
 
@@ -120,6 +131,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         slots=launch.nproc_per_node,
         limits=Limits(max_restarts=launch.max_restarts),
         address=address,
+        detect_within=args.detect_within,
         stop_timeout=float(getattr(launch, "shutdown_timeout", 30)),
         signals=_signals(getattr(launch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP")),
     )
@@ -144,6 +156,8 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
 
 
 def _check_script(args: argparse.Namespace) -> None:
+    if not 0.5 <= args.detect_within < float("inf"):
+        raise ConfigError(f"--detect-within must be at least 0.5 seconds, it is {args.detect_within:g}")
     script = args.training_script
     if not args.module and not args.no_python and not os.path.isfile(script):
         raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")

@@ -16,6 +16,7 @@ from resilient_train.plan.proposal import View, is_new_restore, propose
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
+    Busy,
     Done,
     Hello,
     Message,
@@ -26,6 +27,7 @@ from resilient_train.spec.messages import (
     WorldIs,
 )
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
+from resilient_train.spec.rank import RankReport
 from resilient_train.spec.world import (
     Key,
     Phase,
@@ -94,6 +96,29 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Hung:
+    """A local worker hangs and is about to be ended."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlocked:
+    """The ranks of a generation wait for each other."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Where the local workers are, while the job stands still; empty once it goes on."""
+
+    reports: tuple[RankReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointReady:
     """This agent serves a fresh TCPStore for the next generation at host:port."""
 
@@ -113,7 +138,20 @@ class Tick:
     """Time has passed."""
 
 
-Event = RecordSeen | NodesSeen | WorkerSpawned | WorkerSaid | WorkerExited | Progress | EndpointReady | StopAsked | Tick
+Event = (
+    RecordSeen
+    | NodesSeen
+    | WorkerSpawned
+    | WorkerSaid
+    | WorkerExited
+    | Progress
+    | Hung
+    | Deadlocked
+    | Stuck
+    | EndpointReady
+    | StopAsked
+    | Tick
+)
 
 
 # ---- effects --------------------------------------------------------------------------------------------------------
@@ -255,6 +293,12 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _worker_said(state, member, message)
         case Progress(generation, finished):
             return _with_info(state, progress=(generation, finished))
+        case Hung(member, reason):
+            return _with_worker(state, member, hung=reason)
+        case Deadlocked(generation, reason):
+            return replace(state, view=replace(state.view, hang=(generation, reason)))
+        case Stuck(reports):
+            return _with_info(state, stuck=reports)
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case StopAsked(text, exit_code):
@@ -303,6 +347,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         elastic=worker.elastic,
         acknowledged=worker.acknowledged,
         done=worker.done,
+        hung=worker.hung,
     )
     workers = tuple(w for w in state.info.workers if w.member != member)
     state = replace(state, spawning=state.spawning - {member})
@@ -338,6 +383,8 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, formed=generation)
         case Boundaries(generation=generation):
             return _with_worker(state, member, stepping=generation)
+        case Busy(name=name):
+            return _with_worker(state, member, busy=name)
         case Promise(number=number, accepted=accepted):
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
