@@ -138,7 +138,8 @@ class Hangs:
         self._around.say(text)
         self._around.feed(m.Hung(member, reason))
         stacks.ask(worker.pid)
-        self._end(worker, self._clock.now() + STACKS_TIMEOUT)
+        now = self._clock.now()
+        self._around.at(now + _POLL, lambda: self._end(worker, now + STACKS_TIMEOUT))
 
     def _end(self, worker: Worker, deadline: float) -> None:
         now = self._clock.now()

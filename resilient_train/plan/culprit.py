@@ -54,6 +54,9 @@ def judge(members: Sequence[str], reports: Mapping[str, RankReport]) -> Verdict:
     name = _Names(members)
     if any(report.finished for report in said):
         return AtWork("")
+    compiling = [report for report in said if report.where is Where.COMPILING]
+    if compiling:
+        return AtWork(f"{name(compiling)} {'compile' if len(compiling) > 1 else 'compiles'}")
     stopped = [r for r in said if r.where is Where.STOPPED]
     if stopped:
         return Culprit(stopped[0].member, f"{name(stopped[:1])} is stopped ({stopped[0].frame})")

@@ -4,13 +4,14 @@ Theory of operation.  Boundaries show on the board that a generation makes progr
 has not passed one for most of the *limit*, the agent asks its workers, twice, where they are; at the limit it announces
 what they said.  A count that grew between the two answers is progress too.  Once every member's report is there, each
 agent comes to the same verdict (`resilient_train.plan.culprit`): the culprit's own agent evicts it, and a deadlock is
-ended by forming the same ranks again.
+ended by forming the same ranks again.  Ranks that all work are left alone: they are only slow.
 
 The limit is `detect_within` or `USUAL` times the longest recent time between boundaries, whichever is more; it doubles
 with every further loss that sets the job back to the same step, so that what is only slow gets through in the end.
-Nothing is suspected before every rank has passed `SETTLED` boundaries, because first steps compile, nor while a rank
-is in a long operation that it announced.  Only after a hang the first steps have a limit too, a generous one:
-otherwise a hang that comes back with the step that is computed again would last for ever.
+Nothing is suspected while a rank is in a long operation that it announced, nor in a job's first steps, until every rank
+has passed `SETTLED` boundaries.  The first steps of later generations may take `START` times what any first steps took
+before, and `START` times the limit: without a limit, a hang that comes back with the step that is computed again would
+last for ever.
 
 A stopped process is seen for what it is, at any time.
 """
@@ -35,7 +36,7 @@ GAPS = 64
 SETTLED = 2
 """Boundaries that every rank must have passed in a generation."""
 START = 4.0
-"""First steps after a hang may take this times the longest ones so far, or this times the limit."""
+"""First steps of later generations may take this times the longest ones so far, and this times the limit."""
 LOOKS = 5.0
 """Looks within `detect_within`."""
 FIRST_ASK, SECOND_ASK, SILENCE = 0.6, 0.85, 0.4
@@ -236,7 +237,7 @@ def _stopped(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple
     watch = replace(watch, stopped={m: watch.stopped.get(m, now) for m in members})
     due = [m for m in members if now >= watch.stopped[m] + watch.detect_within]
     effects: list[Effect] = [
-        Evict(m, f"hung: rank {record.members.index(m)} is stopped (SIGSTOP) for {watch.detect_within:g} s")
+        Evict(m, f"hung: rank {record.members.index(m)} has been stopped (SIGSTOP) for {watch.detect_within:g} s")
         for m in due
     ]
     if due:
@@ -274,8 +275,7 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
 
 
 def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple[Watch, list[Effect]]:
-    again = record.after_hang and watch.began_at is not None
-    if not watch.settled and not again:
+    if not watch.settled and (watch.began_at is None or not watch.longest_start):
         return watch, []
     limit = watch.limit(record)
     mine = tuple(m for m in record.members if node_of(m) == look.view.me)
@@ -321,8 +321,12 @@ def _answer_by(watch: Watch, pair: tuple[RankReport | None, RankReport | None], 
 
 
 def _moved(first: RankReport | None, second: RankReport | None) -> bool:
-    """Whether a rank communicated between two answers."""
-    return first is not None and second is not None and (first.counts, first.step) != (second.counts, second.step)
+    """Whether a rank communicated between two answers, or came to it."""
+    return first is not None and second is not None and _place(first) != _place(second)
+
+
+def _place(report: RankReport) -> tuple[object, ...]:
+    return report.generation, report.step, report.counts, report.where is Where.COMMUNICATION
 
 
 def _report(member: str, pair: tuple[RankReport | None, RankReport | None], stopped: AbstractSet[str]) -> RankReport:

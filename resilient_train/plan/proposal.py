@@ -279,7 +279,6 @@ def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, bo
         reason=reason,
         boundary=boundary,
         planned=None,
-        after_hang=False,
         proposer=view.me,
     )
 
@@ -294,7 +293,7 @@ def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Pro
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
         return Proposal(record=_failure(view, record, error, "", ExitCode.NO_PROGRESS))
     after = _regroup(view, record, set(record.members), f"{reason}; all form again", None)
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, after_hang=True))
+    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed))
 
 
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
@@ -325,8 +324,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     after = _regroup(view, record, members, text, None)
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
     best = max([record.best_step, *steps])
-    hung = any(e.hung for e in ended)
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best, after_hang=hung))
+    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
 
 
 def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:

@@ -17,6 +17,8 @@ class Where(StrEnum):
     """In a call that waits for other ranks."""
     UNCLEAR = "unclear"
     """In native code that computes, and may wait for other ranks too: backward, compiled code."""
+    COMPILING = "compiling"
+    """In torch's compiler."""
     ELSEWHERE = "elsewhere"
     """Anywhere else: it waits for no rank."""
     SILENT = "silent"

@@ -97,8 +97,6 @@ class WorldRecord:
     """How many losses in a row hit generations that had resumed no later a step than the one before."""
     stalled_at: int = -1
     """The step that the last lost generation had resumed; -1 before the first loss."""
-    after_hang: bool = False
-    """This generation follows one that hung."""
     best_step: int = -1
     """The most finished steps that any loss has found."""
     error: str = ""

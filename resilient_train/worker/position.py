@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,6 +34,8 @@ _WAITS = {
     ("checkpointer.py", "_exchange"),
 }
 """Functions of this package that wait for other ranks."""
+_COMPILES = ("convert_frame.py", "compile_fx.py", "async_compile.py", "triton_heuristics.py")
+"""Modules of torch's compiler that stand on the stack while it compiles, and not while compiled code runs."""
 _COMPILED = ("torchinductor", "<eval_with_key>")
 _MOST_FRAMES = 200
 
@@ -47,20 +51,30 @@ def position(thread: int) -> tuple[Where, str]:
     frame = sys._current_frames().get(thread)
     if frame is None:
         return Where.ELSEWHERE, "its end"
-    innermost, where = frame, None
-    users: FrameType | None = frame
+    stack = list(_outwards(frame))
+    foreign = list(itertools.takewhile(_is_foreign, stack))
+    text = _describe(stack[len(foreign)] if len(foreign) < len(stack) else frame, frame)
+    if any(f.f_code.co_filename.startswith(_TORCH) and _file(f) in _COMPILES for f in stack):
+        return Where.COMPILING, text
+    return next((where for where in map(_classify, foreign) if where is not None), Where.ELSEWHERE), text
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
     for _ in range(_MOST_FRAMES):
-        if users is None or not _is_foreign(users):
-            break
-        where = where or _classify(users)
-        users = users.f_back
-    return where or Where.ELSEWHERE, _describe(users or innermost, innermost)
+        if frame is None:
+            return
+        yield frame
+        frame = frame.f_back
+
+
+def _file(frame: FrameType) -> str:
+    return os.path.basename(frame.f_code.co_filename)
 
 
 def _is_foreign(frame: FrameType) -> bool:
     """Whether a frame is not the user's code, but between it and what it waits for."""
     path = frame.f_code.co_filename
-    standard = path.startswith("<frozen") or os.path.basename(path) in ("threading.py", "queue.py", "contextlib.py")
+    standard = path.startswith("<frozen") or _file(frame) in ("threading.py", "queue.py", "contextlib.py")
     return standard or path.startswith((_TORCH, _OURS)) or any(mark in path for mark in _COMPILED)
 
 
@@ -68,16 +82,16 @@ def _classify(frame: FrameType) -> Where | None:
     """What one frame, seen from the innermost outwards, tells; None for nothing."""
     path, name = frame.f_code.co_filename, frame.f_code.co_name
     if path.startswith(_OURS):
-        return Where.COMMUNICATION if (os.path.basename(path), name) in _WAITS else None
+        return Where.COMMUNICATION if (_file(frame), name) in _WAITS else None
     if path.startswith(_DISTRIBUTED):
-        return Where.COMMUNICATION if os.path.basename(path) in _CALLS else Where.UNCLEAR
+        return Where.COMMUNICATION if _file(frame) in _CALLS else Where.UNCLEAR
     if name == "_engine_run_backward" or any(mark in path for mark in _COMPILED):
         return Where.UNCLEAR
     return Where.ELSEWHERE if path.startswith(_COMPUTING) else None
 
 
 def _describe(users: FrameType, innermost: FrameType) -> str:
-    text = f"{os.path.basename(users.f_code.co_filename)}:{users.f_lineno} in {users.f_code.co_name}"
+    text = f"{_file(users)}:{users.f_lineno} in {users.f_code.co_name}"
     return text if innermost is users else f"{text}, {innermost.f_code.co_name}"
 
 

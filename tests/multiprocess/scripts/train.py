@@ -163,10 +163,8 @@ def train(world):
             time.sleep(args.slow_start)
         first_step = False
         once = args.record / "killed" if args.record else None
-        if step == args.hang_at and once and (args.hang_always or not once.exists()):
+        if step == args.hang_at and (args.hang_always or world.generation == 1):
             if world.rank == args.exit_rank:
-                once.parent.mkdir(parents=True, exist_ok=True)
-                once.touch()
                 hang(world)
             elif args.hang == "skip":
                 dist.barrier()
