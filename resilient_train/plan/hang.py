@@ -265,7 +265,8 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
     if furthest <= watch.step:
         return watch, []
     gaps = watch.gaps
-    if watch.boundary_at is not None and watch.settled:
+    compiled = watch.step > min(watch.first.values(), default=watch.step)
+    if watch.boundary_at is not None and compiled:
         gaps = (*gaps, now - watch.boundary_at)[-GAPS:]
     watch, effects = _alive(watch, now, step=furthest, gaps=gaps, boundary_at=now)
     return watch, effects
