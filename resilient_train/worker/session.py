@@ -209,7 +209,7 @@ class Session:
             device=device,
             mesh=init_device_mesh(device.type, mesh_shape(mesh, record.size), mesh_dim_names=tuple(mesh)),
             reason=record.reason,
-            operations=self.operations,
+            _operations=self.operations,
         )
 
     def _judge(self, error: BaseException, record: WorldRecord) -> None:

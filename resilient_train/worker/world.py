@@ -43,7 +43,7 @@ class World:
     """All ranks, in the dimensions that ``elastic(mesh=...)`` names."""
     reason: str
     """Why this generation began."""
-    operations: LongOperations | None = field(default=None, repr=False, compare=False)
+    _operations: LongOperations | None = field(default=None, repr=False, compare=False)
     """Where long operations are announced; nowhere without an agent."""
 
     def long_operation(self, name: str, seconds: float | None = None) -> AbstractContextManager[None]:
@@ -65,7 +65,7 @@ class World:
                 evaluate(model)
         """
         check(name, seconds)
-        return nullcontext() if self.operations is None else self.operations.announce(name, seconds)
+        return nullcontext() if self._operations is None else self._operations.announce(name, seconds)
 
     @property
     def data_size(self) -> int:
