@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from types import FrameType
 
 from resilient_train.agent.cluster import Cluster
+from resilient_train.agent.hangs import Hangs
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.keeping import Keeping
 from resilient_train.agent.links import Links
@@ -35,6 +36,7 @@ from resilient_train.spec.messages import (
     AskStatus,
     Gone,
     Hello,
+    Message,
     Status,
     Welcome,
     Wish,
@@ -156,6 +158,7 @@ class Agent:
         self._cluster = Cluster(loop, store, links, info, settings.within, say, self._feed)
         self._keeping = Keeping(keeper, loop, sink, _Surroundings(self))
         self._keeper = keeper
+        self._hangs = Hangs(settings.within, workers, _Surroundings(self), clock)
         self._interrupts = 0
         self._waited_for_done = 0
 
@@ -170,6 +173,7 @@ class Agent:
             self._keeping.start()
             self._cluster.begin()
             self._loop.every(1.0, self._watch_board)
+            self._loop.every(self._hangs.period, self._hangs.look)
             while self._outcome is None:
                 self._once()
             return self._wind_up(self._outcome)
@@ -207,10 +211,7 @@ class Agent:
             case ev.Stop(member, _):
                 self._stop(member)
             case ev.Tell(member, message):
-                channel = self._channels.get(member)
-                if channel is not None:
-                    with contextlib.suppress(LinkLost):
-                        channel.post(message)
+                self._tell(member, message)
             case ev.Say(text):
                 self._say(text)
             case ev.Wake(at):
@@ -222,6 +223,12 @@ class Agent:
                     for worker in self._workers.running():
                         self._workers.signal(worker.member, signal.SIGTERM)
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)
+
+    def _tell(self, member: str, message: Message) -> None:
+        channel = self._channels.get(member)
+        if channel is not None:
+            with contextlib.suppress(LinkLost):
+                channel.post(message)
 
     def _tick(self) -> None:
         self._watch_board()
@@ -266,7 +273,8 @@ class Agent:
         if record is not None and member in record.members and record.phase is Phase.RUNNING:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
             rank = record.members.index(member)
-            self._timeline.detected(at, f"rank {rank} {how}", member)
+            if member in self._state.view.workers():  # Else it hangs, and that was the event.
+                self._timeline.detected(at, f"rank {rank} {how}", member)
         self._watch_board()
         channel = self._channels.get(member)
         if channel is not None:
@@ -312,6 +320,7 @@ class Agent:
             line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
+            self._hangs.heard(member, message)
             self._feed(ev.WorkerSaid(member, message))
 
     def _status(self) -> Status:
@@ -417,11 +426,28 @@ class Agent:
 
 
 class _Surroundings:
-    """An agent, as its keeper sees it."""
+    """An agent, as its keeper and its `Hangs` see it."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self.say = agent._say
+        self.at = agent._loop.at
+        self.tell = agent._tell
+
+    def view(self) -> View:
+        return self._agent._state.view
+
+    def progress(self, member: str) -> tuple[int, int]:
+        board = self._agent._keeper.board
+        return (0, 0) if board is None else board.progress(slot_of(member))
+
+    def feed(self, event: ev.Event) -> None:
+        agent = self._agent
+        if isinstance(event, ev.Hung):
+            agent._timeline.detected(agent._clock.now(), event.reason, event.member)
+        elif isinstance(event, ev.Deadlocked):
+            agent._timeline.detected(agent._clock.now(), event.reason, "")
+        agent._feed(event)
 
     def running(self) -> set[str]:
         return {worker.member for worker in self._agent._workers.running()}

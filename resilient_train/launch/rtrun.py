@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=5.0,
         metavar="SECONDS",
-        help="how soon a silent node must be noticed; all other times follow: nodes say that they live 5 times within"
-        " it, announcements expire after it, a rank may take twice as long to come free for a new world (default 5)",
+        help="how soon a loss must be noticed; all other times follow: nodes say that they live 5 times within it,"
+        " announcements expire after it, a rank may take twice as long to come free for a new world. A job whose ranks"
+        " pass no step boundary for this long, or for twice the longest recent step if that is more, hangs: the rank"
+        " that the others wait for is ended, its stacks in the log (default 5)",
     )
     ours.add_argument(
         "--standby",
@@ -195,6 +197,8 @@ def _take_part(
 
 
 def _check_script(args: argparse.Namespace) -> None:
+    if not 0.5 <= args.detect_within < float("inf"):
+        raise ConfigError(f"--detect-within must be at least 0.5 seconds, it is {args.detect_within:g}")
     script = args.training_script
     if not args.module and not args.no_python and not os.path.isfile(script):
         raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")

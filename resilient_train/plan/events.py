@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from resilient_train.errors import ExitCode
 from resilient_train.spec.messages import Message
 from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.rank import RankReport
 from resilient_train.spec.world import WorldRecord
 
 # ---- events ---------------------------------------------------------------------------------------------------------
@@ -88,6 +89,29 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Hung:
+    """A local worker hangs and is about to be ended."""
+
+    member: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlocked:
+    """The ranks of a generation wait for each other."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Where the local workers are, while the job stands still; empty once it goes on."""
+
+    reports: tuple[RankReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointReady:
     """This agent serves a fresh TCPStore for the next generation at host:port."""
 
@@ -124,6 +148,9 @@ Event = (
     | WorkerSaid
     | WorkerExited
     | Progress
+    | Hung
+    | Deadlocked
+    | Stuck
     | EndpointReady
     | LeaveAsked
     | Wished

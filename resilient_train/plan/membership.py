@@ -14,10 +14,12 @@ from typing import Any
 from resilient_train.errors import ExitCode
 from resilient_train.plan.events import (
     Announce,
+    Deadlocked,
     Effect,
     End,
     EndpointReady,
     Event,
+    Hung,
     KeeperServes,
     LeaveAsked,
     NodesSeen,
@@ -28,6 +30,7 @@ from resilient_train.plan.events import (
     Stop,
     StopAsked,
     StoreSilent,
+    Stuck,
     Swap,
     Tell,
     Tick,
@@ -41,6 +44,7 @@ from resilient_train.plan.proposal import View, Wish, is_new_restore, propose
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
+    Busy,
     Done,
     Hello,
     Message,
@@ -181,6 +185,12 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _worker_said(state, member, message)
         case Progress(generation, finished):
             return _with_info(state, progress=(generation, finished))
+        case Hung(member, reason):
+            return _with_worker(state, member, hung=reason)
+        case Deadlocked(generation, reason):
+            return replace(state, view=replace(state.view, hang=(generation, reason)))
+        case Stuck(reports):
+            return _with_info(state, stuck=reports)
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case LeaveAsked(text):
@@ -264,6 +274,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         elastic=worker.elastic,
         acknowledged=worker.acknowledged,
         done=worker.done,
+        hung=worker.hung,
     )
     workers = tuple(w for w in state.info.workers if w.member != member)
     state = replace(state, spawning=state.spawning - {member})
@@ -299,6 +310,8 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, formed=generation)
         case Boundaries(generation=generation):
             return _with_worker(state, member, stepping=generation)
+        case Busy(name=name):
+            return _with_worker(state, member, busy=name)
         case Promise(number=number, accepted=accepted):
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):

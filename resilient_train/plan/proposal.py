@@ -104,6 +104,8 @@ class View:
     """When each standing reason was first seen."""
     margin: int = 2
     """How many steps ahead a boundary is planned; doubled when somebody declines."""
+    hang: tuple[int, str] = (0, "")
+    """(generation, reason) of a generation whose ranks wait for each other."""
     resume: Restore | None = None
     """A restore that is not in the record yet."""
     timing: Timing = field(default_factory=Timing)
@@ -119,7 +121,7 @@ class View:
         """All living workers by id, and members whose process is about to be started."""
         about_to_start = {m: WorkerInfo(member=m) for m in (self.record.members if self.record else ())}
         ended = self.exits()
-        known = {worker.member: worker for node in self.nodes.values() for worker in node.workers}
+        known = {w.member: w for node in self.nodes.values() for w in node.workers if not w.hung}
         return known | {
             m: worker
             for m, worker in about_to_start.items()
@@ -127,8 +129,11 @@ class View:
         }
 
     def exits(self) -> dict[str, ExitInfo]:
-        """All ended workers by id."""
-        return {item.member: item for node in self.nodes.values() for item in node.exits}
+        """All ended workers by id, and those that hang: they live until their stacks are written down, but take part in
+        nothing any more."""
+        hung = [w for node in self.nodes.values() for w in node.workers if w.hung]
+        ended = {item.member: item for node in self.nodes.values() for item in node.exits}
+        return ended | {w.member: ended_as_hung(w) for w in hung}
 
     def in_order(self, members: set[str]) -> tuple[str, ...]:
         """Members in the order of their ranks: by node, then slot."""
@@ -237,6 +242,8 @@ def _propose(view: View, now: float) -> Proposal:
         return _after_loss(view, record, lost, now)
     if not view.elastic():
         return Proposal()
+    if view.hang[0] == record.generation:
+        return _after_hang(view, record, view.hang[1], now)
     left = [m for m in record.members if m not in alive and not exits[m].elastic]
     if left:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
@@ -258,6 +265,18 @@ def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, E
     """Its process ended, or its node is gone; success of a process of its own is no loss."""
     ended = exits.get(member)
     return member not in alive and (ended is None or ended.elastic or ended.code != 0)
+
+
+def ended_as_hung(worker: WorkerInfo) -> ExitInfo:
+    """How a worker ends that hangs."""
+    return ExitInfo(
+        member=worker.member,
+        code=-9,
+        elastic=worker.elastic,
+        acknowledged=worker.acknowledged,
+        done=worker.done,
+        hung=worker.hung,
+    )
 
 
 class _Waits:
@@ -355,6 +374,19 @@ def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, bo
     )
 
 
+def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Proposal:
+    """The same members form again; what makes them hang again and again at one step is no matter of chance."""
+    waits = _Waits(view, now)
+    if not waits.over(f"hang in {record.generation}", view.timing.coalesce + _turn(view, record, view.workers())):
+        return waits.proposal()
+    resumed, stalls = _stalls(record)
+    if stalls >= view.limits.crashes_at_step:
+        error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
+        return Proposal(record=_failure(view, record, error, "", ExitCode.NO_PROGRESS))
+    after = _regroup(view, record, set(record.members), f"{reason}; all form again", None)
+    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed))
+
+
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
     waits = _Waits(view, now)
     alive, exits = view.workers(), view.exits()
@@ -424,9 +456,7 @@ def _names(members: list[str], record: WorldRecord) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def _restart_group(
-    view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits
-) -> Proposal:
+def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits) -> Proposal:
     """All start over; what a script did itself uses up its restarts, the loss of a node does not."""
     what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
     what += "" if ended else _cause(view, lost, ended)

@@ -14,6 +14,9 @@ from typing import Any, TypeVar, dataclass_transform
 
 from resilient_train.errors import FormatError
 
+STACKS_SIGNAL = 60
+"""The signal at which a worker writes the stacks of its threads to its stderr: a real-time one that nobody is known to
+use, as the schedulers' and the users' own signals are among the named ones."""
 MAX_MESSAGE = 64 << 20
 """Longest message in bytes; a longer one is a malfunction, not a message."""
 
@@ -106,6 +109,23 @@ class Boundaries(Message):
     generation: int
 
 
+@message
+class Busy(Message):
+    """The rank is in a long operation that may take as long as it takes, or is out of it (no name)."""
+
+    name: str
+    seconds: float = 0.0
+    """What the operation may take at most; 0 for any time."""
+
+
+@message
+class Position(Message):
+    """Answer to `Ask`: the fields of a `resilient_train.spec.rank.RankReport`."""
+
+    number: int
+    report: dict[str, Any]
+
+
 # ---- agent -> worker ------------------------------------------------------------------------------------------------
 
 
@@ -168,6 +188,13 @@ class Wished(Message):
     """The wish will be agreed on; or an ``error`` why not."""
 
     error: str
+
+
+@message
+class Ask(Message):
+    """Where is your training thread?"""
+
+    number: int
 
 
 # ---- worker -> keeper -----------------------------------------------------------------------------------------------

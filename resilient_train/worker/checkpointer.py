@@ -188,7 +188,8 @@ class Checkpointer:
         due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
         last = step == total or stopping
         if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
-            self._snapshot_at_last()
+            with self._host.long_operation("waiting for storage"):
+                self._snapshot_at_last()
         if last:
             self._finish()
         if stopping:
@@ -285,12 +286,13 @@ class Checkpointer:
         """
         self._finish()
         deadline = time.monotonic() + timeout
-        while True:
-            self._hear_keeper(max(0.0, deadline - time.monotonic()) if self._pending else 0.0)
-            if not self._pending:
-                break
-            if time.monotonic() >= deadline:
-                raise StorageError(f"not everything became durable within {timeout:g} s")
+        with self._host.long_operation("waiting for storage"):
+            while True:
+                self._hear_keeper(max(0.0, deadline - time.monotonic()) if self._pending else 0.0)
+                if not self._pending:
+                    break
+                if time.monotonic() >= deadline:
+                    raise StorageError(f"not everything became durable within {timeout:g} s")
         failed, self._failed = self._failed, None
         if failed is not None:
             raise StorageError(f"{failed[0]} is not durable: {failed[1]}")
@@ -395,6 +397,10 @@ class Checkpointer:
         """
         if self._step is not None:
             raise ConfigError("this Checkpointer has restored already, and a step is computed once per lineage")
+        with self._host.long_operation("restoring"):
+            return self._restore()
+
+    def _restore(self) -> int:
         self._restores = self._host.restores()
         past = self._past()
         damaged: list[tuple[str, Key]] = []

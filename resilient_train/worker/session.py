@@ -22,6 +22,8 @@ from resilient_train.errors import ConfigError, ExitCode, LinkLost, PeerFailed
 from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
+from resilient_train.worker.operations import LongOperations
+from resilient_train.worker.position import write_stacks_when_asked
 from resilient_train.worker.process_group import ProcessGroups, is_communication_error, is_device_error
 from resilient_train.worker.warmup import rehearse
 from resilient_train.worker.world import World, check_mesh, mesh_shape
@@ -56,8 +58,10 @@ class Session:
         self.groups = ProcessGroups(GROUP_TIMEOUT)
         multiple = check_mesh(mesh)
         hello = Hello(member=settings.member, multiple=multiple, most=0 if -1 in mesh.values() else multiple)
-        self.link = AgentLink(settings.agent, hello, self.groups)
         self.slot = slot_of(settings.member)
+        write_stacks_when_asked()
+        self.link = AgentLink(settings.agent, hello, self.groups, on_device=torch.cuda.is_available())
+        self.operations = LongOperations(self.tell)
         self.record: WorldRecord | None = None
         self.world: World | None = None
         self._on_leave: list[Callable[[], None]] = []
@@ -206,6 +210,7 @@ class Session:
             device=device,
             mesh=init_device_mesh(device.type, mesh_shape(mesh, record.size), mesh_dim_names=tuple(mesh)),
             reason=record.reason,
+            _operations=self.operations,
         )
 
     def _judge(self, error: BaseException, record: WorldRecord) -> None:

@@ -8,7 +8,17 @@ from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan.proposal import Limits, View
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Promise, Resumed, Stage, UserFailed
+from resilient_train.spec.messages import (
+    Acknowledge,
+    Boundaries,
+    Busy,
+    Done,
+    Hello,
+    Promise,
+    Resumed,
+    Stage,
+    UserFailed,
+)
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Key, Phase, Restore, WorldRecord, slot_of
 
@@ -563,3 +573,57 @@ def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
     bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
     assert (bench.record.best_step, bench.record.stalled_at, bench.record.stalls) == (100, 60, 1)
+
+
+def test_a_hung_worker_is_a_loss_before_its_process_ends() -> None:
+    """The others go on at once, and the record says why; its end changes nothing, but frees its slot."""
+    bench = Bench()
+    bench.start()
+    bench.enter()
+    bench.feed(ev.Hung("n/1.0", "hung: rank 1 sleeps"))
+    bench.run_for(1.0)
+    assert bench.record.generation == 2
+    assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0")
+    assert bench.record.reason == "lost rank 1 (hung: rank 1 sleeps)"
+    bench.say("n/1.0", Hello(member="n/1.0"))
+    bench.enter()
+    bench.run_for(10.0)
+    assert bench.record.generation == 2, "who hangs is not taken back in"
+    bench.feed(m.WorkerExited("n/1.0", -9))
+    assert bench.record.generation == 2
+    bench.run_for(2.0)
+    assert bench.state.worker("n/1.1") is not None
+
+
+def test_deadlocked_ranks_form_again_a_few_times() -> None:
+    """The same members, in a new generation; at the same step again and again it ends the job."""
+    bench = Bench()
+    bench.start()
+    members = bench.record.members
+    for _ in range(2):
+        bench.enter()
+        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
+        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
+        bench.run_for(1.0)
+        assert bench.record.members == members
+        assert bench.record.reason == "hung: all wait; all form again"
+    assert bench.record.generation == 3
+    bench.feed(ev.Deadlocked(2, "hung: of a generation before"))
+    bench.run_for(1.0)
+    assert bench.record.generation == 3
+    bench.enter()
+    bench.feed(ev.Deadlocked(3, "hung: all wait"))
+    bench.run_for(1.0)
+    assert bench.record.phase is Phase.FAILED
+    assert bench.record.exit_code == ExitCode.NO_PROGRESS
+    assert "the last: hung: all wait" in bench.record.error
+
+
+def test_announced_operations_are_told_to_all() -> None:
+    """A rank's long operation stands in its node's announcement until it is over."""
+    bench = Bench()
+    bench.start()
+    bench.say("n/2.0", Busy(name="evaluate"))
+    assert bench.state.view.workers()["n/2.0"].busy == "evaluate"
+    bench.say("n/2.0", Busy(name=""))
+    assert bench.state.view.workers()["n/2.0"].busy == ""

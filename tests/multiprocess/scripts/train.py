@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -43,7 +44,12 @@ parser.add_argument("--abort-at", type=int, default=-1)
 parser.add_argument("--stop-file", type=Path, help="says, from some time on, after how many steps to end")
 parser.add_argument("--parameters", action="store_true", help="write down the parameters at the end")
 parser.add_argument("--exit-rank", type=int, default=1)
+parser.add_argument("--pause", type=float, default=0.0, help="seconds that an announced operation takes")
 parser.add_argument("--kill-self-at", type=int, default=-1)
+parser.add_argument("--hang", choices=("sleep", "spin", "gil", "skip", "announced", "overdue"))
+parser.add_argument("--hang-at", type=int, default=-1)
+parser.add_argument("--hang-always", action="store_true")
+parser.add_argument("--slow-start", type=float, default=0.0, help="seconds that rank 1 takes for its first step")
 args = parser.parse_args()
 
 
@@ -99,6 +105,25 @@ def write(world, **fields):
         )
 
 
+def hang(world):
+    """Never come back; or, announced, after a while."""
+    write(world, hang=args.hang)
+    if args.hang == "sleep":
+        while True:
+            time.sleep(0.1)
+    if args.hang == "spin":
+        while True:
+            pass
+    if args.hang == "gil":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if args.hang == "announced":
+        with world.long_operation("evaluate", seconds=600), world.long_operation("part of it"):
+            time.sleep(args.pause)
+    if args.hang == "overdue":
+        with world.long_operation("evaluate", seconds=1.5):
+            time.sleep(600)
+
+
 def usage():
     """What this process holds when a generation begins."""
     gc.collect()
@@ -132,7 +157,7 @@ def train(world):
     every = int(args.persist_every) if args.persist_every.isdigit() else args.persist_every
     state = rt.State(model=model, optim=optim, schedule=schedule)
     ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every, snapshot_every=args.snapshot_every)
-    first = True
+    first = first_step = True
     write(world, usage=usage())
     for step in ckpt.steps(args.steps):
         if first:
@@ -144,7 +169,15 @@ def train(world):
             raise ValueError(f"a bug at step {step}")
         if step == args.abort_at and world.rank == args.exit_rank:
             os.abort()
+        if first_step and args.slow_start and world.rank == args.exit_rank:
+            time.sleep(args.slow_start)
+        first_step = False
         once = args.record / "killed" if args.record else None
+        if step == args.hang_at and (args.hang_always or world.generation == 1):
+            if world.rank == args.exit_rank:
+                hang(world)
+            elif args.hang == "skip":
+                dist.barrier()
         if step == args.kill_self_at and world.rank == args.exit_rank and once and not once.exists():
             once.parent.mkdir(parents=True, exist_ok=True)
             once.touch()
