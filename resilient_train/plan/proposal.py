@@ -99,14 +99,12 @@ class View:
 
     def workers(self) -> dict[str, WorkerInfo]:
         """All living workers by id, and members whose process is about to be started."""
-        about_to_start = {m: WorkerInfo(member=m) for m in (self.record.members if self.record else ())}
-        ended = self.exits()
         known = {worker.member: worker for node in self.nodes.values() for worker in node.workers}
-        return known | {
-            m: worker
-            for m, worker in about_to_start.items()
-            if m not in known and m not in ended and node_of(m) in self.nodes
-        }
+        missing = [m for m in (self.record.members if self.record else ()) if m not in known and node_of(m) in self.nodes]
+        if missing:
+            ended = self.exits()
+            known.update({m: WorkerInfo(member=m) for m in missing if m not in ended})
+        return known
 
     def exits(self) -> dict[str, ExitInfo]:
         """All ended workers by id."""

@@ -151,7 +151,7 @@ class Cluster:
     # ---- what workers ask for ---------------------------------------------------------------------------------------
 
     def step_time(self) -> float:
-        return 0.15 + 0.1 * self.random.random()
+        return 0.1 + 0.05 * self.random.random()
 
     def group(self, record: WorldRecord) -> Group:
         return self._groups.setdefault(record.generation, Group(self, record))
