@@ -45,11 +45,13 @@ class Timing:
     """For a script to step through boundaries before it is taken for one that does not."""
     rejoin: float = 2.0
     """For a node that was lost and is back to stay reachable, before it is taken in again."""
+    unseen: float = 6.0
+    """For a node that the record names and that was never seen to announce itself, before it counts as lost."""
 
     @classmethod
     def scaled(cls, within: float) -> Timing:
         """The timing of a job that wants to notice a loss within so many seconds."""
-        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within)
+        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within, unseen=1.2 * within)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +329,11 @@ def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, bo
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
     waits = _Waits(view, now)
     alive, exits = view.workers(), view.exits()
-    if not waits.over(f"lost in {record.generation}", view.timing.coalesce + _turn(view, record, alive)):
+    wait = view.timing.coalesce + _turn(view, record, alive)
+    if any(m not in exits and node_of(m) not in view.lost for m in lost):
+        # This node has just come, and the store may have let everybody's announcement expire.
+        wait += view.timing.unseen
+    if not waits.over(f"lost in {record.generation}", wait):
         return waits.proposal()
     ended = [exits[m] for m in lost if m in exits]
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
