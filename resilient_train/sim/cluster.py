@@ -121,7 +121,7 @@ class Cluster:
         self.network = Network(self.engine, self.random)
         self.server = Server(self.engine, self.network, job.within)
         self.checker = Checker()
-        self.server.committed.append(self.checker.committed)
+        self.server.committed.append(lambda record: self.checker.committed(record, self.engine.now))
         self.directory: dict[str, Links] = {}
         self.nodes: dict[str, Node] = {}
         self.spawned: set[str] = set()

@@ -59,6 +59,8 @@ def run(scenario: Scenario) -> Result:
 
 
 def _happen(cluster: Cluster, fault: Fault) -> None:
+    if fault.what not in OF_STORE | {"drain", "start-node"}:
+        cluster.checker.disturbed = max(cluster.checker.disturbed, fault.at + fault.seconds)
     VERBS[fault.what](cluster, fault)
 
 
