@@ -381,6 +381,7 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     view = replace(state.view, record=record)
     if old is None or record.generation != old.generation:
         state = replace(state, seen_at=now, devices=_devices(state, record))
+        view = replace(view, before=old.members if old is not None else ())
         view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
     elif old.planned is not None and record.planned is None:
         view = replace(view, margin=min(256, view.margin * 2))

@@ -88,6 +88,8 @@ class View:
     """The agreed world, None before the first."""
     since: Mapping[str, float] = field(default_factory=dict)
     """When each standing reason was first seen."""
+    before: tuple[str, ...] = ()
+    """The members of the generation before, if this node saw it."""
     margin: int = 2
     """How many steps ahead a boundary is planned; doubled when somebody declines."""
     resume: Restore | None = None
@@ -214,7 +216,7 @@ def _propose(view: View, now: float) -> Proposal:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
         return Proposal(record=_failure(view, record, text, left[0]))
     waits = _Waits(view, now)
-    change = _misfit(view, record) or _late(view, record, waits)
+    change = _misfit(view, record) or _late(view, record, waits) or _never_there(view, record, waits)
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
@@ -454,6 +456,20 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
         return None
     text = f"{_names(late, record)} did not come free within {view.timing.acknowledge:g} s"
     return _regroup(view, record, set(record.members) - set(late), text, None)
+
+
+def _never_there(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """A boundary that the world before cannot reach, since a node that only it had members on was lost on the way."""
+    alive = view.workers()
+    if record.boundary is None or all(alive[m].acknowledged == record.generation for m in record.members):
+        return None
+    gone = sorted({node_of(m) for m in view.before} & view.lost.keys() - view.nodes.keys())
+    if not gone or not waits.over(
+        f"gone before {record.generation}", view.timing.coalesce + _turn(view, record, alive)
+    ):
+        return None
+    text = f"{record.reason}; lost on the way to the boundary: {', '.join(gone)}"
+    return _regroup(view, record, set(record.members), text, None)
 
 
 def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
