@@ -13,6 +13,7 @@ LAYERS = [
     {"config", "clock", "events"},
     {"spec"},
     {"plan"},
+    {"sim"},
     {"control", "ipc", "image", "storage"},
     {"agent", "keeper", "worker", "tools", "testing"},
     # Needs what the worker knows of names and dtypes and what the tools know of images; only a command line needs it.

@@ -75,7 +75,7 @@ LET_GO = 30.0
 RESPAWN_AFTER = 1.0
 """Seconds between a new generation and the start of replacements, which would take the survivors' processor time."""
 _KEPT_LOST = 64
-"""Lost nodes that are remembered."""
+"""Lost nodes that are remembered besides those that the record names."""
 GRACE = 10.0
 """Seconds for workers to end by themselves once the job failed."""
 
@@ -86,6 +86,8 @@ class State:
 
     view: View
     """What proposals are made from."""
+    looked: bool = False
+    """The store has said what the record is."""
     swapping: bool = False
     """A swap is under way; its outcome comes as `RecordSeen`."""
     seen_at: float = 0.0
@@ -130,7 +132,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     effects += tellings
     state, doings = _local(state, now)
     effects += doings
-    if not state.swapping and not state.ended:
+    if state.looked and not state.swapping and not state.ended:
         proposal = propose(state.view, now)
         since = {reason: state.view.since.get(reason, now) for reason in proposal.reasons}
         state = replace(state, view=replace(state.view, since=since))
@@ -214,7 +216,11 @@ def _is_mine(state: State, member: str) -> bool:
 def _nodes_seen(state: State, event: NodesSeen) -> State:
     known = {node.node: node for node in event.nodes if node.node != state.view.me}
     # Who came back is still one that was lost, until the next change of the world.
-    lost = dict([*state.view.lost.items(), *event.lost.items()][-_KEPT_LOST:])
+    lost = {**state.view.lost, **event.lost}
+    if len(lost) > _KEPT_LOST:
+        named = {node_of(member) for member in state.view.record.members} if state.view.record else set()
+        kept = [*lost][-_KEPT_LOST:]
+        lost = {node: why for node, why in lost.items() if node in named or node in kept}
     view = replace(state.view, nodes={**known, state.view.me: state.info}, lost=lost, doubted=event.doubted)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
@@ -231,7 +237,7 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
-    state = replace(state, swapping=False, silence=None, silent_since=None)
+    state = replace(state, looked=True, swapping=False, silence=None, silent_since=None)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
@@ -239,6 +245,7 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         view = replace(view, wish=None)
     if old is None or record.generation != old.generation:
         state = replace(state, seen_at=now, devices=_devices(state, record))
+        view = replace(view, before=old.members if old is not None else ())
         view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
     elif old.planned is not None and record.planned is None:
         view = replace(view, margin=min(256, view.margin * 2))

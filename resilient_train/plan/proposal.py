@@ -47,11 +47,13 @@ class Timing:
     """For workers that are starting, once others of their nodes could join: one change instead of several."""
     rejoin: float = 2.0
     """For a node that was lost and is back to stay reachable, before it is taken in again."""
+    unseen: float = 6.0
+    """For a node that the record names and that was never seen to announce itself, before it counts as lost."""
 
     @classmethod
     def scaled(cls, within: float) -> Timing:
         """The timing of a job that wants to notice a loss within so many seconds."""
-        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within)
+        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within, unseen=1.2 * within)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +104,8 @@ class View:
     """The agreed world, None before the first."""
     since: Mapping[str, float] = field(default_factory=dict)
     """When each standing reason was first seen."""
+    before: tuple[str, ...] = ()
+    """The members of the generation before, if this node saw it."""
     margin: int = 2
     """How many steps ahead a boundary is planned; doubled when somebody declines."""
     hang: tuple[int, str] = (0, "")
@@ -119,14 +123,13 @@ class View:
 
     def workers(self) -> dict[str, WorkerInfo]:
         """All living workers by id, and members whose process is about to be started."""
-        about_to_start = {m: WorkerInfo(member=m) for m in (self.record.members if self.record else ())}
-        ended = self.exits()
         known = {w.member: w for node in self.nodes.values() for w in node.workers if not w.hung}
-        return known | {
-            m: worker
-            for m, worker in about_to_start.items()
-            if m not in known and m not in ended and node_of(m) in self.nodes
-        }
+        members = self.record.members if self.record else ()
+        missing = [m for m in members if m not in known and node_of(m) in self.nodes]
+        if missing:
+            ended = self.exits()
+            known.update({m: WorkerInfo(member=m) for m in missing if m not in ended})
+        return known
 
     def exits(self) -> dict[str, ExitInfo]:
         """All ended workers by id, and those that hang: they live until their stacks are written down, but take part in
@@ -249,7 +252,7 @@ def _propose(view: View, now: float) -> Proposal:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
         return Proposal(record=_failure(view, record, text, left[0]))
     waits = _Waits(view, now)
-    change = _misfit(view, record) or _late(view, record, waits)
+    change = _misfit(view, record) or _late(view, record, waits) or _never_there(view, record, waits)
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
@@ -390,7 +393,11 @@ def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Pro
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
     waits = _Waits(view, now)
     alive, exits = view.workers(), view.exits()
-    if not waits.over(f"lost in {record.generation}", view.timing.coalesce + _turn(view, record, alive)):
+    wait = view.timing.coalesce + _turn(view, record, alive)
+    if any(m not in exits and node_of(m) not in view.lost for m in lost):
+        # This node has just come, and the store may have let everybody's announcement expire.
+        wait += view.timing.unseen
+    if not waits.over(f"lost in {record.generation}", wait):
         return waits.proposal()
     ended = [exits[m] for m in lost if m in exits]
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
@@ -512,6 +519,20 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
         return None
     text = f"{_names(late, record)} did not come free within {view.timing.acknowledge:g} s"
     return _regroup(view, record, set(record.members) - set(late), text, None)
+
+
+def _never_there(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """A boundary that the world before cannot reach, since a node that only it had members on was lost on the way."""
+    alive = view.workers()
+    if record.boundary is None or all(alive[m].acknowledged == record.generation for m in record.members):
+        return None
+    gone = sorted({node_of(m) for m in view.before} & view.lost.keys() - view.nodes.keys())
+    if not gone or not waits.over(
+        f"gone before {record.generation}", view.timing.coalesce + _turn(view, record, alive)
+    ):
+        return None
+    text = f"{record.reason}; lost on the way to the boundary: {', '.join(gone)}"
+    return _regroup(view, record, set(record.members), text, None)
 
 
 def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:

@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--scenario", type=Path, metavar="FILE", help="run this one and tell its story")
     args = parser.parse_args()
     if args.scenario is not None:
-        return _tell(parse(args.scenario.read_text()))
+        return _tell(parse(args.scenario.read_text().partition("\n----")[0]))
     return _seeds(range(args.first, args.first + args.seeds), args.keep_going)
 
 

@@ -122,7 +122,7 @@ class Cluster:
         self.network = Network(self.engine, self.random)
         self.server = Server(self.engine, self.network, job.within)
         self.checker = Checker()
-        self.server.committed.append(self.checker.committed)
+        self.server.committed.append(lambda record: self.checker.committed(record, self.engine.now))
         self.directory: dict[str, Links] = {}
         self.nodes: dict[str, Node] = {}
         self.spawned: set[str] = set()
@@ -152,7 +152,7 @@ class Cluster:
     # ---- what workers ask for ---------------------------------------------------------------------------------------
 
     def step_time(self) -> float:
-        return 0.15 + 0.1 * self.random.random()
+        return 0.1 + 0.05 * self.random.random()
 
     def group(self, record: WorldRecord) -> Group:
         return self._groups.setdefault(record.generation, Group(self, record))

@@ -233,11 +233,11 @@ def draw(seed: int) -> Scenario:
         min_nodes=least,
         max_nodes=random.choice((nodes, nodes, nodes, max(least, nodes - 1))),
         standby=random.choice((0, 0, 0, 1)),
-        steps=random.choice((20, 40, 80)),
+        steps=random.choice((30, 60, 100)),
         seed=seed,
     )
     count = random.choice((1, 1, 2, 2, 3, 4, 5))
-    times = sorted(round(random.uniform(0.5, 16.0), 3) for _ in range(count))
+    times = sorted(round(random.uniform(0.5, 13.0), 3) for _ in range(count))
     only_store = random.random() < 0.1
     verbs = [verb for verb in _WEIGHTS if not only_store or verb in OF_STORE]
     faults = []
@@ -249,7 +249,7 @@ def draw(seed: int) -> Scenario:
     gone = {fault.whom[0] for fault in faults if fault.what in ("kill-agent", "kill-host", "drain")}
     come = sum(fault.what == "start-node" for fault in faults)
     for missing in range(least - (nodes - len(gone) + come)):
-        faults.append(Fault(at=round(18.0 + missing, 3), what="start-node"))
+        faults.append(Fault(at=round(15.0 + missing, 3), what="start-node"))
     return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
 
 

@@ -20,16 +20,21 @@ class Checker:
     steps: list[tuple[float, int, int]] = field(default_factory=list)
     """(time, generation, step) of every step that a world has finished."""
     newest: WorldRecord | None = None
+    disturbed: float = 0.0
+    """Until when something was wrong with nodes, workers or the network."""
+    begun: dict[int, float] = field(default_factory=dict)
+    """When each generation was agreed."""
 
     def wrong(self, text: str) -> None:
         """Something was untrue."""
         if text not in self.problems:
             self.problems.append(text)
 
-    def committed(self, record: WorldRecord) -> None:
+    def committed(self, record: WorldRecord, at: float) -> None:
         """Revisions and generations grow one by one; within a generation the world stays; the end is the end."""
         before, self.newest = self.newest, record
         self.records[record.revision] = record
+        self.begun.setdefault(record.generation, at)
         if len(set(record.members)) != record.size:
             self.wrong(f"generation {record.generation} names a member twice")
         if before is None:
@@ -65,9 +70,13 @@ class Checker:
             self.wrong(f"generation {record.generation} trains while the record is at {self.newest.generation}")
 
     def resumed(self, record: WorldRecord, source: Key | None) -> None:
-        """A planned change loses and repeats no step."""
+        """A planned change loses and repeats no step, if nothing else happens meanwhile."""
         world = self.worlds[record.generation]
-        if world.boundary is not None and (source is None or source != Key(record.generation - 1, world.boundary)):
+        if self.disturbed < self.begun[record.generation] and not _follows(world, source):
             self.wrong(
                 f"generation {record.generation} began at the boundary of step {world.boundary} and resumed {source}"
             )
+
+
+def _follows(world: WorldRecord, source: Key | None) -> bool:
+    return world.boundary is None or source == Key(world.generation - 1, world.boundary)

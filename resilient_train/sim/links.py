@@ -51,6 +51,7 @@ class Links:
         self._refused = refused
         self._lines: list[_Line] = []
         self._wanted: frozenset[str] = frozenset()
+        self._refusing: set[str] = set()
 
     def want(self, nodes: frozenset[str]) -> None:
         """Keep lines to these nodes."""
@@ -61,6 +62,7 @@ class Links:
 
     def beat(self) -> None:
         """Say that this agent lives, and call again whoever has no line."""
+        self._refusing.clear()
         for line in list(self._lines):
             line.quiet += 1
             if line.quiet > _PATIENCE:
@@ -77,7 +79,7 @@ class Links:
 
     def _call_missing(self) -> None:
         known = {line.node for line in self._lines} | {line.called for line in self._lines}
-        for node in sorted(self._wanted - known):
+        for node in sorted(self._wanted - known - self._refusing):
             self._call(node)
 
     def _call(self, node: str) -> None:
@@ -104,6 +106,7 @@ class Links:
     def _failed(self, line: _Line) -> None:
         if line in self._lines:
             self._lines.remove(line)
+            self._refusing.add(line.called)
             if line.called in self._wanted:
                 self._refused(line.called)
 

@@ -128,7 +128,7 @@ class Worker:
     def resume(self) -> None:
         """SIGCONT."""
         self._stopped -= 1
-        while self._backlog and not self._stopped:
+        while self._backlog and not self._stopped and not self.ended:
             self._backlog.pop(0)()
 
     @property
