@@ -51,6 +51,7 @@ from resilient_train.spec.messages import (
     Promise,
     Resumed,
     Stage,
+    Troubled,
     UserFailed,
     WorldIs,
 )
@@ -323,11 +324,10 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
-        case UserFailed(text=text, generation=generation, doubtful=doubtful):
-            if doubtful and record is not None and record.generation > generation:
-                return state
-            scope = generation if doubtful else 0
-            return _with_info(state, failed=text, failed_in=scope, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case UserFailed(text=text):
+            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case Troubled(generation=generation, text=text):
+            return replace(state, view=replace(state.view, hang=(generation, text)))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)

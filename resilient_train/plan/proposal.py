@@ -226,7 +226,7 @@ def _propose(view: View, now: float) -> Proposal:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
-    failed = next((node for node in view.nodes.values() if _has_failed(node, record)), None)
+    failed = next((node for node in view.nodes.values() if node.failed), None)
     if failed is not None:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
@@ -258,10 +258,6 @@ def _propose(view: View, now: float) -> Proposal:
     elif change is None:
         change = _wished_change(view, record, waits)
     return waits.proposal(change)
-
-
-def _has_failed(node: NodeInfo, record: WorldRecord) -> bool:
-    return bool(node.failed) and node.failed_in in (0, record.generation)
 
 
 def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:

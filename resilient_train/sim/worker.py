@@ -20,7 +20,7 @@ from resilient_train.spec.messages import (
     Promise,
     Resumed,
     Stage,
-    UserFailed,
+    Troubled,
 )
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of
 
@@ -297,7 +297,7 @@ class Worker:
         self.main("verdict", VERDICT, self._doubt)
 
     def _doubt(self) -> None:
-        self._say(UserFailed(generation=self.generation, text="a communication error", doubtful=True))
+        self._say(Troubled(generation=self.generation, text="a communication error"))
         self.end(1)
 
     def _leave(self) -> None:

@@ -98,8 +98,14 @@ class UserFailed(Message):
 
     generation: int
     text: str
-    doubtful: bool = False
-    """It may be the consequence of a loss that nobody has told this worker of."""
+
+
+@message
+class Troubled(Message):
+    """Communication failed in this generation, and nobody has told this worker why."""
+
+    generation: int
+    text: str
 
 
 @message

@@ -97,8 +97,6 @@ class NodeInfo:
     """That worker."""
     exit_code: int = 1
     """How the job is to end because of it."""
-    failed_in: int = 0
-    """The generation that the error ends, if it is over once that generation is; 0: it ends the job in any case."""
     link: str = ""
     """host:port at which this agent answers other agents; empty on a job's only node."""
     keeper: str = ""

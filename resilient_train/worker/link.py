@@ -97,7 +97,7 @@ class AgentLink:
                         self.send(self._hello)
                 self._changed.wait()
 
-    def wait_for_verdict(self, timeout: float) -> WorldRecord | None:
+    def wait_for_verdict(self, timeout: float | None) -> WorldRecord | None:
         """After a failed collective: the record that explains it, or None if none comes within ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._lost or self._over(), timeout)

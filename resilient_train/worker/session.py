@@ -19,7 +19,17 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resilient_train import config
 from resilient_train.errors import ConfigError, ExitCode, LinkLost, PeerFailed
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
+from resilient_train.spec.messages import (
+    Acknowledge,
+    Boundaries,
+    Done,
+    Hello,
+    Message,
+    Resumed,
+    Stage,
+    Troubled,
+    UserFailed,
+)
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
 from resilient_train.worker.operations import LongOperations
@@ -224,20 +234,27 @@ class Session:
         if is_device_error(error):
             # The loss of this slot, not an error of the script: the process ends, another takes its place.
             raise error
-        doubtful = is_communication_error(error)
-        if doubtful:
+        rank = record.members.index(self.link.member)
+        if is_communication_error(error):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
+            if verdict is None:
+                # Nobody was lost as far as the agents know. All form again, for as long as that helps.
+                logger.warning("communication failed, and nobody was lost", exc_info=error)
+                text = f"rank {rank} could not communicate ({type(error).__name__}: {_first_line(error)})"
+                self.tell(Troubled(generation=record.generation, text=text))
+                verdict = self.link.wait_for_verdict(None)
             if verdict is not None and verdict.phase is Phase.FAILED:
                 _forget(error)
                 self._end_failed(verdict)
-            if verdict is not None:
-                return
+            if verdict is None:
+                raise LinkLost("the agent on this node is gone") from None
+            return
         text = "".join(traceback.format_exception_only(error)).strip()
         if isinstance(error, SystemExit):
             text = f"the elastic function was left by sys.exit({error.code!r})"
-        text = f"rank {record.members.index(self.link.member)}: {text}"
+        text = f"rank {rank}: {text}"
         # Before any socket closes: the others' errors are consequences of this one.
-        self.tell(UserFailed(generation=record.generation, text=text, doubtful=doubtful))
+        self.tell(UserFailed(generation=record.generation, text=text))
         get_error_handler().record_exception(error)  # torchrun's error file
         raise error
 
@@ -256,6 +273,10 @@ class Session:
             vars(sys).pop(name, None)
         self.groups.dissolve()
         gc.collect()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _forget(error: BaseException) -> None:

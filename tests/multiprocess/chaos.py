@@ -22,6 +22,7 @@ from pathlib import Path
 import records
 from etcd_cluster import EtcdCluster, running
 
+from resilient_train.spec.messages import STACKS_SIGNAL
 from resilient_train.testing.job import Job
 from resilient_train.testing.nodes import Nodes
 
@@ -121,7 +122,7 @@ class Chaos:
 
     def run(self, faults: int) -> None:
         """Do so many things to it."""
-        kinds = [
+        kinds: list[Callable[[], Callable[[], None] | None]] = [
             self._kill_worker,
             self._kill_node,
             self._kill_agent,
@@ -170,8 +171,16 @@ class Chaos:
                 return
             gone = [job for job in self.nodes.left() if not job.running()]
             if gone or time.monotonic() > deadline:
+                self._show_stacks()
                 raise AssertionError(f"{what} did not come\n{self.nodes.output}")
             time.sleep(0.2)
+
+    def _show_stacks(self) -> None:
+        """What every worker is doing, in the output."""
+        for job in self.nodes.left():
+            for pid in job.workers().values():
+                job.signal_process(pid, STACKS_SIGNAL)
+        time.sleep(2.0)
 
     def _longest_pause(self, since: float) -> float:
         times = sorted({line["at"] for line in self._steps(since)})

@@ -17,6 +17,7 @@ from resilient_train.spec.messages import (
     Promise,
     Resumed,
     Stage,
+    Troubled,
     UserFailed,
 )
 from resilient_train.spec.node import NodeInfo
@@ -627,3 +628,19 @@ def test_announced_operations_are_told_to_all() -> None:
     assert bench.state.view.workers()["n/2.0"].busy == "evaluate"
     bench.say("n/2.0", Busy(name=""))
     assert bench.state.view.workers()["n/2.0"].busy == ""
+
+
+def test_a_failed_collective_that_nobody_explains_has_all_form_again() -> None:
+    """The same members, a new generation; if that helps nobody, the job ends and says what failed."""
+    bench = running(slots=2)
+    for generation in (1, 2, 3):
+        bench.say("n/1.0", Troubled(generation=generation - 1, text="of a generation before"))
+        bench.run_for(1.0)
+        assert bench.record.generation == generation
+        bench.say("n/1.0", Troubled(generation=generation, text="rank 1 could not communicate"))
+        bench.run_for(1.0)
+        if bench.record.phase is Phase.RUNNING:
+            assert bench.record.members == ("n/0.0", "n/1.0")
+            bench.enter()
+    assert bench.record.phase is Phase.FAILED
+    assert "rank 1 could not communicate" in bench.record.error
