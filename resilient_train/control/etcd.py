@@ -19,6 +19,7 @@ import secrets
 import threading
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control import etcd_messages as messages
@@ -26,7 +27,7 @@ from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.etcd_mirror import EtcdMirror, read
 from resilient_train.control.store import News
-from resilient_train.errors import ConfigError, FormatError, StoreLost
+from resilient_train.errors import FormatError, StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord
 
@@ -69,11 +70,10 @@ class EtcdControlStore:
             StoreLost: if it does not answer in time.
             ConfigError: if it does not let us in; later calls raise that too, when a user's rights are taken away.
         """
-        if not job or "/" in job:
-            raise ConfigError(f"a job's id in etcd must be a name without '/', it is {job!r}")
         self._clock = clock or MonotonicClock()
         self._access = access
-        self._prefix = f"{_ROOT}{job}/".encode()
+        # A '/' in the id would let one job see into another.
+        self._prefix = f"{_ROOT}{quote(job, safe='')}/".encode()
         self._ttl = ttl
         # Enough for an election among members with etcd's default settings.
         self._timeout = max(4.0, 2 * ttl)

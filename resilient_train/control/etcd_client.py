@@ -31,6 +31,8 @@ _OPTIONS = [
 ]
 _PAUSE = 0.05
 """Seconds between two rounds through the members."""
+_SHORT = 0.2
+"""Seconds that a member gets at first: what a leader took with it is never answered, and must be asked again."""
 _OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
 _REFUSALS = {
     "authentication failed": "etcd at {endpoints} does not know the user {user!r} with this password",
@@ -47,14 +49,14 @@ class EtcdClient:
     def __init__(self, access: EtcdAccess, patience: float, clock: Clock | None = None) -> None:
         """Args:
             access: where the cluster is.
-            patience: seconds that one member gets to answer.
+            patience: seconds that one member gets to answer, in the end.
             clock: for deadlines.
 
         Raises:
             ConfigError: if a file of certificates cannot be read.
         """
         self.patience = patience
-        """Seconds that one member gets to answer."""
+        """Seconds that one member gets to answer, in the end."""
         self._access = access
         self._clock = clock or MonotonicClock()
         self._credentials = _credentials(access)
@@ -78,12 +80,14 @@ class EtcdClient:
             ConfigError: if etcd refuses this user, and would refuse the next try too.
         """
         request = messages.request(method, **fields)
-        deadline = self._clock.now() + timeout
+        start = self._clock.now()
+        deadline = start + timeout
         while True:
             reasons = []
             for _ in self._access.endpoints:
                 channel, endpoint = self._connected()
-                left = min(self.patience, deadline - self._clock.now())
+                now = self._clock.now()
+                left = min(max(_SHORT, (now - start) / 4), self.patience, deadline - now)
                 try:
                     return self._attempt(channel, method, request, max(0.01, left))
                 except grpc.RpcError as error:

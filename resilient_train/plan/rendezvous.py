@@ -45,7 +45,7 @@ class View:
     record: WorldRecord | None
     """The job's record."""
     nodes: Sequence[NodeInfo]
-    """All announcements."""
+    """The announcements of all nodes that are not known to be dead."""
 
 
 class Say(Enum):
