@@ -1,6 +1,6 @@
 """How fast a state is copied to another node and read back from it, and what that costs a step; on loopback, CPU.
 
-    python benchmarks/bench_replication.py [--mib 256] [--rounds 5] [--steps 60] [--matrix 900]
+    python benchmarks/bench_replication.py [--mib 256] [--rounds 5] [--steps 60] [--matrix 600]
 
 Copying and reading go through real keepers and are verified on arrival; a plain socket copies as many bytes between two
 processes, out of and into warm memory, in turns with them.  Then two nodes of one rank each do the same step over and
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--matrix", type=int, default=900)
+    parser.add_argument("--matrix", type=int, default=600)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
