@@ -74,6 +74,7 @@ class Node:
         self.link = KeeperLink(self.keeper.address, f"{name}/0.0", 0)
         self.slots = Slots(self.link)
         self.newest = Key(0, 0)
+        self.generation = 1
 
     def _listen(self, channel: Channel) -> None:
         try:
@@ -90,7 +91,7 @@ class Node:
         )
         part = Part(entry=entry, sources=(state,), lazy=True, fixed=True)
         writer = ImageWriter(plan_image([entry], 10), [part], rank, 2)
-        self.link.board.report_progress(0, 1, key.step)
+        self.link.board.report_progress(0, self.generation, key.step)
         for slot in self.slots.writable(writer.layout.total, self.newest, {1: None}):
             slot.key = None
             if writer.begin(slot.memory, key, [part], b"{}"):
@@ -187,6 +188,7 @@ def introduce(nodes: list[Node], generation: int, *, copying: bool) -> None:
     """Have the nodes copy to each other, or not."""
     keepers = [[node.name, node.endpoint] for node in nodes]
     for node in nodes:
+        node.generation = generation
         ring = keepers if copying else [[node.name, node.endpoint]]
         node.keeper.follow(Peers(node=node.name, generation=generation, slots=[0], keepers=ring, others=[]))
 
