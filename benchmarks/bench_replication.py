@@ -1,6 +1,6 @@
 """How fast a state is copied to another node and read back from it, and what that costs a step; on loopback, CPU.
 
-    python benchmarks/bench_replication.py [--mib 256] [--rounds 5] [--steps 60] [--matrix 900]
+    python benchmarks/bench_replication.py [--mib 256] [--rounds 5] [--steps 60] [--matrix 600]
 
 Copying and reading go through real keepers and are verified on arrival; a plain socket copies as many bytes between two
 processes, out of and into warm memory, in turns with them.  Then two nodes of one rank each do the same step over and
@@ -74,6 +74,7 @@ class Node:
         self.link = KeeperLink(self.keeper.address, f"{name}/0.0", 0)
         self.slots = Slots(self.link)
         self.newest = Key(0, 0)
+        self.generation = 1
 
     def _listen(self, channel: Channel) -> None:
         try:
@@ -90,7 +91,7 @@ class Node:
         )
         part = Part(entry=entry, sources=(state,), lazy=True, fixed=True)
         writer = ImageWriter(plan_image([entry], 10), [part], rank, 2)
-        self.link.board.report_progress(0, 1, key.step)
+        self.link.board.report_progress(0, self.generation, key.step)
         for slot in self.slots.writable(writer.layout.total, self.newest, {1: None}):
             slot.key = None
             if writer.begin(slot.memory, key, [part], b"{}"):
@@ -187,6 +188,7 @@ def introduce(nodes: list[Node], generation: int, *, copying: bool) -> None:
     """Have the nodes copy to each other, or not."""
     keepers = [[node.name, node.endpoint] for node in nodes]
     for node in nodes:
+        node.generation = generation
         ring = keepers if copying else [[node.name, node.endpoint]]
         node.keeper.follow(Peers(node=node.name, generation=generation, slots=[0], keepers=ring, others=[]))
 
@@ -197,7 +199,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--matrix", type=int, default=900)
+    parser.add_argument("--matrix", type=int, default=600)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")

@@ -22,7 +22,8 @@ def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: P
     args = ["--url", str(tmp_path / "url"), "--persist-every", "0.4s", "--step-time", "0.05"]
     flags = ["--nproc-per-node=2", "--nnodes=1:2"]
     record = ["--record", str(tmp_path / "first")]
-    with Nodes(SCRIPT, [*args, *record, "--steps", "60"], count=2, flags=flags, folder=tmp_path / "a") as running:
+    both = ["--nproc-per-node=2", "--nnodes=2:2"]
+    with Nodes(SCRIPT, [*args, *record, "--steps", "60"], count=2, flags=both, folder=tmp_path / "a") as running:
         assert running.finish(120) == [0, 0], running.output
         saved = {int(text.split()[1]) for text in _texts(running) if "is durable" in text}
         begun = {int(text.split()[1]) for text in _texts(running) if "written as far" in text}
