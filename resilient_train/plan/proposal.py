@@ -23,6 +23,8 @@ from resilient_train.spec.world import (
     slot_of,
 )
 
+_KEPT_LOST = 64
+"""Lost nodes that are remembered besides those that the record names."""
 KEPT_RESTORES = 200
 """Length of the log of restores in the record; older states are long gone from every tier that matters."""
 
@@ -104,7 +106,9 @@ class View:
     def workers(self) -> dict[str, WorkerInfo]:
         """All living workers by id, and members whose process is about to be started."""
         known = {worker.member: worker for node in self.nodes.values() for worker in node.workers}
-        missing = [m for m in (self.record.members if self.record else ()) if m not in known and node_of(m) in self.nodes]
+        missing = [
+            m for m in (self.record.members if self.record else ()) if m not in known and node_of(m) in self.nodes
+        ]
         if missing:
             ended = self.exits()
             known.update({m: WorkerInfo(member=m) for m in missing if m not in ended})
@@ -145,6 +149,13 @@ class View:
                 used[node] = used.get(node, 0) + 1
                 found.append(member)
         return found
+
+    def all_lost(self, more: Mapping[str, str]) -> dict[str, str]:
+        """``lost`` and those that are now; who came back stays among them until the next change of the world."""
+        lost = {**self.lost, **more}
+        named = {node_of(member) for member in self.record.members} if self.record else set()
+        kept = [*lost][-_KEPT_LOST:]
+        return {node: why for node, why in lost.items() if node in named or node in kept}
 
     def enough(self, members: Collection[str]) -> bool:
         """Whether a world of ``members`` spans the nodes that the job needs at least."""
@@ -398,9 +409,7 @@ def _names(members: list[str], record: WorldRecord) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def _restart_group(
-    view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits
-) -> Proposal:
+def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits) -> Proposal:
     """All start over; what a script did itself uses up its restarts, the loss of a node does not."""
     what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
     what += "" if ended else _cause(view, lost, ended)

@@ -33,7 +33,8 @@ def _tell(scenario: Scenario) -> int:
 
 
 def _seeds(seeds: range, keep_going: bool) -> int:
-    begin, simulated, slowest, failed = time.monotonic(), 0.0, (0.0, -1), Counter[str]()
+    begin, busy, failed = time.monotonic(), time.process_time(), Counter[str]()
+    simulated, slowest = 0.0, (0.0, -1)
     for seed in seeds:
         result = run(draw(seed))
         simulated += result.seconds
@@ -44,8 +45,9 @@ def _seeds(seeds: range, keep_going: bool) -> int:
         elif result.problems:
             _show(seed, result.problems[0])
             return 1
-    took = time.monotonic() - begin
-    print(f"{len(seeds)} seeds, {simulated:,.0f} s simulated in {took:.1f} s; {failed.total()} failed")
+    took, busy = time.monotonic() - begin, time.process_time() - busy
+    print(f"{len(seeds)} seeds, {simulated:,.0f} s simulated in {took:.1f} s ({busy:.1f} s of processor time)")
+    print(f"{failed.total()} failed")
     print(f"all that was alive trained at most {slowest[0]:g} s after the last fault (seed {slowest[1]})")
     return 1 if failed else 0
 

@@ -1,4 +1,4 @@
-"""A simulated agent: the real machines, fed and obeyed as `resilient_train.agent` does, without processes or sockets."""
+"""A simulated agent: the real machines, fed and obeyed as `resilient_train.agent` does, without processes."""
 
 from __future__ import annotations
 
@@ -260,9 +260,9 @@ class Agent:
         before = self.state.view.record
         self.state, effects = m.step(self.state, event, self._clock.now())
         record = self.state.view.record
-        if record is not None and (before is None or record.generation != before.generation):
-            if record.bootstrap == self.state.info.endpoint:
-                self._at(self._clock.now(), self._new_endpoint)
+        changed = record is not None and (before is None or record.generation != before.generation)
+        if changed and record is not None and record.bootstrap == self.state.info.endpoint:
+            self._at(self._clock.now(), self._new_endpoint)
         for effect in effects:
             self._carry_out(effect)
 
@@ -396,9 +396,7 @@ class Agent:
         if verdict.wake_at is not None and verdict.wake_at < self._wake_at:
             self._wake_at = verdict.wake_at
             self._at(verdict.wake_at, self._wake)
-        seen = m.NodesSeen(
-            nodes=verdict.alive, lost=verdict.lost, suspects=verdict.suspects, doubted=verdict.doubted
-        )
+        seen = m.NodesSeen(nodes=verdict.alive, lost=verdict.lost, suspects=verdict.suspects, doubted=verdict.doubted)
         if seen != self._seen:
             self._seen = seen
             self.feed(seen)

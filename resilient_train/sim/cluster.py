@@ -268,6 +268,7 @@ class Cluster:
         lines = []
         for world in self.checker.worlds.values():
             where = "" if world.boundary is None else " at a boundary"
-            lines.append(f"generation {world.generation}{where}: {world.reason} -> {' '.join(world.members) or 'nobody'}")
+            lines.append(
+                f"generation {world.generation}{where}: {world.reason} -> {' '.join(world.members) or 'nobody'}"
+            )
         return [*lines, self.outcome()]
-

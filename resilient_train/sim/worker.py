@@ -1,7 +1,7 @@
 """Simulated workers: what `resilient_train.worker.session` and `link` answer, and groups that step in lockstep.
 
-The main thread and the monitor thread are told apart: the monitor hears the record at once and promises or declines; the
-main thread finds out when it comes free, at a boundary, or because its collective fails.
+The main thread and the monitor thread are told apart: the monitor hears the record at once and promises or declines;
+the main thread finds out when it comes free, at a boundary, or because its collective fails.
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ from typing import Protocol
 
 from resilient_train.sim.engine import Action, Engine
 from resilient_train.sim.network import Network
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Promise, Resumed, Stage
-from resilient_train.spec.messages import UserFailed
+from resilient_train.spec.messages import (
+    Acknowledge,
+    Boundaries,
+    Done,
+    Hello,
+    Message,
+    Promise,
+    Resumed,
+    Stage,
+    UserFailed,
+)
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of
 
 VERDICT = 30.0
@@ -349,9 +358,7 @@ class Group:
         if self._here.get(worker.member) is worker:
             worker.run(worker.failed)
 
-    def _try(
-        self, doing: str, seconds: float, then: Callable[[Worker], None], before: Action = lambda: None
-    ) -> None:
+    def _try(self, doing: str, seconds: float, then: Callable[[Worker], None], before: Action = lambda: None) -> None:
         """Do something with all members, as soon as all are here and reach each other."""
         if any(self._doing(member) != doing for member in self.record.members):
             return
