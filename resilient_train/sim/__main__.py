@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from resilient_train.plan.suspicion import PROBERS
+from resilient_train.sim import cost
 from resilient_train.sim.faults import Scenario, draw, parse, shrink
 from resilient_train.sim.scenario import run
 
@@ -20,10 +22,35 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first (default 0)")
     parser.add_argument("--keep-going", action="store_true", help="count the seeds that fail instead of stopping")
     parser.add_argument("--scenario", type=Path, metavar="FILE", help="run this one and tell its story")
+    parser.add_argument("--cost", action="store_true", help="print the table of docs/scale.md")
     args = parser.parse_args()
+    if args.cost:
+        return _cost()
     if args.scenario is not None:
         return _tell(parse(args.scenario.read_text().partition("\n----")[0]))
     return _seeds(range(args.first, args.first + args.seeds), args.keep_going)
+
+
+def _cost() -> int:
+    """Counted for few nodes, reckoned for many."""
+    counted = {nodes: cost.count(nodes) for nodes in (3, 10, 30)}
+    few = f"changes told if {PROBERS} watched announcements"
+    print("| event | nodes |", *(f"{column} |" for column in (*cost.COLUMNS, few)))
+    print("|---|---|" + "---|" * (len(cost.COLUMNS) + 1))
+    for kind in cost.KINDS:
+        for nodes in (3, 30, 100, 1000, 10_000):
+            known = counted.get(nodes)
+            found = known[kind] if known else cost.reckon(counted[10][kind], 10, counted[30][kind], 30, nodes)
+            values = [*found.values(), found.told_to_few(nodes, PROBERS)]
+            print(f"| {kind} | {nodes:,} |", *(f"{_short(value)} |" for value in values))
+    return 0
+
+
+def _short(value: float) -> str:
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"
 
 
 def _tell(scenario: Scenario) -> int:

@@ -1,7 +1,7 @@
 """What the control plane costs: messages and store operations for each event, counted in the simulation.
 
-Counted for as many nodes as can be simulated, and reckoned on from there: every figure is of an order that the protocol
-gives (`ORDERS`), so what was counted for a few nodes fixes its factor.
+Counted for as many nodes as can be simulated, and reckoned on from there: a node writes as often, and tells as many
+neighbours, however many there are, and each change is told to all, so a figure is a sum of a linear and a square term.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from resilient_train.sim.cluster import Cluster, Job
 
 KINDS = ("idle, per second", "start of the job", "worker lost and replaced", "node lost", "node joins")
 """The events."""
-COLUMNS = ("writes", "signs of life", "changes told", "bytes", "messages between agents")
+COLUMNS = ("writes", "versions of the record", "signs of life", "changes told", "bytes", "messages between agents")
 """What is counted of each."""
 _STEPS = 10_000
 _START = 14.0
@@ -27,6 +27,8 @@ class Cost:
 
     writes: float
     """Announcements and versions of the record."""
+    swaps: float
+    """Versions of the record among them."""
     beats: float
     """Signs of life to the store."""
     changes: float
@@ -36,9 +38,13 @@ class Cost:
     packets: float
     """Messages between agents."""
 
+    def told_to_few(self, nodes: int, few: int) -> float:
+        """The changes told, if only ``few`` watched announcements, and all the record."""
+        return few * (self.writes - self.swaps) + nodes * self.swaps
+
     def values(self) -> tuple[float, ...]:
         """In the order of `COLUMNS`."""
-        return (self.writes, self.beats, self.changes, self.nbytes, self.packets)
+        return (self.writes, self.swaps, self.beats, self.changes, self.nbytes, self.packets)
 
 
 def count(nodes: int) -> dict[str, Cost]:
@@ -70,11 +76,11 @@ def _during(cluster: Cluster, seconds: float, idle: Cost | None) -> Cost:
 
 def _now(cluster: Cluster) -> tuple[int, ...]:
     traffic = cluster.server.traffic
-    return (traffic.writes, traffic.beats, traffic.changes, traffic.nbytes, cluster.network.packets)
+    return (traffic.writes, traffic.swaps, traffic.beats, traffic.changes, traffic.nbytes, cluster.network.packets)
 
 
 def _named(values: Sequence[float]) -> dict[str, float]:
-    return dict(zip(("writes", "beats", "changes", "nbytes", "packets"), values, strict=True))
+    return dict(zip(("writes", "swaps", "beats", "changes", "nbytes", "packets"), values, strict=True))
 
 
 def reckon(small: Cost, few: int, large: Cost, many: int, nodes: int) -> Cost:
