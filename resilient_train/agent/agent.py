@@ -30,8 +30,8 @@ from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, Timing, View
 from resilient_train.plan.ring import peers_of
+from resilient_train.plan.view import Limits, Timing, View
 from resilient_train.spec.messages import (
     AskStatus,
     Gone,

@@ -13,7 +13,7 @@ from resilient_train.clock import Clock
 from resilient_train.errors import FormatError
 from resilient_train.plan import events as ev
 from resilient_train.plan import hang
-from resilient_train.plan.proposal import View
+from resilient_train.plan.view import View
 from resilient_train.spec.messages import Ask, Busy, Message, Position
 from resilient_train.spec.rank import RankReport
 

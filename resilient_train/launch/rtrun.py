@@ -23,7 +23,7 @@ from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
 from resilient_train.launch.meeting import Place, joined
-from resilient_train.plan.proposal import Limits
+from resilient_train.plan.view import Limits
 
 _EPILOG = """
 rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are

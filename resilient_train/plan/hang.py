@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from resilient_train.plan.culprit import AtWork, Culprit, Deadlock, judge
-from resilient_train.plan.proposal import View
+from resilient_train.plan.view import View
 from resilient_train.spec.node import WorkerInfo
 from resilient_train.spec.rank import RankReport, Where
 from resilient_train.spec.world import Phase, WorldRecord, node_of

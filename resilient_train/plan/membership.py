@@ -40,7 +40,8 @@ from resilient_train.plan.events import (
     WorkerSaid,
     WorkerSpawned,
 )
-from resilient_train.plan.proposal import View, Wish, is_new_restore, propose
+from resilient_train.plan.proposal import is_new_restore, propose
+from resilient_train.plan.view import View, Wish
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
@@ -75,8 +76,6 @@ LET_GO = 30.0
 """Seconds that a node which has left goes on serving its images, if nobody says that they are not needed any more."""
 RESPAWN_AFTER = 1.0
 """Seconds between a new generation and the start of replacements, which would take the survivors' processor time."""
-_KEPT_LOST = 64
-"""Lost nodes that are remembered besides those that the record names."""
 GRACE = 10.0
 """Seconds for workers to end by themselves once the job failed."""
 
@@ -175,8 +174,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case NodesSeen():
             return _nodes_seen(state, event)
         case StoreSilent():
-            since = now if state.silent_since is None else state.silent_since
-            return replace(state, swapping=False, silence=event, silent_since=since)
+            begun = state.silent_since
+            return replace(state, swapping=False, silence=event, silent_since=now if begun is None else begun)
         case KeeperServes(endpoint):
             return _with_info(state, keeper=endpoint)
         case WorkerSpawned(member):
@@ -216,13 +215,8 @@ def _is_mine(state: State, member: str) -> bool:
 
 def _nodes_seen(state: State, event: NodesSeen) -> State:
     known = {node.node: node for node in event.nodes if node.node != state.view.me}
-    # Who came back is still one that was lost, until the next change of the world.
-    lost = {**state.view.lost, **event.lost}
-    if len(lost) > _KEPT_LOST:
-        named = {node_of(member) for member in state.view.record.members} if state.view.record else set()
-        kept = [*lost][-_KEPT_LOST:]
-        lost = {node: why for node, why in lost.items() if node in named or node in kept}
-    view = replace(state.view, nodes={**known, state.view.me: state.info}, lost=lost, doubted=event.doubted)
+    nodes = {**known, state.view.me: state.info}
+    view = replace(state.view, nodes=nodes, lost=state.view.all_lost(event.lost), doubted=event.doubted)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
 
@@ -246,8 +240,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         view = replace(view, wish=None)
     if old is None or record.generation != old.generation:
         state = replace(state, seen_at=now, devices=_devices(state, record))
-        view = replace(view, before=old.members if old is not None else ())
-        view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
+        lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
+        view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
     elif old.planned is not None and record.planned is None:
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
@@ -384,17 +378,13 @@ def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[E
     """The job goes on without this node; what it holds may be needed until the others have resumed."""
     # Who has promised a boundary goes on up to it, and says hello behind it: the others need that state.
     limit = state.seen_at + state.view.timing.acknowledge if record.boundary is not None else now
-    gone = [
-        w.member
-        for w in state.info.workers
-        if w.member not in state.stopping and (now >= limit or w.idle or not w.elastic)
-    ]
+    going = [w.member for w in state.info.workers if now >= limit or w.idle or not w.elastic]
+    gone = [member for member in going if member not in state.stopping]
     effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
         return state, [*effects, *([Wake(limit)] if now < limit else [])]
-    needed = record.resumed() is None and record.members and now < state.seen_at + LET_GO
-    if needed:
+    if record.resumed() is None and record.members and now < state.seen_at + LET_GO:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
     return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]

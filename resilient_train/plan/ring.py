@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from resilient_train.plan.proposal import View
+from resilient_train.plan.view import View
 from resilient_train.spec.messages import Peers
 from resilient_train.spec.world import node_of, slot_of
 

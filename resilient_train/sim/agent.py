@@ -1,4 +1,4 @@
-"""A simulated agent: the real machines, fed and obeyed as `resilient_train.agent` does, without processes or sockets."""
+"""A simulated agent: the real machines, fed and obeyed as `resilient_train.agent` does, without processes."""
 
 from __future__ import annotations
 
@@ -261,9 +261,9 @@ class Agent:
         before = self.state.view.record
         self.state, effects = m.step(self.state, event, self._clock.now())
         record = self.state.view.record
-        if record is not None and (before is None or record.generation != before.generation):
-            if record.bootstrap == self.state.info.endpoint:
-                self._at(self._clock.now(), self._new_endpoint)
+        changed = record is not None and (before is None or record.generation != before.generation)
+        if changed and record is not None and record.bootstrap == self.state.info.endpoint:
+            self._at(self._clock.now(), self._new_endpoint)
         for effect in effects:
             self._carry_out(effect)
 

@@ -8,7 +8,7 @@ from random import Random
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, Timing, View
+from resilient_train.plan.view import Limits, Timing, View
 from resilient_train.sim.agent import Agent
 from resilient_train.sim.engine import DriftingClock, Engine
 from resilient_train.sim.invariants import Checker

@@ -81,7 +81,8 @@ def parse(text: str) -> Scenario:
 
 def _job(words: list[str]) -> Job:
     settings = dict(word.split("=") for word in words)
-    return Job(**{name: float(value) if name == "within" else int(value) for name, value in settings.items()})
+    within = float(settings.pop("within", Job().within))
+    return Job(within=within, **{name: int(value) for name, value in settings.items()})
 
 
 def _fault(words: list[str]) -> Fault:

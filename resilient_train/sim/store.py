@@ -45,6 +45,7 @@ class Store:
         self._joined = 0
         self._leases: dict[int, _Lease] = {}
         self._snapshot: Snapshot | None = None
+        self._newest: object = None
 
     def join(self) -> int:
         """A number for a new node."""
@@ -56,14 +57,14 @@ class Store:
         newest = self.record.revision if self.record is not None else 0
         if record.revision == newest + 1:
             self.record = record
-            self._changed()
+            self._changed(record)
         assert self.record is not None
         return self.record
 
     def announce(self, info: NodeInfo, now: float) -> None:
         """Publish an announcement."""
         self._leases[info.order] = _Lease(info, now + self._ttl)
-        self._changed()
+        self._changed(info)
 
     def beat(self, order: int, now: float) -> None:
         """A sign of life; brings an expired announcement back."""
@@ -101,7 +102,12 @@ class Store:
         """When the next announcement expires."""
         return min((lease.until for lease in self._leases.values() if not lease.expired), default=float("inf"))
 
-    def _changed(self) -> None:
+    def newest_size(self) -> int:
+        """Bytes of what changed last."""
+        return weight(self._newest)
+
+    def _changed(self, what: object = None) -> None:
+        self._newest = what
         self.number += 1
         self._snapshot = None
 
@@ -112,21 +118,34 @@ class Traffic:
 
     writes: int = 0
     """Swaps, announcements, withdrawals."""
+    swaps: int = 0
+    """Versions of the record."""
     beats: int = 0
     """Signs of life."""
     reads: int = 0
     """Looks."""
     watched: int = 0
     """News delivered to watchers."""
+    changes: int = 0
+    """Changes that these news told of."""
     weigh: bool = False
     """Whether to count bytes, which takes time."""
     nbytes: int = 0
-    """Bytes of records and announcements, in and out."""
+    """Bytes of records and announcements, in and out; news count what has changed."""
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each change, where they are counted."""
 
     def carry(self, *values: object) -> None:
         """Count the bytes of what was sent or received."""
         if self.weigh:
             self.nbytes += sum(weight(value) for value in values)
+
+    def tell(self, number: int, newest: int) -> None:
+        """News after ``number`` are delivered."""
+        self.watched += 1
+        self.changes += newest - number
+        if self.weigh:
+            self.nbytes += sum(self.sizes[number:newest])
 
 
 def weight(value: object) -> int:
@@ -200,9 +219,13 @@ class Server:
             self.trouble.backlog.append(lambda: self._arrive(host, call, answer))
             return
         before = self.store.record
+        number = self.store.number
         result = call(self.store)
+        if self.traffic.weigh and self.store.number > number:
+            self.traffic.sizes += [self.store.newest_size()] * (self.store.number - number)
         self._look_around()
         if self.store.record is not before and self.store.record is not None:
+            self.traffic.swaps += 1
             for told in self.committed:
                 told(self.store.record)
             if self.trouble.lost_answers:
@@ -217,7 +240,7 @@ class Server:
 
         def begin(store: Store) -> None:
             if store.number > number:
-                self._send(host, answer)
+                self._send(host, number, answer)
             else:
                 self._watchers[host] = _Watcher(number, answer)
 
@@ -239,7 +262,9 @@ class Server:
         """Let announcements expire, and tell who watches."""
         if self.trouble.down or self.trouble.frozen:
             return
+        number = self.store.number
         self.store.expire(self._engine.now)
+        self.traffic.sizes += [0] * (self.store.number - number if self.traffic.weigh else 0)
         upcoming = self.store.next_expiry()
         if upcoming < self._expiry or self._expiry <= self._engine.now:
             self._expiry = upcoming
@@ -250,12 +275,11 @@ class Server:
             for host, watcher in list(self._watchers.items()):
                 if watcher.number < self._told:
                     del self._watchers[host]
-                    self._send(host, watcher.answer)
+                    self._send(host, watcher.number, watcher.answer)
 
-    def _send(self, host: str, answer: Callable[[Snapshot], None]) -> None:
+    def _send(self, host: str, number: int, answer: Callable[[Snapshot], None]) -> None:
         news = self.store.look()
-        self.traffic.watched += 1
-        self.traffic.carry(news)
+        self.traffic.tell(number, news.number)
         if self._network.reaches(STORE, host):
             self._engine.after(self._network.delay() + self.trouble.slow, lambda: answer(news))
 

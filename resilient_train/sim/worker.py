@@ -1,7 +1,7 @@
 """Simulated workers: what `resilient_train.worker.session` and `link` answer, and groups that step in lockstep.
 
-The main thread and the monitor thread are told apart: the monitor hears the record at once and promises or declines; the
-main thread finds out when it comes free, at a boundary, or because its collective fails.
+The main thread and the monitor thread are told apart: the monitor hears the record at once and promises or declines;
+the main thread finds out when it comes free, at a boundary, or because its collective fails.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resilient_train.plan import hang
-from resilient_train.plan.proposal import Limits, View
+from resilient_train.plan.view import Limits, View
 from resilient_train.spec.node import NodeInfo, WorkerInfo
 from resilient_train.spec.rank import RankReport, Where
 from resilient_train.spec.world import WorldRecord, node_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, View
+from resilient_train.plan.view import Limits, View
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
@@ -590,7 +590,7 @@ def test_a_hung_worker_is_a_loss_before_its_process_ends() -> None:
     bench.enter()
     bench.run_for(10.0)
     assert bench.record.generation == 2, "who hangs is not taken back in"
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     assert bench.record.generation == 2
     bench.run_for(2.0)
     assert bench.state.worker("n/1.1") is not None

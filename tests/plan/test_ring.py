@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from resilient_train.plan.proposal import Limits, View
 from resilient_train.plan.ring import peers_of
+from resilient_train.plan.view import Limits, View
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 

@@ -1,7 +1,7 @@
 """Scenario texts and what happens in them, and sampled seeds.
 
-Each file of ``scenarios/`` holds a scenario, a line of dashes and the story that it tells.  After a change that is meant to
-alter stories: ``python tests/sim/test_scenarios.py`` writes them anew, to be reviewed as a diff.
+Each file of ``scenarios/`` holds a scenario, a line of dashes and the story that it tells.  After a change that is
+meant to alter stories: ``python tests/sim/test_scenarios.py`` writes them anew, to be reviewed as a diff.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resilient_train.sim.scenario import run
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
 DASHES = "----"
-SEEDS = 100
+SEEDS = 60
 
 
 def told(text: str) -> str:

@@ -1,0 +1,99 @@
+"""What the control plane costs: messages and store operations for each event, counted in the simulation.
+
+Counted for as many nodes as can be simulated, and reckoned on from there: a node writes as often, and tells as many
+neighbours, however many there are, and each change is told to all, so a figure is a sum of a linear and a square term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resilient_train.sim.cluster import Cluster, Job
+
+KINDS = ("idle, per second", "start of the job", "worker lost and replaced", "node lost", "node joins")
+"""The events."""
+COLUMNS = ("writes", "versions of the record", "signs of life", "changes told", "bytes", "messages between agents")
+"""What is counted of each."""
+_STEPS = 10_000
+_START = 14.0
+_AFTER = 20.0
+_IDLE = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one event cost, beyond what goes on anyway."""
+
+    writes: float
+    """Announcements and versions of the record."""
+    swaps: float
+    """Versions of the record among them."""
+    beats: float
+    """Signs of life to the store."""
+    changes: float
+    """Changes told to watchers, over all watchers."""
+    nbytes: float
+    """Bytes to and from the store."""
+    packets: float
+    """Messages between agents."""
+
+    def told_to_few(self, nodes: int, few: int) -> float:
+        """The changes told, if only ``few`` watched announcements, and all the record."""
+        return few * (self.writes - self.swaps) + nodes * self.swaps
+
+    def values(self) -> tuple[float, ...]:
+        """In the order of `COLUMNS`."""
+        return (self.writes, self.swaps, self.beats, self.changes, self.nbytes, self.packets)
+
+
+def count(nodes: int) -> dict[str, Cost]:
+    """The costs of every kind of event for a number of nodes with one rank each."""
+    cluster = Cluster(Job(nodes=nodes, slots=1, max_nodes=nodes + 1, min_nodes=max(1, nodes - 1), steps=_STEPS))
+    cluster.server.traffic.weigh = True
+    costs = {"start of the job": _during(cluster, _START, None)}
+    idle = _during(cluster, _IDLE, None)
+    costs["idle, per second"] = Cost(**_named([value / _IDLE for value in idle.values()]))
+    worker = cluster.worker("n1/0")
+    assert worker is not None
+    worker.end(-9)
+    costs["worker lost and replaced"] = _during(cluster, _AFTER, costs["idle, per second"])
+    cluster.kill_host("n0")
+    costs["node lost"] = _during(cluster, _AFTER, costs["idle, per second"])
+    cluster.start_node()
+    costs["node joins"] = _during(cluster, _AFTER, costs["idle, per second"])
+    return costs
+
+
+def _during(cluster: Cluster, seconds: float, idle: Cost | None) -> Cost:
+    before, begin = _now(cluster), cluster.engine.now
+    cluster.run(begin + seconds, to_the_end=True)
+    spent = cluster.engine.now - begin
+    usual = [value * spent for value in idle.values()] if idle is not None else [0.0] * len(COLUMNS)
+    values = [after - old - on for after, old, on in zip(_now(cluster), before, usual, strict=True)]
+    return Cost(**_named([max(0.0, value) for value in values]))
+
+
+def _now(cluster: Cluster) -> tuple[int, ...]:
+    traffic = cluster.server.traffic
+    return (traffic.writes, traffic.swaps, traffic.beats, traffic.changes, traffic.nbytes, cluster.network.packets)
+
+
+def _named(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("writes", "swaps", "beats", "changes", "nbytes", "packets"), values, strict=True))
+
+
+def reckon(small: Cost, few: int, large: Cost, many: int, nodes: int) -> Cost:
+    """From the costs for a few and for many nodes those for more: a + b n + c n² through 0, ``few`` and ``many``.
+
+    Where the two say less than linear growth, the larger figure stays.
+    """
+    found = []
+    for one, other in zip(small.values(), large.values(), strict=True):
+        # b n + c n^2 through both points.
+        square = (other / many - one / few) / (many - few)
+        line = one / few - square * few
+        value = line * nodes + square * nodes**2
+        # What does not grow with the number of nodes is no polynomial through 0.
+        found.append(other if other <= 2 * one or value < other else value)
+    return Cost(**_named(found))
