@@ -141,16 +141,19 @@ class EtcdClient:
         self.leave(self._channel)
 
     def _attempt(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+        try:
+            return self._authenticated(channel, method, request, timeout)
+        except grpc.RpcError as error:
+            if not any(text in (error.details() or "") for text in _OLD_TOKEN):
+                raise
+        self._token = ""
+        return self._authenticated(channel, method, request, timeout)
+
+    def _authenticated(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
         if self._access.user and not self._token:
             login = messages.request("Authenticate", name=self._access.user, password=self._access.password)
             self._token = self._once(channel, "Authenticate", login, timeout).token
-        try:
-            return self._once(channel, method, request, timeout)
-        except grpc.RpcError as error:
-            if not any(text in error.details() for text in _OLD_TOKEN):
-                raise
-        self._token = ""
-        return self._attempt(channel, method, request, timeout)
+        return self._once(channel, method, request, timeout)
 
     def _once(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
         # A refreshed lease is a stream on paper; with one request and one answer it looks the same on the wire.

@@ -98,7 +98,7 @@ def job(cluster: EtcdCluster, tmp_path: Path) -> Iterator[Job]:
 
 
 def test_any_node_may_be_killed(job: Job) -> None:
-    """The one with rank 0, agent and worker: the others meet again; a new one joins them; no restart is counted."""
+    """The one with rank 0, agent and worker: the others meet again; a new one joins them; all finish."""
     for _ in range(3):
         job.start()
     job.formed(3, 0, 1, 2)
