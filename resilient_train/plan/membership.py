@@ -124,7 +124,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     before = state
     state = _take_in(state, event, now)
     effects: list[Effect] = []
-    if _without_progress(state.info) != _without_progress(before.info):
+    if state.info is not before.info and _without_progress(state.info) != _without_progress(before.info):
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
@@ -135,7 +135,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     if state.looked and not state.swapping and not state.ended:
         proposal = propose(state.view, now)
         since = {reason: state.view.since.get(reason, now) for reason in proposal.reasons}
-        state = replace(state, view=replace(state.view, since=since))
+        if since != state.view.since:
+            state = replace(state, view=replace(state.view, since=since))
         if proposal.wake_at is not None:
             effects.append(Wake(proposal.wake_at))
         if proposal.give_up:

@@ -57,6 +57,8 @@ class State:
     """The other nodes of the job that are not known to be gone."""
     at: float = 0.0
     """When this agent last did anything."""
+    last: Verdict | None = None
+    """The newest verdict; what was heard since has changed nothing about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,16 @@ class Verdict:
 
 def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     """Take in one event; return what to make of everything known."""
+    if _says_nothing_new(state, event, now) and state.last is not None:
+        # Nearly all signs of life; with thousands of nodes the rest of this is work.
+        peers = dict(state.peers)
+        _take_in(peers, state.me, event, now)
+        return State(me=state.me, within=state.within, peers=peers, at=now, last=state.last), state.last
     peers = dict(state.peers)
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
         peers = {name: _excused(peer, now) for name, peer in peers.items()}
     _take_in(peers, state.me, event, now)
-    # Not `replace`: every sign of life comes through here.
     state = State(me=state.me, within=state.within, peers=peers, at=now)
     verdict = _judge(state, now)
     for name, peer in list(peers.items()):
@@ -122,8 +128,18 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
             del peers[name]
         elif (name in verdict.wanted) != (peer.wanted_at is not None):
             peers[name] = replace(peer, wanted_at=now if name in verdict.wanted else None, heard_at=None)
-    wake_at = _next_look(state, now)
-    return state, verdict if wake_at is None else replace(verdict, wake_at=wake_at)
+    verdict = replace(verdict, wake_at=_next_look(state, now))
+    # Who was just forgotten is in this verdict, and not in the next.
+    return replace(state, last=verdict if verdict.lost.keys() <= peers.keys() else None), verdict
+
+
+def _says_nothing_new(state: State, event: Event, now: float) -> bool:
+    """Whether the last verdict stands: nobody's silence has become too long, and no suspect was heard."""
+    if state.last is None or now > state.at + state.within / 2:
+        return False
+    if state.last.wake_at is not None and now >= state.last.wake_at:
+        return False
+    return isinstance(event, Looked) or (isinstance(event, Heard) and not event.nodes & state.last.suspects)
 
 
 def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:

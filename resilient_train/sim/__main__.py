@@ -43,6 +43,11 @@ def _cost() -> int:
             found = known[kind] if known else cost.reckon(counted[10][kind], 10, counted[30][kind], 30, nodes)
             values = [*found.values(), found.told_to_few(nodes, PROBERS)]
             print(f"| {kind} | {nodes:,} |", *(f"{_short(value)} |" for value in values))
+    print("\n| nodes of 8 ranks | agreed after, s | all have heard after, s | if 300 bytes of change were sent |")
+    print("|---|---|---|---|")
+    for nodes in (3, 100, 1000, 10_000):
+        (agreed, heard), (_, changes) = cost.agreement(nodes, 8), cost.agreement(nodes, 8, record=300)
+        print(f"| {nodes:,} | {agreed:.3f} | {heard:.3f} | {changes:.3f} |")
     return 0
 
 

@@ -238,3 +238,28 @@ def test_it_says_when_to_look_again(silent: bool) -> None:
     bench.now += WITHIN if silent else 0.0
     verdict = bench.feed(s.Looked())
     assert verdict.wake_at is None if silent and verdict.suspects else verdict.wake_at is not None
+
+
+def test_signs_of_life_that_change_nothing_are_not_thought_about() -> None:
+    """With or without the short way for them, every verdict is the same but for when to look again."""
+    for seed in range(100):
+        random = Random(seed)
+        count = random.randint(2, 8)
+        names = [f"n{order}" for order in range(1, count)]
+        short = long = s.State(me=node(0), within=WITHIN, at=0.0)
+        now = 0.0
+        for _ in range(60):
+            now += random.choice((0.1, 0.5, 1.0, 2.0))
+            some = [name for name in names if random.random() < 0.8]
+            event: s.Event = random.choice(
+                (s.Heard(frozenset(some[:1])), s.Heard(frozenset(some[:2])), s.Looked(), s.Looked())
+            )
+            if random.random() < 0.15:
+                event = s.Announced(tuple(node(int(name[1:])) for name in some))
+            elif random.random() < 0.05:
+                event = s.Refused(random.choice(names))
+            short, verdict = s.step(short, event, now)
+            long, expected = s.step(replace(long, last=None), event, now)
+            assert replace(verdict, wake_at=None) == replace(expected, wake_at=None)
+            assert verdict.wake_at is None or expected.wake_at is None or verdict.wake_at <= expected.wake_at
+            assert short.peers == long.peers
