@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.spec.world import Key
@@ -19,10 +23,15 @@ from resilient_train.testing.tier import TierConformance
 class TestLocalTier(TierConformance):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
         self.url = f"file://{tmp_path}/run"
 
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
+
+    def refusing(self) -> Tier:
+        (self.folder / "loop").symlink_to("loop")
+        return FilesystemTier(f"file://{self.folder}/loop/run")
 
 
 class TestMemoryTier(TierConformance):
@@ -34,6 +43,22 @@ class TestMemoryTier(TierConformance):
 
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
+
+    def refusing(self) -> Tier:
+        fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+        return FilesystemTier("refusing://run")
+
+
+class RefusingFileSystem(MemoryFileSystem):
+    """One to which every question is too much."""
+
+    protocol = "refusing"
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        raise OSError(errno.ESTALE, "stale file handle", path)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        raise OSError(errno.ESTALE, "stale file handle", path)
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
