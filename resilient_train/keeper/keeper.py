@@ -448,8 +448,7 @@ class Keeper:
             self._last_duration = outcome.seconds
             if not outcome.error:
                 self._persisted = max(key, self._persisted or key)
-                done = "is durable" if outcome.committed else "is written as far as this node has it"
-                text = f"{key} {done} in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
+                text = f"{key} is durable in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
                 self._notice("persisted", text)
             else:
                 self._notice("persist_failed", f"{key} is not durable: {outcome.error}")

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _CHUNK = 8 << 20
 _AT_ONCE = 8
 """Files that are written at the same time."""
+_OTHERS = 60.0
+"""Seconds that other nodes may take longer than four times as long as this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,7 @@ class Outcome:
     job: Job
     """The job."""
     error: str
-    """Why it failed; empty if the images are durable."""
-    committed: bool
-    """Whether the checkpoint is complete with this."""
+    """Why it failed; empty if the checkpoint is committed."""
     seconds: float
     """How long it took."""
     nbytes: int
@@ -88,26 +88,29 @@ class Persister:
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
             began = time.monotonic()
-            written, committed, error = 0, False, ""
+            written, error = 0, ""
             try:
-                written, committed = persist(open_tier(job.url), job)
+                written = persist(open_tier(job.url), job)
             except ResilientError as failure:
                 error = str(failure)
             except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
                 error = f"{type(failure).__name__}: {failure}"
             seconds = time.monotonic() - began
-            self._done(Outcome(job=job, error=error, committed=committed, seconds=seconds, nbytes=written))
+            self._done(Outcome(job=job, error=error, seconds=seconds, nbytes=written))
 
 
-def persist(tier: Tier, job: Job) -> tuple[int, bool]:
+def persist(tier: Tier, job: Job) -> int:
     """Write a job's images, its part, the manifest if it is complete, and remove what is superseded.
 
+    Where other nodes have images of the state too, this waits until one of them has committed it.
+
     Returns:
-        (bytes written, whether the checkpoint is committed).
+        Bytes written.
 
     Raises:
-        OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
+        OutsideError: if the checkpoint could not be committed.
     """
+    began = time.monotonic()
     folders = tier.folders()
     committed, unfinished = sorted_keys(folders)
     newer = [key for key in committed + unfinished if key.lineage > job.key.lineage]
@@ -119,7 +122,7 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     files = [image.file for image in outgoing]
     if job.key in committed:
         _check_same(tier, job.key, files)
-        return 0, True
+        return 0
     there = folders.get(folder_of(job.key), set())
     left = [image for image in outgoing if image.file.name not in there or not _is_there(tier, job.key, image.file)]
     job.progress.expect(sum(image.file.size for image in left))
@@ -127,15 +130,33 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
         with ThreadPoolExecutor(_AT_ONCE, "persist") as pool:
             paths = [f"{folder_of(job.key)}/{image.file.name}" for image in left]
             list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
-        complete = commit(tier, job.key, job.world, files, job.past)
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.
         with contextlib.suppress(OutsideError):
             tier.delete(folder_of(job.key))
         raise
-    if complete:
+    # From here on another keeper may have committed what is there, so nothing of it is removed.
+    if commit(tier, job.key, job.world, files, job.past):
         _remove_superseded(tier, job.keep_last)
-    return sum(image.file.size for image in left), complete
+    else:
+        _await_others(tier, job, _OTHERS + 3 * (time.monotonic() - began))
+    return sum(image.file.size for image in left)
+
+
+def _await_others(tier: Tier, job: Job, seconds: float) -> None:
+    """Wait until the keeper that put the last part has committed the checkpoint."""
+    delay, deadline = 0.05, time.monotonic() + seconds
+    while True:
+        committed, _ = listing(tier)
+        if committed and committed[-1] >= job.key:
+            return
+        if time.monotonic() >= deadline:
+            raise StorageError(
+                f"{tier.name}/{folder_of(job.key)}: the images of {len(job.images)} of {job.world} ranks are written;"
+                f" those of the others were not within {seconds:.0f} s"
+            )
+        time.sleep(delay)
+        delay = min(2 * delay, 2.0)
 
 
 def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:

@@ -60,17 +60,20 @@ def _read_part(tier: Tier, path: str) -> Manifest:
 def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
     """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed.
 
+    If it is not, whoever puts the last part commits it.
+
     Raises:
         StorageError: if images that the part names are not there any more, or anything cannot be written.
     """
     folder = folder_of(key)
     part = Manifest(key=key, world=world, files=tuple(files), past=past)
-    tier.put(f"{folder}/{part_name(files)}", [encode_part(part)])
+    own = part_name(files)
+    tier.put(f"{folder}/{own}", [encode_part(part)])
     names = tier.folders().get(folder, set())
     if MANIFEST in names:
         return True
-    parts = []
-    for name in sorted(names):
+    parts = [part]
+    for name in sorted(names - {own}):
         if name.startswith("part-") and name.endswith(".json"):
             parts.append(_read_part(tier, f"{folder}/{name}"))
     manifest = merge(parts)
