@@ -125,6 +125,8 @@ class Keeper:
         self._had_agent = False
         self._policy: Policy | None = None
         self._handovers: dict[Key, Handover] = {}
+        self._passed: set[Key] = set()
+        """States that lacked a rank at the last look, although all ranks had published newer ones."""
         self._running: Progress | None = None
         self._said_at = clock.now()
         self._finished: list[Outcome] = []
@@ -494,11 +496,15 @@ class Keeper:
 
     def _give_up_incomplete(self) -> None:
         """A rank that died or skipped its snapshot will never hand it over: do not hold the others' slots for it."""
-        for key in [key for key, handover in self._handovers.items() if len(handover.slots) < handover.local]:
+        incomplete = {key for key, handover in self._handovers.items() if len(handover.slots) < handover.local}
+        published = [self.board.published(client.index) for client in self._clients if client.index >= 0]
+        passed = {key for key in incomplete if all(newest is not None and newest > key for newest in published)}
+        for key in incomplete:
             givers = self._handovers[key].givers.values()
-            passed = all(step > key.step + 1 for _, step in self._positions())
-            if passed or any(giver not in self._clients for giver in givers):
+            # A rank hands over before it publishes anything newer, so by the next look its message has been read.
+            if key in passed & self._passed or any(giver not in self._clients for giver in givers):
                 self._give_back(key, "not every rank handed it over")
+        self._passed = passed
 
     def _persist_newest(self) -> None:
         """Persist the newest complete state unless that is already durable."""

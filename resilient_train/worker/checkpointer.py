@@ -182,6 +182,8 @@ class Checkpointer:
     def _boundary(self, step: int, total: int) -> None:
         self._step = step
         stopping = self._host.reach(step)
+        if self._to_hand_over is not None:
+            self._finish()
         newest = self._snapshots.newest
         due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
         last = step == total or stopping
@@ -240,6 +242,7 @@ class Checkpointer:
                 " with the number of finished steps, which only grows"
             )
         self._finish()
+        self._host.report(key.step)
         self._hear_keeper()
         if self._snapshots.take(key, self._safe(), self._past()):
             if self._to_persist(self._covered, key.step):

@@ -121,8 +121,12 @@ class Host:
     def reach(self, step: int) -> bool:
         """At the boundary before ``step``; whether a planned change takes place here."""
         stopping = self._session.reach(step) if self._session is not None else False
-        self.board.report_progress(self.index, self.generation, step)
+        self.report(step)
         return stopping
+
+    def report(self, step: int) -> None:
+        """Tell the keeper that ``step`` steps are finished."""
+        self.board.report_progress(self.index, self.generation, step)
 
     def leave_if_over(self) -> None:
         """Leave the user's function if the generation has ended by a loss."""

@@ -151,6 +151,29 @@ def test_loops_of_other_shapes(tmp_path: Path) -> None:
         assert refused in lines
 
 
+TIMED = """
+import sys, time, torch, resilient_train as rt
+from pathlib import Path
+model = torch.nn.Linear(3, 3)
+ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1], persist_every="0.1s")
+step = ckpt.restore()
+deadline = time.monotonic() + 60
+while len(list(Path(sys.argv[1]).glob("*/manifest.json"))) < 2 and time.monotonic() < deadline:
+    step += 1
+    ckpt.snapshot(step)
+    time.sleep(0.01)
+print(sorted(path.parent.name for path in Path(sys.argv[1]).glob("*/manifest.json")))
+"""
+
+
+def test_loops_of_other_shapes_persist_by_time(tmp_path: Path) -> None:
+    """Whoever calls snapshot() by hand says with it how far the training is."""
+    command = [sys.executable, "-c", TIMED, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("step-") == 2
+
+
 def test_another_models_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:
     """The tensors that differ are named; nothing is overwritten."""
     url = tmp_path / "run"
