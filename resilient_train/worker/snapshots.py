@@ -254,7 +254,7 @@ class Snapshots:
 
     def _planned(self, frame: Frame) -> ImageWriter:
         """The writer for this frame, planned again when anything but the contents has changed."""
-        writer, before, self._frame = self._writer, self._frame, frame
+        writer, before = self._writer, self._frame
         if (
             writer is not None
             and before is not None
@@ -263,6 +263,7 @@ class Snapshots:
             and [p.entry for p in frame.parts[len(frame.known.capture.parts) :]]
             == [p.entry for p in before.parts[len(before.known.capture.parts) :]]
         ):
+            self._frame = frame
             return writer
         entries = [part.entry for part in frame.parts]
         twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
@@ -272,10 +273,11 @@ class Snapshots:
         capacity = writer.layout.json_capacity if same and writer is not None else _roomy(len(frame.document))
         layout = plan_image(entries, capacity)
         index = {entry.name: i for i, entry in enumerate(entries)}
-        self._order = [index[entry.name] for entry in layout.entries]
-        parts = [self._lazily(frame.parts[i]) for i in self._order]
-        self._writer = ImageWriter(layout, parts, self._rank, self._size)
-        return self._writer
+        order = [index[entry.name] for entry in layout.entries]
+        writer = ImageWriter(layout, [self._lazily(frame.parts[i]) for i in order], self._rank, self._size)
+        # Together and last: after an error here the next frame must not pass for the one that this writer was made for.
+        self._writer, self._frame, self._order = writer, frame, order
+        return writer
 
     def _lazily(self, part: Part) -> Part:
         lazy = part.lazy and self._lazy and part.entry.name not in self._eager
