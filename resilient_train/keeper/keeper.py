@@ -551,6 +551,10 @@ class Keeper:
         if self._policy is not None and behind:
             durable = f"the newest durable one is {self._persisted}" if self._persisted else "none of this job is"
             text = f"the last state ({newest}) could not be made durable in {self._policy.url}; {durable}"
+        images = self._list()
+        if self._policy is not None and newest is None and len({(image[1], image[2]) for image in images}) > 1:
+            ranks = sorted({image[3] for image in images})
+            text = f"nothing is durable: of {images[0][4]} ranks only {ranks} have given images to this keeper"
         for client in self._flushing:
             self._answer(client, Flushed(text=text))
         self._flushing = []

@@ -16,6 +16,7 @@ from resilient_train.errors import CheckpointDamaged, OutsideError, ResilientErr
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import VerifiedImage
+from resilient_train.keeper.alike import of_each_rank
 from resilient_train.keeper.progress import Progress
 from resilient_train.plan.partition import assign
 from resilient_train.plan.retention import superseded
@@ -108,6 +109,7 @@ def persist(tier: Tier, job: Job) -> int:
         Bytes written.
 
     Raises:
+        UnsupportedState: if ranks hold different values of what is to be saved once.
         OutsideError: if the checkpoint could not be committed.
     """
     began = time.monotonic()
@@ -117,7 +119,8 @@ def persist(tier: Tier, job: Job) -> int:
     if newer:
         raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
-    shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()})
+    own = of_each_rank({rank: (job.images[rank], *header) for rank, header in headers.items()})
+    shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()}, own)
     outgoing = [_outgoing(slot, *headers[rank], shares[rank]) for rank, slot in job.images.items()]
     files = [image.file for image in outgoing]
     if job.key in committed:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError
+from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StorageError
 from resilient_train.image.native import checksum
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
@@ -408,9 +408,14 @@ class Checkpointer:
                     f"every state that is left is damaged ({named}); not starting over on top of it"
                 )
             problem = self._try(choice["place"], key) if key is not None else None
-            if self._all_well(problem is None, choice):
+            well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
+            if well == 0:
                 break
             assert key is not None
+            if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
+                raise problem
+            if well == 2:
+                raise PeerFailed(f"{key} from {choice['place']}: another rank could not restore it, and says why")
             if problem is not None:
                 logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
             damaged.append((choice["place"], key))
@@ -438,8 +443,18 @@ class Checkpointer:
 
     def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
-        if self._rank != 0:
-            return self._exchange(None)
+        if self._rank == 0:
+            try:
+                return self._exchange(self._chosen(past, damaged))
+            except ResilientError as error:
+                self._exchange({"error": str(error)})
+                raise
+        choice = self._exchange(None)
+        if "error" in choice:
+            raise PeerFailed(f"rank 0 found nothing out about states to restore: {choice['error']}")
+        return choice
+
+    def _chosen(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         place, key = "", None
         for source in self._sources():
             keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
@@ -448,7 +463,7 @@ class Checkpointer:
             if key is not None and self._restores:
                 # Within a job, memory is never behind storage: what is durable was in memory before.
                 break
-        return self._exchange({"place": place, "key": key, "lineage": self._next_lineage(key)})
+        return {"place": place, "key": key, "lineage": self._next_lineage(key)}
 
     def _next_lineage(self, key: Key | None) -> int:
         """A number that no state at the URL and none of this job was computed under."""
@@ -471,14 +486,14 @@ class Checkpointer:
         received: dict[str, Any] = json.loads(store.get(name))
         return received
 
-    def _try(self, place: str, key: Key) -> str | None:
-        """Fill the state; what is damaged, if something is."""
+    def _try(self, place: str, key: Key) -> ResilientError | None:
+        """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(key) as readers:
                 fill(self._state, readers, self._rank, self._size, self._restore_threads(source))
-        except CheckpointDamaged as error:
-            return str(error)
+        except ResilientError as error:
+            return error
         return None
 
     def _restore_threads(self, source: Source) -> int:
@@ -486,17 +501,17 @@ class Checkpointer:
         share = len(os.sched_getaffinity(0)) // len(self._host.local_slots)
         return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
 
-    def _all_well(self, well: bool, choice: dict[str, Any]) -> bool:
-        """Whether every rank is well, all having made the same choice."""
+    def _all_well(self, trouble: int, choice: dict[str, Any]) -> int:
+        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice."""
         if self._size == 1:
-            return well
+            return trouble
         chosen = checksum(json.dumps(choice).encode())
-        flags = torch.tensor([int(well), chosen, -chosen], dtype=torch.int64, device=self._host.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-        lowest, highest = int(flags[1]), -int(flags[2])
+        flags = torch.tensor([trouble, chosen, -chosen], dtype=torch.int64, device=self._host.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        highest, lowest = int(flags[1]), -int(flags[2])
         if lowest != highest:
             raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
-        return bool(flags[0])
+        return int(flags[0])
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -82,8 +83,7 @@ class Host:
         """Where collectives on small tensors run."""
         if self._session is not None and self._session.world is not None:
             return self._session.world.device
-        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        return _collective_device()
 
     @property
     def local_slots(self) -> tuple[int, ...]:
@@ -176,7 +176,7 @@ def connect(url: str | None) -> Host:
 
     Raises:
         LinkLost: if no keeper answers.
-        ConfigError: if this process is one of several that have no process group yet.
+        ConfigError: if this process is one of several that have no process group yet, or are on several hosts.
     """
     global _host
     if _host is not None:
@@ -191,14 +191,15 @@ def connect(url: str | None) -> Host:
         # Under rtrun, but the script is not elastic: the node's keeper serves it all the same.
         slot = slot_of(settings.member)
         _host = Host(KeeperLink(f"{settings.agent}/keeper", settings.member, slot), slot, None)
+        _host.set_local(settings.local_world_size)
     else:
         if settings.world_size > 1 and not dist.is_initialized():
             raise ConfigError("this is one of several ranks: call init_process_group() before making a Checkpointer")
-        local_rank = settings.local_rank if dist.is_initialized() else 0
-        _host = Host(_own_keeper(settings, local_rank, url), local_rank, None)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if ranks > 1 else 0
+        _host = Host(_own_keeper(settings, rank, ranks, url), rank, None)
+        _host.set_local(ranks)
     atexit.register(_take_leave)
-    if dist.is_initialized():
-        _host.set_local(settings.local_world_size if settings.world_size > 1 else 1)
     _host.board.clear(_host.index)
     return _host
 
@@ -215,21 +216,45 @@ def _take_leave() -> None:
             logger.error("%s", unsaved)
 
 
-def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) -> KeeperLink:
-    """A line to the keeper that the first rank of this node starts, and finds again after a restart.
+def _own_keeper(settings: config.Environment, rank: int, ranks: int, url: str | None) -> KeeperLink:
+    """A line to the keeper that the first of all ranks starts.
 
-    Its address names the job as exactly as can be known, so that no other run is taken for this one's past.
+    Where a launcher told the ranks who they are, it may start them again, and they find the keeper again: its address
+    names the job as exactly as can be known, so that no other run is taken for this one's past.
     """
     facts = (settings.job, settings.meeting_place, os.path.abspath(sys.argv[0]), str(url))
-    job = "job-" + hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
-    shared = dist.is_initialized() and settings.world_size > 1
-    address = f"{job}/keeper" if shared else f"process-{uuid.uuid4().hex}/keeper"
+    launched = settings.world_size == ranks > 1
+    run = uuid.uuid4().int >> 66 if ranks == 1 else _agree_on_run()
+    name = f"job-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}" if launched else f"run-{run:x}"
+    address = f"{name}/keeper"
 
     def start() -> None:
-        if local_rank == 0:
-            _start_keeper(address, settings.local_world_size, LINGER if shared else 0.0)
+        if rank == 0:
+            _start_keeper(address, ranks, LINGER if launched else 0.0)
 
-    return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank, start)
+    return KeeperLink(address, f"local/{rank}.{os.getpid()}", rank, start)
+
+
+def _agree_on_run() -> int:
+    """A number of this run that all ranks have, all being on one host.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    # Keepers are found by abstract socket names, which a network namespace has for itself.
+    here = f"{Path('/proc/sys/kernel/random/boot_id').read_text()} {os.readlink('/proc/self/ns/net')}"
+    host = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
+    run = uuid.uuid4().int >> 66 if dist.get_rank() == 0 else 0
+    agreed = torch.tensor([host, -host, run], dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    if int(agreed[0]) != -int(agreed[1]):
+        raise ConfigError("the ranks are on several hosts: start them with rtrun, which has a keeper on each")
+    return int(agreed[2])
+
+
+def _collective_device() -> torch.device:
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def _start_keeper(address: str, lines: int, linger: float) -> None:

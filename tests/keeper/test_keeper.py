@@ -210,6 +210,16 @@ def test_the_last_state_is_the_one_that_the_last_worker_gives(keeper: str, tmp_p
     two.close()
 
 
+def test_images_that_never_make_a_state_are_not_well(keeper: str, tmp_path: Path) -> None:
+    """A rank whose siblings have gone elsewhere hears that nothing of its steps is durable."""
+    link = KeeperLink(keeper, "n/0.0", 0)
+    link.set_policy(Policy(url=str(tmp_path), every_steps=0, every_seconds=300.0, keep_last=3))
+    publish(link, 0, Key(1, 3))
+    publish(link, 0, Key(1, 4))
+    assert "nothing is durable: of 2 ranks only [0]" in link.flush()
+    link.close()
+
+
 def test_refused_memory_is_an_error_of_the_asker(keeper: str) -> None:
     """The keeper lives on."""
     link = KeeperLink(keeper, "n/0.0", 0)
