@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StorageError
 from resilient_train.image.native import checksum
@@ -479,11 +478,15 @@ class Checkpointer:
         if self._size == 1:
             assert value is not None
             return value
-        name = f"resilient_train/choice/{self._host.next_round()}"
-        store = c10d._get_default_store()
-        if value is not None:
-            store.set(name, json.dumps(value))
-        received: dict[str, Any] = json.loads(store.get(name))
+        # Not through the store, which launchers keep from one attempt to the next with all that was said in it.
+        device = self._host.device
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        length = torch.tensor([len(text)], dtype=torch.int64, device=device)
+        dist.broadcast(length, 0)
+        if value is None:
+            text = torch.empty(int(length), dtype=torch.uint8, device=device)
+        dist.broadcast(text, 0)
+        received: dict[str, Any] = json.loads(bytes(text.tolist()))
         return received
 
     def _try(self, place: str, key: Key) -> ResilientError | None:

@@ -38,6 +38,8 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
         StateMismatch: if the images are of another model; every tensor that differs is named.
         CheckpointDamaged: if a block fails its checksum or the images do not cover the state.
     """
+    if not readers:
+        raise CheckpointDamaged("there are no images of it any more")
     images = [reader.entries() for reader in readers]
     holes = missing(images)
     if holes:

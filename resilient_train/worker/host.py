@@ -26,8 +26,6 @@ from resilient_train.worker.slots import Slots
 
 logger = logging.getLogger(__name__)
 
-_rounds = (0, 0)
-"""(generation, exchanges through its store so far); outlives hosts, because the store does."""
 LINGER = 60.0
 """Seconds that a keeper without an agent waits for workers to come back."""
 
@@ -60,12 +58,6 @@ class Host:
         self._claimed = False
         self.before_end = None
         self.before_abort(None)
-
-    def next_round(self) -> int:
-        """A number that all ranks of a generation agree on, for exchanges through its store."""
-        global _rounds
-        _rounds = (self.generation, _rounds[1] + 1 if _rounds[0] == self.generation else 1)
-        return _rounds[1]
 
     @property
     def board(self) -> Board:
