@@ -18,7 +18,7 @@ from resilient_train.image.native import checksum
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
-from resilient_train.spec.world import Key, Restore, ancestry
+from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
 from resilient_train.worker.fill import fill
@@ -155,6 +155,8 @@ class Checkpointer:
         """The newest state that could not be made durable, if none that is newer was; and why."""
         self._skipped = 0
         self._closed = False
+        self._last = False
+        """Whether no further step is expected."""
         self._step: int | None = None
         self._host.on_leave(self._detach)
         self._host.before_abort(self._snapshots.abandon)
@@ -167,8 +169,7 @@ class Checkpointer:
 
         Between two steps the state is snapshotted, and planned changes of the world take place.
         """
-        if not isinstance(total, int) or total < 0:
-            raise ConfigError(f"steps() needs a number of steps, it got {total!r}")
+        _check_steps("steps", total)
         first = self.restore() if self._step is None else self._step
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
@@ -186,6 +187,7 @@ class Checkpointer:
         newest = self._snapshots.newest
         due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
         last = step == total or stopping
+        self._last = last
         if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
             self._snapshot_at_last()
         if last:
@@ -228,8 +230,8 @@ class Checkpointer:
         """
         self._host.leave_if_over()
         self._check_open()
-        if step is not None and not isinstance(step, int):
-            raise ConfigError(f"snapshot() needs a number of finished steps, it got {step!r}")
+        if step is not None:
+            _check_steps("snapshot", step)
         if self._step is None:
             raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
@@ -243,8 +245,9 @@ class Checkpointer:
         self._finish()
         self._host.report(key.step)
         self._hear_keeper()
-        if self._snapshots.take(key, self._safe(), self._past()):
-            if self._to_persist(self._covered, key.step):
+        durable = self._to_persist(self._covered, key.step)
+        if self._snapshots.take(key, self._safe(), self._past(), durable=durable, last=self._last):
+            if durable:
                 self._to_hand_over = key
             else:
                 self._covered = key.step
@@ -522,3 +525,8 @@ class Checkpointer:
         self._snapshots.close()
         del self._state
         self._host.release()
+
+
+def _check_steps(name: str, count: object) -> None:
+    if type(count) is not int or not 0 <= count <= MAX_STEP:
+        raise ConfigError(f"{name}() needs a number of steps from 0 to {MAX_STEP}, it got {count!r:.50}")

@@ -119,6 +119,11 @@ except ConfigError as error:
 ckpt.close()
 own = rt.Checkpointer(state, sys.argv[1])
 print("restored", own.restore())
+for nonsense in (-1, True, 1 << 40, 7.0):
+    try:
+        own.snapshot(nonsense)
+    except ConfigError as error:
+        print("number:", error)
 for step in range(6, 9):
     with torch.no_grad():
         model.weight += 1
@@ -147,6 +152,7 @@ def test_loops_of_other_shapes(tmp_path: Path) -> None:
     assert lines["epochs"] == "[0, 1, 2, 3, 4, 5]"
     assert lines["restored"] == "6"
     assert lines["last"] == "9 True"
+    assert result.stdout.count("number:") == 4
     for refused in ("early:", "second:", "again:", "same:"):
         assert refused in lines
 

@@ -106,14 +106,14 @@ class Run:
         self.expected: dict[str, torch.Tensor] = {}
         self.published = 0
 
-    def boundary(self) -> None:
+    def boundary(self, **kind: bool) -> None:
         """Check the image of the boundary before, and begin that of this one."""
         self.check()
         self.step += 1
         frame = self.state.capture(0)
         self.expected = {p.entry.name: torch.cat([flat(source) for source in p.sources]) for p in frame.parts}
         self.document = frame.document
-        assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None})
+        assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None}, **kind)
 
     def check(self) -> None:
         """The image of the last boundary is that boundary's state, or there is none."""
@@ -307,6 +307,26 @@ def test_a_writer_that_begins_late_costs_one_image() -> None:
         optim.zero_grad()
     run.check()
     assert run.published == 8
+    assert run.snapshots._eager == {"model/0.weight"}
+
+
+@pytest.mark.parametrize("kind", ["durable", "last"])
+@pytest.mark.usefixtures("latest")
+def test_what_is_made_durable_is_audited(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that begins late and that no counter shows: the state that is saved next is whole, and finds it out."""
+    monkeypatch.setattr(snapshots, "AUDIT_AFTER", 0.0)
+    model = net()
+    optim = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run = Run(model=model, optim=optim)
+    for step in range(6):
+        run.boundary(**({kind: True} if step == 5 else {}))
+        backward(model)
+        if step == 5:
+            overwrite(model)
+        optim.step()
+        optim.zero_grad()
+    run.check()
+    assert run.published == 6
     assert run.snapshots._eager == {"model/0.weight"}
 
 
