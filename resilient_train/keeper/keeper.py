@@ -161,8 +161,8 @@ class Keeper:
         return self._clock.now() >= self._alone_since + linger
 
     def _tick(self) -> None:
-        if self._agent is not None:
-            self._agent.channel.push()
+        for client in (*self._clients, *([self._agent] if self._agent is not None else [])):
+            client.channel.push()
         self._schedule()
         self._say_progress()
         self._drop_superseded()
@@ -283,9 +283,15 @@ class Keeper:
                 self._answer(client, Refused(reason=backed.error))
             return
         slot = self._next_slot
+        try:
+            self.slots[slot] = Kept(Slot(backed.descriptor), backed.member)
+        except OSError as error:
+            if client is not None:
+                self._answer(client, Refused(reason=f"no shared memory: {error}"))
+            return
+        finally:
+            os.close(backed.descriptor)
         self._next_slot += 1
-        self.slots[slot] = Kept(Slot(backed.descriptor), backed.member)
-        os.close(backed.descriptor)
         if self._agent is not None:
             self._deposit(slot)
         if client is not None:
@@ -572,4 +578,8 @@ class Keeper:
         self._notice("persisting", str(self._running))
         if self._agent is None:
             for client in list(self._clients):
-                self._answer(client, Notice(kind="persisting", text=str(self._running), at=now))
+                try:
+                    # A worker that is busy with something else for long must not stop the keeper.
+                    client.channel.post(Notice(kind="persisting", text=str(self._running), at=now))
+                except LinkLost:
+                    self._forget(client)

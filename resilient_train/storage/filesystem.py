@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.storage import s3
 from resilient_train.storage.commit import MANIFEST
-from resilient_train.storage.local import read_into, write_file
+from resilient_train.storage.local import make_folder, read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
 from resilient_train.storage.tier import Chunk, Tier
 
@@ -57,7 +57,7 @@ class FilesystemTier:
     def _mapped(self, what: str, *, reading: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
+        except (FileNotFoundError, IsADirectoryError) as error:
             if reading:
                 raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
             raise StorageError(f"{self.name}: {what}: there is no such place: {error}") from error
@@ -153,7 +153,7 @@ class FilesystemTier:
         with self._mapped("cannot be written"):
             if self.local:
                 # Object stores have no folders; s3fs would make a bucket that nobody asked for.
-                self._fs.makedirs(self._root, exist_ok=True)
+                make_folder(self._root)
             self._fs.pipe_file(self._path(probe), b"resilient_train")
             self._fs.rm_file(self._path(probe))
 

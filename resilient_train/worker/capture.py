@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,9 +97,10 @@ class Capture:
         """``tree`` with its tensors added here and their names in their places."""
         if isinstance(tree, torch.Tensor):
             self.add(path, tree)
-            return {"$tensor": path, "device": tree.device.type}
+            return jsontree.TensorAt(path, {"device": tree.device.type})
         if isinstance(tree, Mapping):
-            return {key: self.take_tensors(value, f"{path}/{key}") for key, value in tree.items()}
+            taken = {key: self.take_tensors(value, f"{path}/{key}") for key, value in tree.items()}
+            return type(tree)(taken) if isinstance(tree, (Counter, OrderedDict)) else taken
         if isinstance(tree, (list, tuple)):
             items = [self.take_tensors(value, f"{path}/{index}") for index, value in enumerate(tree)]
             return items if isinstance(tree, list) else tuple(items)

@@ -307,9 +307,11 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        self._finish()
-        self._snapshots.close()
-        self._host.release()
+        try:
+            self._finish()
+        finally:
+            self._snapshots.close()
+            self._host.release()
         unsaved = self._host.close()
         if unsaved:
             raise StorageError(unsaved)
@@ -521,10 +523,12 @@ class Checkpointer:
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""
-        self._finish()
-        self._snapshots.close()
-        del self._state
-        self._host.release()
+        try:
+            self._finish()
+        finally:
+            self._snapshots.close()
+            del self._state
+            self._host.release()
 
 
 def _check_steps(name: str, count: object) -> None:

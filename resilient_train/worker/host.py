@@ -148,7 +148,7 @@ class Host:
     def close(self) -> str:
         """Take leave of a keeper without an agent, once the last state is durable; why it is not, if so."""
         global _host
-        if self._session is not None:
+        if self._session is not None or _host is not self:
             return ""
         unsaved = self.keeper.flush() if self.keeper.started_here else ""
         self.keeper.close()
@@ -194,6 +194,15 @@ def connect(url: str | None) -> Host:
     atexit.register(_take_leave)
     _host.board.clear(_host.index)
     return _host
+
+
+def _in_child() -> None:
+    """A forked process is nobody's worker: what it inherited of the line to the keeper is its parent's."""
+    global _host
+    _host = None
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _take_leave() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import sys
 import threading
@@ -114,6 +115,7 @@ class Snapshots:
         self._writer: ImageWriter | None = None
         self._order: list[int] = []
         self._eager: set[str] = set()
+        self._process = os.getpid()
         self._taken = 0
         self._audited_at = 0.0
         self._running: _Running | None = None
@@ -236,8 +238,8 @@ class Snapshots:
     def _fence(self, *_: object) -> None:
         """Before any optimizer changes anything."""
         running = self._running
-        if running is None:
-            return
+        if running is None or os.getpid() != self._process:
+            return  # A forked process has copies of the tensors, and none of the threads.
         if running.writer.on_device:
             running.fence()
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,24 @@ def test_a_checkpoint_whose_images_were_removed_is_not_committed(tmp_path: Path)
     with pytest.raises(StorageError, match="r1 was removed"):
         commit(tier, key, 2, files([0, 1]), {3: None})
     assert listing(tier) == ([], [key])
+
+
+def test_every_folder_that_is_made_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not take the root's name, and with it what was said to be on the device."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    tier = FilesystemTier(str(tmp_path / "a" / "b" / "run"))
+    tier.check_writable()
+    assert synced >= {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")}
+    synced.clear()
+    tier.put("step/x", [b"1"])
+    assert synced >= {str(tmp_path / "a" / "b" / "run"), str(tmp_path / "a" / "b" / "run" / "step")}
 
 
 def test_folder_names_are_keys() -> None:

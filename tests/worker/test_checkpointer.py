@@ -157,6 +157,36 @@ def test_loops_of_other_shapes(tmp_path: Path) -> None:
         assert refused in lines
 
 
+FORK = """
+import os, sys, torch, resilient_train as rt
+torch.set_num_threads(1)  # OpenMP does not survive a fork.
+model = torch.nn.Linear(700, 700)
+optim = torch.optim.SGD(model.parameters(), lr=0.1)
+ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1], persist_every=100)
+keepers = set()
+for step in ckpt.steps(12):
+    model(torch.ones(700)).sum().backward()
+    if step == 6:
+        child = os.fork()
+        if child == 0:
+            optim.step()
+            sys.exit(7)
+        print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    optim.step()
+    keepers.add(id(ckpt._host.keeper._channel))
+print("lines to keepers", len(keepers))
+"""
+
+
+def test_a_forked_process_leaves_its_parents_keeper_alone(tmp_path: Path) -> None:
+    """It may use what it inherited of the model and end as it likes; the parent's images and line stay."""
+    command = [sys.executable, "-c", FORK, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["child 7", "lines to keepers 1"]
+    assert checkpoints(tmp_path / "run") == ["step-000000012.g1"]
+
+
 TIMED = """
 import sys, time, torch, resilient_train as rt
 from pathlib import Path

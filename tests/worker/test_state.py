@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -158,6 +159,8 @@ def test_schedulers_and_things_of_ones_own() -> None:
     class Counter:
         def __init__(self) -> None:
             self.state = {"n": 0, "ema": torch.zeros(3, dtype=torch.complex128), "pair": (1, 2), 5: [None, "x"]}
+            self.state |= {"own": {"$tensor": "mine"}, "$tensor": {"$tuple": 1}, "count": collections.Counter("aab")}
+            self.state["order"] = collections.OrderedDict(b=torch.ones(2), a=1)
 
         def state_dict(self) -> dict:
             return self.state
@@ -183,7 +186,22 @@ def test_schedulers_and_things_of_ones_own() -> None:
     assert schedule2.state_dict() == schedule.state_dict()
     assert optim2.param_groups[0]["lr"] == optim.param_groups[0]["lr"]
     assert torch.equal(counter2.state.pop("ema"), counter.state.pop("ema"))
+    orders = counter2.state.pop("order"), counter.state.pop("order")
+    assert torch.equal(orders[0].pop("b"), orders[1].pop("b"))
+    assert orders[0] == orders[1]
+    assert isinstance(orders[0], collections.OrderedDict)
+    assert isinstance(counter2.state["count"], collections.Counter)
     assert counter2.state == counter.state
+
+
+def test_a_scheduler_goes_on_with_what_it_counts() -> None:
+    """MultiStepLR asks its milestones for what only a Counter answers."""
+    optims = [torch.optim.SGD(model(0).parameters(), lr=0.1) for _ in range(2)]
+    one, two = (torch.optim.lr_scheduler.MultiStepLR(optim, [2, 4]) for optim in optims)
+    fill(State(schedule=two), [saved(State(schedule=one))], 0, 1)
+    optims[1].step()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        two.step(5)
 
 
 def test_names_do_not_depend_on_wrappers() -> None:
