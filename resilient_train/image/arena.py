@@ -32,11 +32,13 @@ def create_memory(name: str, size: int) -> int:
     if size > available:
         # The kernel would go on allocating until it has to kill somebody.
         raise MemoryRefused(_refusal(name, size, f"{available:,} bytes are available"))
-    fd = os.memfd_create(f"resilient_train:{name}", os.MFD_CLOEXEC)
+    fd = -1
     try:
+        fd = os.memfd_create(f"resilient_train:{name}", os.MFD_CLOEXEC)
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         raise MemoryRefused(_refusal(name, size, errno.errorcode.get(error.errno or 0, "?"))) from error
     return fd
 
@@ -52,18 +54,39 @@ def _available() -> int:
     """Bytes that this node, and this container, can still give."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
+    return min([available, *(left for group in _groups() if (left := _left(group)) is not None)])
+
+
+def _groups(
+    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[tuple[Path, str, str]]:
+    """This process's memory cgroup and those around it: (folder, the file of its limit, the file of what it uses)."""
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # Inside of a container its own group may stand at the root, whatever its name is outside.
+        for folder in dict.fromkeys((*(top / path.lstrip("/")).parents, top / path.lstrip("/"))):
+            if folder == top or top in folder.parents:
+                yield folder, *names
+
+
+def _left(group: tuple[Path, str, str]) -> int | None:
+    """Bytes that a cgroup can still give; None if it says nothing, or has no limit."""
+    folder, limit, used = group
     try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text())
-            cache = int(stat["inactive_file"]) + int(stat["active_file"])
-            available = min(available, int(limit) - used + cache)
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return None
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cache = sum(int(stat.get(f"total_{name}", stat[name])) for name in ("inactive_file", "active_file"))
+        return int(most) - int((folder / used).read_text()) + cache
     except (OSError, KeyError, ValueError):
-        # No cgroup v2 here, or not ours to read.
-        return available
-    return available
+        return None
 
 
 _MADV_POPULATE_WRITE = 23

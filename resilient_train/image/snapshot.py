@@ -67,7 +67,7 @@ class Part:
 
 def addressable(tensor: torch.Tensor, device: Device | None = None) -> bool:
     """Whether a tensor's bytes can be copied from where they stand: on the host, or on ``device``."""
-    if not tensor.is_contiguous():
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return False
     held = device_of(tensor)
     return held is device if held is not None else tensor.device.type == "cpu"
@@ -263,7 +263,11 @@ def _place(slot: Slot, start: int, sources: Sequence[torch.Tensor]) -> None:
     at = start
     for source in sources:
         count = source.numel()
-        if count:
+        if count and at % source.element_size():
+            # What is stored as bytes may stand anywhere, and torch relies on the alignment of its elements.
+            data = source.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+            torch.frombuffer(slot.map, dtype=torch.uint8, count=len(data), offset=at).copy_(data)
+        elif count:
             target = torch.frombuffer(slot.map, dtype=source.dtype, count=count, offset=at)
             target.view(source.shape).copy_(source)
         at += count * source.element_size()

@@ -36,6 +36,7 @@ class VerifiedImage:
         read_into: ReadInto | None = None,
         address: int = 0,
         elsewhere: Elsewhere = lambda: False,
+        header_crc: int | None = None,
     ) -> None:
         """Reads and checks the header.
 
@@ -47,6 +48,7 @@ class VerifiedImage:
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
             elsewhere: finds another holder of the same image.
+            header_crc: what was committed, if it is known: a header that is another is not looked into.
 
         Raises:
             CheckpointDamaged: if it is no image, or header or checksum table are damaged.
@@ -58,8 +60,10 @@ class VerifiedImage:
         self._elsewhere = elsewhere
         try:
             header = read(0, min(size, header_size(read(0, min(size, 8)))))
-            self.layout, self.stamp = parse_header(header, size)
             self.header_crc = checksum(header)
+            if header_crc not in (None, self.header_crc):
+                raise CheckpointDamaged(f"{name}: the header is not the one that was committed")
+            self.layout, self.stamp = parse_header(header, size)
         except FormatError as error:
             raise CheckpointDamaged(f"{name}: {error}") from error
         table = bytes(read(self.layout.crc_start, 4 * self.layout.blocks))

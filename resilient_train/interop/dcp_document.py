@@ -55,7 +55,7 @@ def _stateful(part: Part, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _value(part: Part, leaf: Leaf, values: Mapping[str, Any]) -> Any:
     if leaf.tensor:
-        return {"$tensor": entry_name(part, leaf), "device": "cpu"}
+        return jsontree.TensorAt(entry_name(part, leaf), {"device": "cpu"})
     return values[leaf.fqn]
 
 

@@ -121,9 +121,27 @@ _OPCODES = [
 ]
 
 
+_KEYS = {pickle.SETITEM: slice(-2, -1), pickle.SETITEMS: slice(0, None, 2)}
+"""Where keys stand on the stack when they are about to be hashed."""
+
+
+def _with_known_keys(opcode: bytes, keys: slice) -> Any:
+    usual: Any = pickle._Unpickler.dispatch[opcode[0]]
+
+    def load(unpickler: Any) -> None:
+        for key in unpickler.stack[keys]:
+            # Hashing a tuple of tuples that are shared takes for ever: it doubles with every level.
+            if not isinstance(key, (str, int, _Record)):
+                raise FormatError(f"a {type(key).__name__} is a key")
+        usual(unpickler)
+
+    return load
+
+
 # In Python: the one in C makes room for as many objects as a file claims to have.
 class _Unpickler(pickle._Unpickler):
     dispatch = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES}  # noqa: RUF012
+    dispatch |= {code[0]: _with_known_keys(code, keys) for code, keys in _KEYS.items()}
 
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(io.BytesIO(data))
@@ -139,8 +157,13 @@ class _Unpickler(pickle._Unpickler):
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         if module == "collections" and name == "OrderedDict":
-            return dict
+            return _emptied
         raise UnsupportedState(f"{self._where}: names {module}.{name}, which DCP's metadata does not need: refused")
+
+
+def _emptied() -> dict[Any, Any]:
+    """What a pickled OrderedDict begins as."""
+    return {}
 
 
 def _tupled() -> Callable[..., tuple[Any, ...]]:

@@ -222,16 +222,17 @@ def _leaves(
 
 
 def _boxes(found: Sequence[tuple[int, Entry]], place: Place) -> dict[tuple[int, ...], _Stored]:
-    """Every box of a tensor, by its offset; empty ones only of an empty tensor."""
+    """Every box of a tensor, by its offset, the lowest rank's; empty ones only of an empty tensor."""
     boxes: dict[tuple[int, ...], _Stored] = {}
     for image, entry in found:
         dims = len(entry.shape) - bool(entry.real_dtype)
         box = Box(entry.offset[:dims], entry.shape[:dims])
         if place.index is None:
             if box.size or not prod(real_shape(entry)):
-                boxes[box.offset] = _Stored(image=image, entry=entry, box=box)
+                boxes.setdefault(box.offset, _Stored(image=image, entry=entry, box=box))
         elif box.offset[0] <= place.index < box.end[0]:
-            boxes[()] = _Stored(image=image, entry=entry, box=Box((), ()), first=place.index - box.offset[0])
+            first = place.index - box.offset[0]
+            boxes.setdefault((), _Stored(image=image, entry=entry, box=Box((), ()), first=first))
     return boxes
 
 

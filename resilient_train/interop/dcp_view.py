@@ -87,10 +87,11 @@ class _Builder:
 
     def tree(self, node: Any) -> Any:
         """A decoded tree with placeholders for its tensors."""
-        if isinstance(node, dict) and "$tensor" in node:
-            return self.tensor(node["$tensor"])
+        if isinstance(node, jsontree.TensorAt):
+            return self.tensor(node.name)
         if isinstance(node, dict):
-            return {key: self.tree(value) for key, value in node.items()}
+            found = {key: self.tree(value) for key, value in node.items()}
+            return found if type(node) is dict else type(node)(found)
         if isinstance(node, (list, tuple)):
             return type(node)(self.tree(value) for value in node)
         return node

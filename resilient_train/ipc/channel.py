@@ -190,8 +190,11 @@ class Listener:
         return self._socket.fileno()
 
     def accept(self) -> Channel | None:
-        """The next connection; None if it came from another user."""
-        sock, _ = self._socket.accept()
+        """The next connection; None if it came from another user, is gone, or there is no descriptor left for it."""
+        try:
+            sock, _ = self._socket.accept()
+        except OSError:
+            return None  # It stays in the queue, if it is there still.
         if not _same_user(sock):
             sock.close()
             return None

@@ -92,8 +92,11 @@ class Backing:
         try:
             descriptor = create_memory(f"image of {member}", size)
             touch(descriptor)
-        except MemoryRefused as refused:
+        except (MemoryRefused, OSError) as refused:
             error = str(refused)
+            if descriptor >= 0:
+                os.close(descriptor)
+                descriptor = -1
         pair = (member, size)
         with self._lock:
             self._making.remove(pair)

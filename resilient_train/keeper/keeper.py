@@ -131,8 +131,8 @@ class Keeper:
         return now >= self._alone_since + linger
 
     def _tick(self) -> None:
-        if self._agent is not None:
-            self._agent.channel.push()
+        for client in (*self._clients, *([self._agent] if self._agent is not None else [])):
+            client.channel.push()
         self._saving.tick()
         self._job.tick(self._saving.busy)
         self._drop_superseded()
@@ -224,7 +224,11 @@ class Keeper:
         self.tell_agent(message)
         if workers and self._agent is None:
             for client in list(self._clients):
-                self.answer(client, message)
+                try:
+                    # A worker that is busy with something else for long must not stop the keeper.
+                    client.channel.post(message)
+                except LinkLost:
+                    self._forget(client)
 
     def standing_changed(self) -> None:
         """Tell the agent what another keeper would have to know."""
@@ -343,8 +347,14 @@ class Keeper:
             if client is not None:
                 self.answer(client, Refused(reason=backed.error))
             return
-        slot = self.shelf.add(backed.descriptor, backed.member)
-        os.close(backed.descriptor)
+        try:
+            slot = self.shelf.add(backed.descriptor, backed.member)
+        except OSError as error:
+            if client is not None:
+                self.answer(client, Refused(reason=f"no shared memory: {error}"))
+            return
+        finally:
+            os.close(backed.descriptor)
         self.deposit(slot)
         memory = self.shelf[slot].memory
         if client is not None:
@@ -389,17 +399,20 @@ class Keeper:
 
     # ---- making the last state durable ------------------------------------------------------------------------------
 
-    def positions(self) -> list[tuple[int, int]]:
-        """(generation, finished steps) of the workers that are attached."""
-        lines = {client.index for client in self._clients if client.index >= 0}
-        return [self.board.progress(line) for line in lines]
+    def _lines(self) -> set[int]:
+        """The board's lines of the workers that are attached."""
+        return {client.index for client in self._clients if client.index >= 0}
+
+    def published(self) -> list[Key | None]:
+        """The newest state that each attached worker has published."""
+        return [self.board.published(line) for line in self._lines()]
 
     def time_to_persist(self) -> None:
         """Name a step shortly ahead at which all workers hand over their images."""
         if self._job.shared:
             self._job.time_to_persist()
             return
-        furthest = max((step for _, step in self.positions()), default=0)
+        furthest = max((self.board.progress(line)[1] for line in self._lines()), default=0)
         asked = self.board.persist_at()
         # A step that was passed just now may still be on its way here: its copy ends during the step behind it.
         if asked + 3 < furthest or asked > furthest + 2:
@@ -454,7 +467,7 @@ class Keeper:
         return bool(self._flushing) and (self._agent in self._flushing or not waiting)
 
     def _answer_flushes(self, newest: Key | None) -> None:
-        if self._saving.running is not None:
+        if self._saving.running is not None or newest in self._saving.awaited:
             return
         policy, persisted = self._saving.policy, self._saving.persisted
         behind = newest is not None and (persisted is None or persisted < newest)
@@ -462,6 +475,10 @@ class Keeper:
         if policy is not None and behind:
             durable = f"the newest durable one is {persisted}" if persisted else "none of this job is"
             text = f"the last state ({newest}) could not be made durable in {policy.url}; {durable}"
+        images = self.shelf.images()
+        if policy is not None and newest is None and not self._job.involved and len({i.stamp.key for i in images}) > 1:
+            ranks = sorted({image.stamp.rank for image in images})
+            text = f"nothing is durable: of {images[0].stamp.world} ranks only {ranks} have given images to this keeper"
         for client in self._flushing:
             self._flushed = self._flushed or client is self._agent
             self.answer(client, Flushed(text=text))

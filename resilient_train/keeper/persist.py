@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from resilient_train.errors import CheckpointDamaged, OutsideError, ResilientError, StorageError
+from resilient_train.errors import CheckpointDamaged, OutsideError, StorageError
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import VerifiedImage
+from resilient_train.keeper.alike import of_each_rank
 from resilient_train.keeper.progress import Progress
 from resilient_train.plan.partition import assign
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, listing, read_manifest, sorted_keys
-from resilient_train.storage.commit import ImageFile, folder_of, image_name
-from resilient_train.storage.filesystem import open_tier
+from resilient_train.storage.catalogue import commit, complete, listing, read_manifest, sorted_keys
+from resilient_train.storage.commit import ImageFile, Manifest, folder_of, image_name
 from resilient_train.storage.tier import Tier
 
 logger = logging.getLogger(__name__)
@@ -43,6 +40,8 @@ class Job:
     """Of how many ranks."""
     images: Mapping[int, Slot]
     """The images of this node's ranks, locked against their writers by the caller."""
+    origins: Mapping[int, str]
+    """rank -> the node whose image it is, which may be another that is lost."""
     past: Mapping[int, int | None]
     """The job's ancestry."""
     url: str
@@ -54,59 +53,23 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of a `Job`."""
+class Written:
+    """What `persist` has done."""
 
-    job: Job
-    """The job."""
-    error: str
-    """Why it failed; empty if the images are durable."""
+    part: Manifest
+    """What this node has written of the checkpoint."""
     committed: bool
-    """Whether the checkpoint is complete with this."""
-    seconds: float
-    """How long it took."""
+    """Whether the checkpoint is complete; if not, other nodes have images of the state too."""
     nbytes: int
     """Bytes written."""
 
 
-class Persister:
-    """One background thread; jobs one after the other."""
-
-    def __init__(self, done: Callable[[Outcome], None]) -> None:
-        """Args:
-        done: called from the thread with each outcome.
-        """
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._done = done
-        self._thread = threading.Thread(target=self._run, name="persist", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Persist ``job`` after those before it."""
-        self._queue.put(job)
-
-    def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            began = time.monotonic()
-            written, committed, error = 0, False, ""
-            try:
-                written, committed = persist(open_tier(job.url), job)
-            except ResilientError as failure:
-                error = str(failure)
-            except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
-                error = f"{type(failure).__name__}: {failure}"
-            seconds = time.monotonic() - began
-            self._done(Outcome(job=job, error=error, committed=committed, seconds=seconds, nbytes=written))
-
-
-def persist(tier: Tier, job: Job) -> tuple[int, bool]:
+def persist(tier: Tier, job: Job) -> Written:
     """Write a job's images, its part, the manifest if it is complete, and remove what is superseded.
 
-    Returns:
-        (bytes written, whether the checkpoint is committed).
-
     Raises:
-        OutsideError: if anything could not be written; nothing is visible as a checkpoint then.
+        UnsupportedState: if ranks hold different values of what is to be saved once.
+        OutsideError: if anything could not be written.
     """
     folders = tier.folders()
     committed, unfinished = sorted_keys(folders)
@@ -114,12 +77,13 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
     if newer:
         raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
-    shares = assign({rank: layout.entries for rank, (layout, _) in headers.items()})
+    shares = _shares(job, headers)
     outgoing = [_outgoing(slot, *headers[rank], shares[rank]) for rank, slot in job.images.items()]
     files = [image.file for image in outgoing]
+    part = Manifest(key=job.key, world=job.world, files=tuple(files), past=job.past)
     if job.key in committed:
         _check_same(tier, job.key, files)
-        return 0, True
+        return Written(part=part, committed=True, nbytes=0)
     there = folders.get(folder_of(job.key), set())
     left = [image for image in outgoing if image.file.name not in there or not _is_there(tier, job.key, image.file)]
     job.progress.expect(sum(image.file.size for image in left))
@@ -127,7 +91,6 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
         with ThreadPoolExecutor(_AT_ONCE, "persist") as pool:
             paths = [f"{folder_of(job.key)}/{image.file.name}" for image in left]
             list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
-        complete = commit(tier, job.key, job.world, files, job.past)
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.  Where
         # other nodes may be writing to the folder it is left to the next checkpoint that is complete.
@@ -135,9 +98,53 @@ def persist(tier: Tier, job: Job) -> tuple[int, bool]:
             with contextlib.suppress(OutsideError):
                 tier.delete(folder_of(job.key))
         raise
-    if complete:
+    # From here on another keeper may have committed what is there, so nothing of it is removed.
+    done = commit(tier, job.key, job.world, files, job.past)
+    if done:
         _remove_superseded(tier, job.keep_last)
-    return sum(image.file.size for image in left), complete
+    return Written(part=part, committed=done, nbytes=sum(image.file.size for image in left))
+
+
+def _shares(job: Job, headers: Mapping[int, tuple[ImageLayout, Stamp]]) -> dict[int, tuple[Entry, ...]]:
+    """What to write of each image: what the ranks of one node have in common, once.
+
+    Images that stand in for those of a node that is lost are divided as that node has divided them, or would have: it
+    may have written some of them already.
+    """
+    shares: dict[int, tuple[Entry, ...]] = {}
+    for origin in sorted(set(job.origins.values())):
+        ranks = [rank for rank in headers if job.origins[rank] == origin]
+        own = of_each_rank({rank: (job.images[rank], *headers[rank]) for rank in ranks})
+        shares |= assign({rank: headers[rank][0].entries for rank in ranks}, own)
+    return shares
+
+
+def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, keep_last: int) -> Key | None:
+    """The newest durable state, if that of ``part`` is durable by now or will not be any more.
+
+    Whoever commits it may have died over that, so where everything is written it is committed from here.
+
+    Args:
+        tier: the location.
+        folders: what is in it.
+        part: what this node has written.
+        keep_last: how many checkpoints to keep there.
+
+    Raises:
+        OutsideError: if it cannot be committed now.
+    """
+    committed, _ = sorted_keys(folders)
+    if part.key in committed:
+        return part.key
+    if committed and committed[-1] > part.key:
+        return committed[-1]
+    names = folders.get(folder_of(part.key), set())
+    if not {image_name(rank, part.world) for rank in range(part.world)} <= set(names):
+        return None
+    if not complete(tier, part, names):
+        return None
+    _remove_superseded(tier, keep_last)
+    return part.key
 
 
 def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:

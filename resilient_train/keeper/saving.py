@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from resilient_train.clock import Clock
 from resilient_train.keeper.clients import Client
-from resilient_train.keeper.persist import Job, Outcome, Persister
+from resilient_train.keeper.persist import Job
+from resilient_train.keeper.persister import Outcome, Persister
 from resilient_train.keeper.progress import Progress
-from resilient_train.keeper.shelf import Shelf
+from resilient_train.keeper.shelf import Shelf, origin_of
 from resilient_train.plan.interval import due
 from resilient_train.spec.messages import Persisted, Policy, Published, Standing
 from resilient_train.spec.world import Key
@@ -39,8 +40,8 @@ class Surroundings(Protocol):
         """Whether a worker is still connected."""
         ...
 
-    def positions(self) -> list[tuple[int, int]]:
-        """(generation, finished steps) of the workers that are attached."""
+    def published(self) -> list[Key | None]:
+        """The newest state that each attached worker has published."""
         ...
 
     def time_to_persist(self) -> None:
@@ -80,6 +81,9 @@ class Saving:
         """The newest durable state."""
         self._past: dict[int, int | None] = {}
         self._handovers: dict[Key, Handover] = {}
+        self._passed: set[Key] = set()
+        """States that lacked a rank at the last look, although all ranks had published newer ones."""
+        self._awaited: dict[Key, dict[int, Client]] = {}
         self._running: Progress | None = None
         self._finished: list[Outcome] = []
         self._persister = Persister(self._finish)
@@ -95,6 +99,11 @@ class Saving:
     def busy(self) -> bool:
         """Whether a state is being written, or handed over to be."""
         return self._running is not None or bool(self._handovers)
+
+    @property
+    def awaited(self) -> Collection[Key]:
+        """States that are written as far as this node has them, and not committed yet; not for long."""
+        return self._awaited.keys()
 
     def holds(self, slot: int) -> bool:
         """Whether a slot's image is being made durable, or is to be."""
@@ -175,21 +184,32 @@ class Saving:
         return True
 
     def _give_back(self, key: Key, error: str) -> None:
+        self._tell(self._release(key), key, error)
+
+    def _release(self, key: Key) -> dict[int, Client]:
+        """Let the images of a state be overwritten; rank -> who waits to hear of it."""
         handover = self._handovers.pop(key)
-        for rank, slot in handover.slots.items():
+        for slot in handover.slots.values():
             if slot in self._shelf:
                 self._shelf[slot].memory.unlock()
-            giver = handover.givers.get(rank)
-            if giver is not None and self._keeper.attached(giver):
+        return handover.givers
+
+    def _tell(self, givers: Mapping[int, Client], key: Key, error: str) -> None:
+        for giver in givers.values():
+            if self._keeper.attached(giver):
                 self._keeper.answer(giver, Persisted(lineage=key.lineage, step=key.step, error=error))
 
     def _give_up_incomplete(self) -> None:
         """A rank that died or skipped its snapshot will never hand it over: do not hold the others' slots for it."""
-        for key in [key for key, handover in self._handovers.items() if len(handover.slots) < handover.local]:
+        incomplete = {key for key, handover in self._handovers.items() if len(handover.slots) < handover.local}
+        published = self._keeper.published()
+        passed = {key for key in incomplete if all(newest is not None and newest > key for newest in published)}
+        for key in incomplete:
             givers = self._handovers[key].givers.values()
-            passed = all(step > key.step + 1 for _, step in self._keeper.positions())
-            if passed or not all(self._keeper.attached(giver) for giver in givers):
+            # A rank hands over before it publishes anything newer, so by the next look its message has been read.
+            if key in passed & self._passed or not all(self._keeper.attached(giver) for giver in givers):
                 self._give_back(key, "not every rank handed it over")
+        self._passed = passed
 
     # ---- what is written --------------------------------------------------------------------------------------------
 
@@ -207,6 +227,7 @@ class Saving:
                 key=key,
                 world=handover.world,
                 images={rank: self._shelf[slot].memory for rank, slot in handover.slots.items()},
+                origins={rank: origin_of(self._shelf[slot].owner) for rank, slot in handover.slots.items()},
                 past=handover.past,
                 url=self.policy.url,
                 keep_last=self.policy.keep_last,
@@ -225,17 +246,23 @@ class Saving:
         while self._finished:
             outcome = self._finished.pop(0)
             tried = key = outcome.job.key
-            self._running = None
-            self._last_duration = outcome.seconds
-            if not outcome.error:
+            givers = self._awaited.pop(key, {})
+            if not outcome.late:
+                self._running = None
+                self._last_duration = outcome.seconds
+                givers |= self._release(key)
+            if outcome.awaited:
+                # Its images are not needed any more, so training goes on with the slots.
+                self._awaited[key] = givers
+                self._keeper.notice("persisting", f"{key} is written as far as this node has it: {outcome.cost}")
+            elif not outcome.error:
                 self.persisted = max(key, self.persisted or key)
-                done = "is durable" if outcome.committed else "is written as far as this node has it"
-                text = f"{key} {done} in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
-                self._keeper.notice("persisted", text)
+                self._keeper.notice("persisted", f"{key} is durable in {outcome.job.url}: {outcome.cost}")
+                self._tell(givers, key, "")
             else:
                 self._keeper.notice("persist_failed", f"{key} is not durable: {outcome.error}")
+                self._tell(givers, key, outcome.error)
             self._keeper.standing_changed()
-            self._give_back(key, outcome.error)
         waiting = [key for key, handover in self._handovers.items() if len(handover.slots) == handover.local]
         if waiting:
             self._start(max(waiting))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from resilient_train.image.arena import Slot
 from resilient_train.spec.shard import Stamp
-from resilient_train.spec.world import Key
+from resilient_train.spec.world import Key, node_of
 
 _REPLICA = "replica of "
 
@@ -22,6 +22,11 @@ def replica_owner(source: str) -> str:
 def source_of(owner: str) -> str:
     """Whose copies an owner's slots hold, as node/slot; empty for a worker."""
     return owner.removeprefix(_REPLICA) if owner.startswith(_REPLICA) else ""
+
+
+def origin_of(owner: str) -> str:
+    """The node whose rank wrote the images in an owner's slots."""
+    return node_of(source_of(owner) or owner)
 
 
 @dataclass

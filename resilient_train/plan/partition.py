@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from resilient_train.spec.shard import Entry
 
@@ -10,16 +10,21 @@ PRIVATE = "rng/"
 """Prefix of entries that belong to one rank even if their names and boxes look alike."""
 
 
-def assign(images: Mapping[int, Sequence[Entry]]) -> dict[int, tuple[Entry, ...]]:
+def assign(images: Mapping[int, Sequence[Entry]], own: Collection[str] = ()) -> dict[int, tuple[Entry, ...]]:
     """For every rank the entries that it is to persist, so that each distinct box is written exactly once.
 
     Largest first, each to the least loaded of its holders (ties to the lowest rank): a deterministic function, so all
     keepers that see the same images agree.
+
+    Args:
+        images: rank -> what its image holds.
+        own: names under which every rank holds something of its own, which it persists itself.
     """
-    holders: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[tuple[int, Entry]]] = {}
+    holders: dict[tuple[str, tuple[int, ...], tuple[int, ...], int], list[tuple[int, Entry]]] = {}
     for rank in sorted(images):
         for entry in images[rank]:
-            holders.setdefault((entry.name, entry.offset, entry.shape), []).append((rank, entry))
+            whose = rank if entry.name in own else -1
+            holders.setdefault((entry.name, entry.offset, entry.shape, whose), []).append((rank, entry))
     load = dict.fromkeys(images, 0)
     chosen: dict[int, list[Entry]] = {rank: [] for rank in images}
     for _, candidates in sorted(holders.items(), key=lambda item: (-item[1][0][1].nbytes, item[0])):

@@ -85,15 +85,15 @@ def plan_copies(wants: Sequence[Want], images: Sequence[Sequence[Entry]], prefer
         prefer: index of the image to use where it has the data (this rank's own), or -1.
 
     Raises:
-        StateMismatch: if tensors are missing, have another shape or dtype, or the images have tensors that nobody
-            wants; every one is named.
+        StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one: any)
+            has tensors that are not wanted; every one is named.  What is in others' images may be theirs alone.
     """
     holders: dict[str, list[tuple[int, Entry]]] = {}
     order = sorted(range(len(images)), key=lambda i: (i != prefer, i))
     for index in order:
         for entry in images[index]:
             holders.setdefault(entry.name, []).append((index, entry))
-    _check_fit(wants, holders)
+    _check_fit(wants, holders, {entry.name for entry in images[prefer]} if prefer >= 0 else set(holders))
     copies = []
     for want in wants:
         left = [want.box] if want.box.size else []
@@ -114,7 +114,7 @@ def plan_copies(wants: Sequence[Want], images: Sequence[Sequence[Entry]], prefer
     return copies
 
 
-def _check_fit(wants: Sequence[Want], holders: Mapping[str, Sequence[tuple[int, Entry]]]) -> None:
+def _check_fit(wants: Sequence[Want], holders: Mapping[str, Sequence[tuple[int, Entry]]], own: set[str]) -> None:
     problems = []
     wanted = {want.name for want in wants}
     for want in wants:
@@ -131,7 +131,7 @@ def _check_fit(wants: Sequence[Want], holders: Mapping[str, Sequence[tuple[int, 
     problems += [
         f"{name} {list(held[0][1].global_shape)}: in the checkpoint, not in this state"
         for name, held in sorted(holders.items())
-        if name not in wanted and not name.startswith(PRIVATE)
+        if name in own and name not in wanted and not name.startswith(PRIVATE)
     ]
     if problems:
         shown = "\n  ".join(problems[:20])

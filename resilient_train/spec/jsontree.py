@@ -1,20 +1,36 @@
 """Python values that are not tensors, as JSON and back, without losing tuples or integer keys.
 
-Optimizer options and scheduler states hold tuples and integer keys, which JSON would silently turn into lists and
-strings; here they are tagged.  Anything else is refused by the path at which it stands: nothing is ever pickled.
+Optimizer options and scheduler states hold tuples, integer keys and counters, which JSON would silently turn into
+lists, strings and dicts; here they are tagged.  Anything else is refused by the path at which it stands: nothing is
+ever pickled.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from resilient_train.errors import FormatError, UnsupportedState
 
-_TAGS = frozenset({"$tuple", "$dict", "$float", "$bytes"})
+_TENSOR = "$tensor"
+_LISTS = frozenset({"$tuple", "$dict", "$counter", "$ordered"})
+_TAGS = frozenset({*_LISTS, "$float", "$bytes"})
 _MAX_DEPTH = 64
+
+
+class TensorAt(dict[str, Any]):
+    """Stands in a tree where a tensor belongs: the name under which its elements are stored, and other facts."""
+
+    def __init__(self, name: Any, facts: Mapping[str, Any]) -> None:
+        super().__init__({**facts, _TENSOR: name})
+
+    @property
+    def name(self) -> Any:
+        """As it was written, by whomever."""
+        return self[_TENSOR]
 
 
 def parse(text: bytes | str) -> Any:
@@ -69,11 +85,14 @@ def encode(value: Any, path: str = "") -> Any:
         return {"$tuple": [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]}
     if isinstance(value, list):
         return [encode(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, TensorAt):
+        return dict(value)
     if isinstance(value, Mapping):
-        plain = all(isinstance(key, str) for key in value) and not _TAGS & value.keys()
-        if plain:
+        tag = "$counter" if isinstance(value, Counter) else "$ordered" if isinstance(value, OrderedDict) else "$dict"
+        plain = all(isinstance(key, str) for key in value) and not (_TAGS | {_TENSOR}) & value.keys()
+        if plain and tag == "$dict":
             return {key: encode(item, f"{path}.{key}") for key, item in value.items()}
-        return {"$dict": [[encode(k, f"{path} key"), encode(v, f"{path}[{k!r}]")] for k, v in value.items()]}
+        return {tag: [[encode(k, f"{path} key"), encode(v, f"{path}[{k!r}]")] for k, v in value.items()]}
     raise UnsupportedState(
         f"{path or 'value'} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold:"
         " state may consist of tensors, numbers, strings, bytes, lists, tuples and dicts"
@@ -95,13 +114,14 @@ def decode(value: Any, depth: int = 0) -> Any:
     if len(value) == 1:
         ((tag, inner),) = value.items()
         if tag in _TAGS:
-            if not isinstance(inner, list if tag in ("$tuple", "$dict") else str):
+            if not isinstance(inner, list if tag in _LISTS else str):
                 raise FormatError(f"malformed {tag} in non-tensor state: it holds a {type(inner).__name__}")
             try:
                 return _untag(tag, inner, depth + 1)
             except (TypeError, ValueError) as error:
                 raise FormatError(f"malformed {tag} in non-tensor state: {error}") from error
-    return {key: decode(item, depth + 1) for key, item in value.items()}
+    found = {key: decode(item, depth + 1) for key, item in value.items()}
+    return TensorAt(found.pop(_TENSOR), found) if _TENSOR in found else found
 
 
 def _untag(tag: str, inner: Any, depth: int) -> Any:
@@ -111,4 +131,5 @@ def _untag(tag: str, inner: Any, depth: int) -> Any:
         return bytes.fromhex(inner)
     if tag == "$tuple":
         return tuple(decode(item, depth) for item in inner)
-    return {decode(key, depth): decode(item, depth) for key, item in inner}
+    pairs = {decode(key, depth): decode(item, depth) for key, item in inner}
+    return Counter(pairs) if tag == "$counter" else OrderedDict(pairs) if tag == "$ordered" else pairs

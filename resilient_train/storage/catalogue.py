@@ -60,6 +60,8 @@ def _read_part(tier: Tier, path: str) -> Manifest:
 def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
     """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed.
 
+    If it is not, whoever puts the last part commits it.
+
     Raises:
         StorageError: if images that the part names are not there any more, or anything cannot be written.
     """
@@ -67,13 +69,24 @@ def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: M
     part = Manifest(key=key, world=world, files=tuple(files), past=past)
     tier.put(f"{folder}/{part_name(files)}", [encode_part(part)])
     names = tier.folders().get(folder, set())
-    if MANIFEST in names:
-        return True
-    parts = []
-    for name in sorted(names):
-        if name.startswith("part-") and name.endswith(".json"):
-            parts.append(_read_part(tier, f"{folder}/{name}"))
-    manifest = merge(parts)
+    return MANIFEST in names or complete(tier, part, names)
+
+
+def complete(tier: Tier, part: Manifest, names: Collection[str]) -> bool:
+    """Put the manifest if the parts are complete; whether they are.
+
+    Args:
+        tier: the location.
+        part: a keeper's own, which is there.
+        names: the files in the checkpoint's folder.
+
+    Raises:
+        StorageError: if images that the parts name are not there any more, or the manifest cannot be written.
+        CheckpointDamaged: if another part cannot be read.
+    """
+    folder, own = folder_of(part.key), part_name(part.files)
+    others = sorted(name for name in names if name.startswith("part-") and name.endswith(".json") and name != own)
+    manifest = merge([*(_read_part(tier, f"{folder}/{name}") for name in others), part])
     if manifest is None:
         return False
     gone = [file.name for file in manifest.files if file.name not in names]

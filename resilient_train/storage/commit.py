@@ -22,8 +22,8 @@ _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _IMAGE = re.compile(r"rank-\d{5,}-of-(\d{5,})\.safetensors")
 IMAGE_SUFFIX = ".safetensors"
 FORMAT = 1
-MAX_MANIFEST = 64 << 20
-"""No manifest is longer: what is, is read by nobody."""
+MAX_MANIFEST = 8 << 20
+"""No manifest is longer, with some 200 bytes a rank: what is, is read by nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

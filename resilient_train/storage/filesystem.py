@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.storage import s3
 from resilient_train.storage.commit import MANIFEST
-from resilient_train.storage.local import read_into, write_file
+from resilient_train.storage.local import make_folder, read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
 from resilient_train.storage.tier import Chunk, Tier
 
@@ -54,21 +54,25 @@ class FilesystemTier:
         return f"{self._root}/{path}"
 
     @contextmanager
-    def _mapped(self, what: str) -> Iterator[None]:
+    def _mapped(self, what: str, *, reading: bool = False) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
+        except (FileNotFoundError, IsADirectoryError) as error:
+            if reading:
+                raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
+            raise StorageError(f"{self.name}: {what}: there is no such place: {error}") from error
         except Exception as error:  # Every backend raises its own errors; this is the edge where they become ours.
             raise StorageError(f"{self.name}: {what}: {type(error).__name__}: {error}") from error
 
     def folders(self) -> dict[str, set[str]]:
         with self._mapped("cannot list"):
             self._fs.invalidate_cache(self._root)
-            if not self._fs.exists(self._root):
-                return {}
+            try:
+                entries = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return {}  # Nothing was put yet.  fsspec's `exists` would take any error for this answer.
             found: dict[str, set[str]] = {}
-            for entry in self._fs.ls(self._root, detail=True):
+            for entry in entries:
                 if entry["type"] == "directory":
                     name = _last(entry["name"])
                     self._fs.invalidate_cache(entry["name"])
@@ -79,11 +83,11 @@ class FilesystemTier:
             return found
 
     def size(self, path: str) -> int:
-        with self._mapped(path):
+        with self._mapped(path, reading=True):
             return int(self._fs.size(self._path(path)))
 
     def read(self, path: str, offset: int, length: int) -> bytes:
-        with self._mapped(path):
+        with self._mapped(path, reading=True):
             data: Any = self._fs.cat_file(self._path(path), start=offset, end=offset + length) if length else b""
         self._check_length(path, offset, length, len(data))
         return bytes(data)
@@ -100,7 +104,7 @@ class FilesystemTier:
             for buffer in buffers:
                 buffer[:], data = data[: len(buffer)], data[len(buffer) :]
             return
-        with self._mapped(path):
+        with self._mapped(path, reading=True):
             length = read_into(self._path(path), offset, buffers)
         self._check_length(path, offset, sum(map(len, buffers)), length)
 
@@ -149,7 +153,7 @@ class FilesystemTier:
         with self._mapped("cannot be written"):
             if self.local:
                 # Object stores have no folders; s3fs would make a bucket that nobody asked for.
-                self._fs.makedirs(self._root, exist_ok=True)
+                make_folder(self._root)
             self._fs.pipe_file(self._path(probe), b"resilient_train")
             self._fs.rm_file(self._path(probe))
 

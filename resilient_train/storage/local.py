@@ -6,6 +6,7 @@ training's data loaders need; written directly they cost the processor next to n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import glob
@@ -38,7 +39,7 @@ def write_file(target: str, chunks: Iterable[Chunk]) -> int:
         OSError: as the system says it; nothing is left of the file.
     """
     folder = os.path.dirname(target)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     temporary = f"{target}.{uuid.uuid4().hex}.tmp"
     try:
         with _DirectFile(temporary) as file:
@@ -49,7 +50,8 @@ def write_file(target: str, chunks: Iterable[Chunk]) -> int:
         if target.endswith(IMAGE_SUFFIX):
             # One keeper alone writes an image; what it had begun before it was killed is of no use.
             for begun in glob.glob(f"{glob.escape(target)}.*.tmp"):
-                os.unlink(begun)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(begun)
     except BaseException:
         try:
             os.unlink(temporary)
@@ -57,12 +59,30 @@ def write_file(target: str, chunks: Iterable[Chunk]) -> int:
             pass
         raise
     for directory in (folder, os.path.dirname(folder)):
-        handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(directory)
     return written
+
+
+def make_folder(folder: str) -> None:
+    """Make a folder and those around it that are missing; when this returns they are on the device.
+
+    Raises:
+        OSError: as the system says it.
+    """
+    if not folder or os.path.isdir(folder):
+        return
+    around = os.path.dirname(folder)
+    make_folder(around)
+    os.makedirs(folder, exist_ok=True)
+    _sync(around)
+
+
+def _sync(folder: str) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_into(path: str, offset: int, buffers: Sequence[memoryview]) -> int:

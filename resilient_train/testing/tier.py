@@ -19,6 +19,15 @@ class TierConformance(ABC):
     def tier(self) -> Tier:
         """The tier under test, empty when a test begins; every call gives one that sees the same files."""
 
+    @abstractmethod
+    def refusing(self) -> Tier:
+        """A tier whose storage answers with errors."""
+
+    def test_a_place_that_cannot_be_looked_at_is_not_empty(self) -> None:
+        """Whoever took an error for "nothing is there" would start over on top of what is."""
+        with pytest.raises(StorageError):
+            self.refusing().folders()
+
     def test_an_empty_tier_has_no_folders(self) -> None:
         """A place that does not exist yet is empty, not an error."""
         assert self.tier().folders() == {}

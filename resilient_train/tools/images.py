@@ -48,7 +48,7 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile, read: ReadFile |
     size = tier.size(path)
     if size != file.size:
         raise CheckpointDamaged(f"{name}: has {size} bytes, the manifest says {file.size}")
-    image = VerifiedImage(name, size, functools.partial(read or tier.read, path))
+    image = VerifiedImage(name, size, functools.partial(read or tier.read, path), header_crc=file.header_crc)
     image.check(
         key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
     )

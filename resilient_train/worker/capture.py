@@ -8,6 +8,8 @@ stand in the same places, at the same addresses, the walk would find the same.
 from __future__ import annotations
 
 import json
+import operator
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,10 @@ from resilient_train.worker.tensors import stored
 SMALL = 4096
 """Bytes up to which a tensor is copied at once, because starting to copy it later costs as much."""
 
+_address = torch.Tensor.data_ptr
+_dtype = operator.attrgetter("dtype")
+_same_strides = torch.Tensor.is_set_to
+"""Whether two tensors have the same storage, offset, shape and strides."""
 Contents = Callable[[], Iterable[Any]]
 """The objects that stand in one place: a module's parameters, an optimizer's state."""
 
@@ -38,7 +44,9 @@ class Capture:
     contents: list[Contents] = field(default_factory=list)
     """Where to look for objects that came, went or were replaced."""
     origins: list[torch.Tensor] = field(default_factory=list)
-    """The tensors, as they stand there, whose memory may be exchanged (``parameter.data = other``)."""
+    """The tensors, as they stand there, whose memory or shape may be exchanged (``parameter.data = other``)."""
+    views: list[torch.Tensor] = field(default_factory=list)
+    """What each of them was."""
     before: list[Callable[[], Any]] = field(default_factory=list)
     """What brings the state into the form that was walked."""
     fixed: bool = True
@@ -56,6 +64,7 @@ class Capture:
         entry, local = stored(name, tensor)
         if fixed:
             self.origins.append(tensor)
+            self.views.append(local)
         watched = (tensor, local) if lazy and not tensor.is_inference() else ()
         self.parts.append(
             Part(
@@ -72,6 +81,7 @@ class Capture:
         originals = tuple(scalars)
         self.origins += originals
         sources = tuple(scalar.detach() for scalar in originals)
+        self.views += sources
         first, _ = stored(name, sources[0])
         entry = Entry(
             name=name,
@@ -87,9 +97,10 @@ class Capture:
         """``tree`` with its tensors added here and their names in their places."""
         if isinstance(tree, torch.Tensor):
             self.add(path, tree)
-            return {"$tensor": path, "device": tree.device.type}
+            return jsontree.TensorAt(path, {"device": tree.device.type})
         if isinstance(tree, Mapping):
-            return {key: self.take_tensors(value, f"{path}/{key}") for key, value in tree.items()}
+            taken = {key: self.take_tensors(value, f"{path}/{key}") for key, value in tree.items()}
+            return type(tree)(taken) if isinstance(tree, (Counter, OrderedDict)) else taken
         if isinstance(tree, (list, tuple)):
             items = [self.take_tensors(value, f"{path}/{index}") for index, value in enumerate(tree)]
             return items if isinstance(tree, list) else tuple(items)
@@ -107,23 +118,30 @@ class Known:
         self.capture = capture
         self.text = {name: _inside(value) for name, value in capture.document.items()}
         self._ids = self._look()
-        self._addresses = self._locate()
+        self._sharded = [i for i, tensor in enumerate(capture.origins) if isinstance(tensor, DTensor)]
+        self._addresses = list(map(_address, capture.views))
+        self._dtypes = list(map(_dtype, capture.views))
 
     def _look(self) -> list[int]:
         # What was seen is held by the capture, so an identity or an address cannot have become another object's.
         return [id(thing) for contents in self.capture.contents for thing in contents()]
 
-    def _locate(self) -> list[int]:
-        return [
-            tensor._local_tensor.data_ptr() if isinstance(tensor, DTensor) else tensor.data_ptr()
-            for tensor in self.capture.origins
-        ]
+    def _in_place(self) -> bool:
+        # Thousands of tensors at every step, so without a loop in Python.  Storages may be given other memory.
+        tensors = list(self.capture.origins)
+        for index in self._sharded:
+            tensors[index] = tensors[index]._local_tensor  # type: ignore[attr-defined]
+        return (
+            list(map(_address, tensors)) == self._addresses
+            and list(map(_dtype, tensors)) == self._dtypes
+            and all(map(_same_strides, tensors, self.capture.views))
+        )
 
     def holds(self) -> bool:
         """Whether walking again would give the same parts with the same sources."""
         for action in self.capture.before:
             action()
-        return self.capture.fixed and self._look() == self._ids and self._locate() == self._addresses
+        return self.capture.fixed and self._look() == self._ids and self._in_place()
 
 
 def _inside(document: Mapping[str, Any]) -> str:

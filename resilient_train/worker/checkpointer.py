@@ -12,14 +12,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, StorageError
+from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StorageError
 from resilient_train.image.native import checksum
 from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
-from resilient_train.spec.world import Key, Restore, ancestry
+from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
 from resilient_train.worker.fill import fill
@@ -158,6 +157,8 @@ class Checkpointer:
         """The newest state that could not be made durable, if none that is newer was; and why."""
         self._skipped = 0
         self._closed = False
+        self._last = False
+        """Whether no further step is expected."""
         self._step: int | None = None
         self._host.on_leave(self._detach)
         self._host.before_abort(self._snapshots.abandon)
@@ -170,8 +171,7 @@ class Checkpointer:
 
         Between two steps the state is snapshotted, and planned changes of the world take place.
         """
-        if not isinstance(total, int) or total < 0:
-            raise ConfigError(f"steps() needs a number of steps, it got {total!r}")
+        _check_steps("steps", total)
         first = self.restore() if self._step is None else self._step
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
@@ -184,9 +184,12 @@ class Checkpointer:
     def _boundary(self, step: int, total: int) -> None:
         self._step = step
         stopping = self._host.reach(step)
+        if self._to_hand_over is not None:
+            self._finish()
         newest = self._snapshots.newest
         due = step % self._snapshot_every == 0 or newest is None or step == total or stopping
         last = step == total or stopping
+        self._last = last
         if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
             with self._host.long_operation("waiting for storage"):
                 self._snapshot_at_last()
@@ -230,8 +233,8 @@ class Checkpointer:
         """
         self._host.leave_if_over()
         self._check_open()
-        if step is not None and not isinstance(step, int):
-            raise ConfigError(f"snapshot() needs a number of finished steps, it got {step!r}")
+        if step is not None:
+            _check_steps("snapshot", step)
         if self._step is None:
             raise ConfigError("snapshot() needs to know where it is: call restore() or steps() first")
         self._step = self._step if step is None else step
@@ -243,9 +246,11 @@ class Checkpointer:
                 " with the number of finished steps, which only grows"
             )
         self._finish()
+        self._host.report(key.step)
         self._hear_keeper()
-        if self._snapshots.take(key, self._safe(), self._past()):
-            if self._to_persist(self._covered, key.step):
+        durable = self._to_persist(self._covered, key.step)
+        if self._snapshots.take(key, self._safe(), self._past(), durable=durable, last=self._last):
+            if durable:
                 self._to_hand_over = key
             else:
                 self._covered = key.step
@@ -306,9 +311,11 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        self._finish()
-        self._snapshots.close()
-        self._host.release()
+        try:
+            self._finish()
+        finally:
+            self._snapshots.close()
+            self._host.release()
         unsaved = self._host.close()
         if unsaved:
             raise StorageError(unsaved)
@@ -413,9 +420,14 @@ class Checkpointer:
                     f"every state that is left is damaged ({named}); not starting over on top of it"
                 )
             problem = self._try(choice["place"], key) if key is not None else None
-            if self._all_well(problem is None, choice):
+            well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
+            if well == 0:
                 break
             assert key is not None
+            if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
+                raise problem
+            if well == 2:
+                raise PeerFailed(f"{key} from {choice['place']}: another rank could not restore it, and says why")
             if problem is not None:
                 logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
             damaged.append((choice["place"], key))
@@ -443,8 +455,18 @@ class Checkpointer:
 
     def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
-        if self._rank != 0:
-            return self._exchange(None)
+        if self._rank == 0:
+            try:
+                return self._exchange(self._chosen(past, damaged))
+            except ResilientError as error:
+                self._exchange({"error": str(error)})
+                raise
+        choice = self._exchange(None)
+        if "error" in choice:
+            raise PeerFailed(f"rank 0 found nothing out about states to restore: {choice['error']}")
+        return choice
+
+    def _chosen(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         place, key = "", None
         for source in self._sources():
             keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
@@ -453,7 +475,7 @@ class Checkpointer:
             if key is not None and self._restores:
                 # Within a job, memory is never behind storage: what is durable was in memory before.
                 break
-        return self._exchange({"place": place, "key": key, "lineage": self._next_lineage(key)})
+        return {"place": place, "key": key, "lineage": self._next_lineage(key)}
 
     def _next_lineage(self, key: Key | None) -> int:
         """A number that no state at the URL and none of this job was computed under."""
@@ -469,21 +491,25 @@ class Checkpointer:
         if self._size == 1:
             assert value is not None
             return value
-        name = f"resilient_train/choice/{self._host.next_round()}"
-        store = c10d._get_default_store()
-        if value is not None:
-            store.set(name, json.dumps(value))
-        received: dict[str, Any] = json.loads(store.get(name))
+        # Not through the store, which launchers keep from one attempt to the next with all that was said in it.
+        device = self._host.device
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        length = torch.tensor([len(text)], dtype=torch.int64, device=device)
+        dist.broadcast(length, 0)
+        if value is None:
+            text = torch.empty(int(length), dtype=torch.uint8, device=device)
+        dist.broadcast(text, 0)
+        received: dict[str, Any] = json.loads(bytes(text.tolist()))
         return received
 
-    def _try(self, place: str, key: Key) -> str | None:
-        """Fill the state; what is damaged, if something is."""
+    def _try(self, place: str, key: Key) -> ResilientError | None:
+        """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(key) as readers:
                 fill(self._state, readers, self._rank, self._size, self._restore_threads(source))
-        except CheckpointDamaged as error:
-            return str(error)
+        except ResilientError as error:
+            return error
         return None
 
     def _restore_threads(self, source: Source) -> int:
@@ -491,21 +517,28 @@ class Checkpointer:
         share = len(os.sched_getaffinity(0)) // len(self._host.local_slots)
         return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
 
-    def _all_well(self, well: bool, choice: dict[str, Any]) -> bool:
-        """Whether every rank is well, all having made the same choice."""
+    def _all_well(self, trouble: int, choice: dict[str, Any]) -> int:
+        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice."""
         if self._size == 1:
-            return well
+            return trouble
         chosen = checksum(json.dumps(choice).encode())
-        flags = torch.tensor([int(well), chosen, -chosen], dtype=torch.int64, device=self._host.device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MIN)
-        lowest, highest = int(flags[1]), -int(flags[2])
+        flags = torch.tensor([trouble, chosen, -chosen], dtype=torch.int64, device=self._host.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        highest, lowest = int(flags[1]), -int(flags[2])
         if lowest != highest:
             raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
-        return bool(flags[0])
+        return int(flags[0])
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""
-        self._finish()
-        self._snapshots.close()
-        del self._state
-        self._host.release()
+        try:
+            self._finish()
+        finally:
+            self._snapshots.close()
+            del self._state
+            self._host.release()
+
+
+def _check_steps(name: str, count: object) -> None:
+    if type(count) is not int or not 0 <= count <= MAX_STEP:
+        raise ConfigError(f"{name}() needs a number of steps from 0 to {MAX_STEP}, it got {count!r:.50}")

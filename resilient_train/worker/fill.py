@@ -18,7 +18,7 @@ from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
 from resilient_train.spec.shard import Entry
 from resilient_train.worker.rng import rng_name, rng_setters
 from resilient_train.worker.state import State
-from resilient_train.worker.tensors import as_bytes, local_part, stored
+from resilient_train.worker.tensors import as_bytes, stored
 
 
 def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, threads: int = 1) -> None:
@@ -38,6 +38,8 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
         StateMismatch: if the images are of another model; every tensor that differs is named.
         CheckpointDamaged: if a block fails its checksum or the images do not cover the state.
     """
+    if not readers:
+        raise CheckpointDamaged("there are no images of it any more")
     images = [reader.entries() for reader in readers]
     holes = missing(images)
     if holes:
@@ -53,10 +55,12 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
     except FormatError as error:
         raise CheckpointDamaged(f"{told.name}: {error}") from error
     wants, places = [], {}
-    for name, tensor in targets.tensors.items():
-        entry, _ = stored(name, tensor)
-        wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
-        places[name] = (tensor, entry)
+    back: list[Callable[[], object]] = []
+    with torch.no_grad():
+        for name, tensor in targets.tensors.items():
+            entry, local = stored(name, tensor)
+            wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
+            places[name] = (_as_stored(entry, local, back), entry)
     copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
     ranges: list[list[Range]] = [[] for _ in readers]
     later: list[Callable[[], object]] = []
@@ -70,7 +74,7 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
         with ThreadPoolExecutor(threads, "restore") as pool:
             for done in [pool.submit(task) for task in tasks]:
                 done.result()
-        for act in (*later, uploads.finish, *targets.after, *setters):
+        for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
 
 
@@ -92,34 +96,37 @@ def _dtype(entry: Entry) -> str:
     return entry.real_dtype or entry.dtype
 
 
+def _as_stored(entry: Entry, local: torch.Tensor, back: list[Callable[[], object]]) -> torch.Tensor:
+    """A target as what its entry holds: itself, its bytes, or a copy of these that ``back`` brings to it at the end."""
+    if not entry.real_dtype:
+        return local
+    target = as_bytes(local)
+    if target.data_ptr() != local.data_ptr():
+        back.append(lambda: local.copy_(target.view(-1).view(local.dtype).view(local.shape)))
+    return target
+
+
 def _arranged(
-    copy: Copy, tensor: torch.Tensor, entry: Entry, start: int, uploads: Uploads
+    copy: Copy, target: torch.Tensor, entry: Entry, start: int, uploads: Uploads
 ) -> tuple[Range, list[Callable[[], object]]]:
     """Which bytes of the image to bring where, and what to do with them once they are there.
 
     Args:
         copy: one block of one entry.
-        tensor: what it is a block of.
-        entry: how this rank would store ``tensor``.
+        target: what it is a block of.
+        entry: how this rank would store it.
         start: first byte of the block's entry in its image.
         uploads: takes what belongs on a device.
     """
     first, count = copy.box.span_in(copy.entry.box)
-    local, _, _ = local_part(copy.name, tensor)
-    # Stored as bytes: a view of the target's bytes where it is contiguous, else through a copy.
-    target = as_bytes(local) if entry.real_dtype else local
     place = target[copy.box.slices_in(entry.box)]
     width = place.element_size()
     after: list[Callable[[], object]] = []
     if count != copy.box.size or not addressable(place):
         gathered = torch.empty(count, dtype=place.dtype)
         strides = torch.empty(copy.entry.shape, device="meta").stride()
-        again = entry.real_dtype and not local.is_contiguous()
-        into = place.copy_ if again else functools.partial(uploads.copy, place)
-        after.append(functools.partial(into, gathered.as_strided(copy.box.shape, strides)))
+        after.append(functools.partial(uploads.copy, place, gathered.as_strided(copy.box.shape, strides)))
         place = gathered
-    if entry.real_dtype and not local.is_contiguous():
-        after.append(lambda: local.copy_(target.view(-1).view(local.dtype).view(local.shape)))
     return Range(start + first * width, count * width, place.data_ptr()), after
 
 

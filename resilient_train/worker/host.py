@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,6 @@ from resilient_train.worker.slots import Slots
 
 logger = logging.getLogger(__name__)
 
-_rounds = (0, 0)
-"""(generation, exchanges through its store so far); outlives hosts, because the store does."""
 LINGER = 60.0
 """Seconds that a keeper without an agent waits for workers to come back."""
 
@@ -61,12 +60,6 @@ class Host:
         self.before_end = None
         self.before_abort(None)
 
-    def next_round(self) -> int:
-        """A number that all ranks of a generation agree on, for exchanges through its store."""
-        global _rounds
-        _rounds = (self.generation, _rounds[1] + 1 if _rounds[0] == self.generation else 1)
-        return _rounds[1]
-
     @property
     def board(self) -> Board:
         """Everybody's progress on this node."""
@@ -83,8 +76,7 @@ class Host:
         """Where collectives on small tensors run."""
         if self._session is not None and self._session.world is not None:
             return self._session.world.device
-        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        return _collective_device()
 
     @property
     def local_slots(self) -> tuple[int, ...]:
@@ -126,8 +118,12 @@ class Host:
     def reach(self, step: int) -> bool:
         """At the boundary before ``step``; whether a planned change takes place here."""
         stopping = self._session.reach(step) if self._session is not None else False
-        self.board.report_progress(self.index, self.generation, step)
+        self.report(step)
         return stopping
+
+    def report(self, step: int) -> None:
+        """Tell the keeper that ``step`` steps are finished."""
+        self.board.report_progress(self.index, self.generation, step)
 
     def leave_if_over(self) -> None:
         """Leave the user's function if the generation has ended by a loss."""
@@ -157,7 +153,7 @@ class Host:
     def close(self) -> str:
         """Take leave of a keeper without an agent, once the last state is durable; why it is not, if so."""
         global _host
-        if self._session is not None:
+        if self._session is not None or _host is not self:
             return ""
         unsaved = self.keeper.flush() if self.keeper.started_here else ""
         self.keeper.close()
@@ -177,7 +173,7 @@ def connect(url: str | None) -> Host:
 
     Raises:
         LinkLost: if no keeper answers.
-        ConfigError: if this process is one of several that have no process group yet.
+        ConfigError: if this process is one of several that have no process group yet, or are on several hosts.
     """
     global _host
     if _host is not None:
@@ -192,16 +188,26 @@ def connect(url: str | None) -> Host:
         # Under rtrun, but the script is not elastic: the node's keeper serves it all the same.
         slot = slot_of(settings.member)
         _host = Host(KeeperLink(f"{settings.agent}/keeper", settings.member, slot), slot, None)
+        _host.set_local(settings.local_world_size)
     else:
         if settings.world_size > 1 and not dist.is_initialized():
             raise ConfigError("this is one of several ranks: call init_process_group() before making a Checkpointer")
-        local_rank = settings.local_rank if dist.is_initialized() else 0
-        _host = Host(_own_keeper(settings, local_rank, url), local_rank, None)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if ranks > 1 else 0
+        _host = Host(_own_keeper(settings, rank, ranks, url), rank, None)
+        _host.set_local(ranks)
     atexit.register(_take_leave)
-    if dist.is_initialized():
-        _host.set_local(settings.local_world_size if settings.world_size > 1 else 1)
     _host.board.clear(_host.index)
     return _host
+
+
+def _in_child() -> None:
+    """A forked process is nobody's worker: what it inherited of the line to the keeper is its parent's."""
+    global _host
+    _host = None
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _take_leave() -> None:
@@ -216,21 +222,45 @@ def _take_leave() -> None:
             logger.error("%s", unsaved)
 
 
-def _own_keeper(settings: config.Environment, local_rank: int, url: str | None) -> KeeperLink:
-    """A line to the keeper that the first rank of this node starts, and finds again after a restart.
+def _own_keeper(settings: config.Environment, rank: int, ranks: int, url: str | None) -> KeeperLink:
+    """A line to the keeper that the first of all ranks starts.
 
-    Its address names the job as exactly as can be known, so that no other run is taken for this one's past.
+    Where a launcher told the ranks who they are, it may start them again, and they find the keeper again: its address
+    names the job as exactly as can be known, so that no other run is taken for this one's past.
     """
     facts = (settings.job, settings.meeting_place, os.path.abspath(sys.argv[0]), str(url))
-    job = "job-" + hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
-    shared = dist.is_initialized() and settings.world_size > 1
-    address = f"{job}/keeper" if shared else f"process-{uuid.uuid4().hex}/keeper"
+    launched = settings.world_size == ranks > 1
+    run = uuid.uuid4().int >> 66 if ranks == 1 else _agree_on_run()
+    name = f"job-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}" if launched else f"run-{run:x}"
+    address = f"{name}/keeper"
 
     def start() -> None:
-        if local_rank == 0:
-            _start_keeper(address, settings.local_world_size, LINGER if shared else 0.0)
+        if rank == 0:
+            _start_keeper(address, ranks, LINGER if launched else 0.0)
 
-    return KeeperLink(address, f"local/{local_rank}.{os.getpid()}", local_rank, start)
+    return KeeperLink(address, f"local/{rank}.{os.getpid()}", rank, start)
+
+
+def _agree_on_run() -> int:
+    """A number of this run that all ranks have, all being on one host.
+
+    Raises:
+        ConfigError: if they are not.
+    """
+    # Keepers are found by abstract socket names, which a network namespace has for itself.
+    here = f"{Path('/proc/sys/kernel/random/boot_id').read_text()} {os.readlink('/proc/self/ns/net')}"
+    host = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
+    run = uuid.uuid4().int >> 66 if dist.get_rank() == 0 else 0
+    agreed = torch.tensor([host, -host, run], dtype=torch.int64, device=_collective_device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    if int(agreed[0]) != -int(agreed[1]):
+        raise ConfigError("the ranks are on several hosts: start them with rtrun, which has a keeper on each")
+    return int(agreed[2])
+
+
+def _collective_device() -> torch.device:
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def _start_keeper(address: str, lines: int, linger: float) -> None:

@@ -27,12 +27,13 @@ def walk(name: str, module: torch.nn.Module, capture: Capture) -> dict[str, Any]
             capture.before.append(part.reshard)
     for path, parameter in names.parameters(module).items():
         capture.add(f"{name}/{path}", parameter, lazy=True, fixed=True)
-    for path, buffer in names.buffers(module).items():
+    buffers = names.buffers(module)
+    for path, buffer in buffers.items():
         # BatchNorm and its like change theirs in every forward.
         capture.add(f"{name}/{path}", buffer, fixed=True)
     for part in names.modules(module):
         capture.contents += [part._parameters.values, part._buffers.values, part._modules.values]
-    return {"kind": "module", "aliases": names.aliases(module)}
+    return {"kind": "module", "aliases": names.aliases(module), "buffers": list(buffers)}
 
 
 def fresh(module: torch.nn.Module) -> dict[str, Any]:

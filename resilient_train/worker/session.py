@@ -229,13 +229,13 @@ class Session:
         Leaving the function by ``sys.exit`` or Ctrl-C ends the job like any other error: the others cannot go on
         without knowing why.
         """
-        if isinstance(error, (LinkLost, PeerFailed)):
+        if isinstance(error, LinkLost):
             raise error
         if is_device_error(error):
             # The loss of this slot, not an error of the script: the process ends, another takes its place.
             raise error
         rank = record.members.index(self.link.member)
-        if is_communication_error(error):
+        if is_communication_error(error) or isinstance(error, PeerFailed):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
             if verdict is None:
                 # Nobody was lost as far as the agents know. All form again, for as long as that helps.

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,7 +44,9 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 4 << 20
 """Images up to this many bytes are waited for at the boundary: they take less than a millisecond."""
 FIRST_AUDITS = 3
-"""The first snapshots of a generation are audited, and then every `AUDIT_EVERY`-th."""
+"""The first snapshots of a generation are audited, then those whose number is a power of 2 or a multiple of this."""
+AUDIT_AFTER = 20.0
+"""Seconds after an audit from which on a snapshot that is to be made durable is audited."""
 AUDIT_EVERY = 100
 
 
@@ -111,7 +115,9 @@ class Snapshots:
         self._writer: ImageWriter | None = None
         self._order: list[int] = []
         self._eager: set[str] = set()
+        self._process = os.getpid()
         self._taken = 0
+        self._audited_at = 0.0
         self._running: _Running | None = None
         self.newest: Key | None = None
         """The newest state that was begun and not dropped."""
@@ -122,13 +128,17 @@ class Snapshots:
             self._publisher = threading.Thread(target=self._publish, name="publish", daemon=True)
             self._publisher.start()
 
-    def take(self, key: Key, safe: Key | None, past: Mapping[int, int | None]) -> bool:
+    def take(
+        self, key: Key, safe: Key | None, past: Mapping[int, int | None], *, durable: bool = False, last: bool = False
+    ) -> bool:
         """Begin an image of the state as it is now; False if there is no slot for it.
 
         Args:
             key: the state's identity.
             safe: the newest state that every rank has published.
             past: the job's ancestry.
+            durable: whether it is to be made durable.
+            last: whether no other follows it, so that it will be.
 
         Raises:
             UnsupportedState: naming what cannot be saved.
@@ -137,17 +147,23 @@ class Snapshots:
         self.settle()
         if self._lazy:
             self._guard()
+        now = time.monotonic()
+        number = self._taken + 1
+        regular = number <= FIRST_AUDITS or number & (number - 1) == 0 or number % AUDIT_EVERY == 0
+        audit = self._lazy and (regular or last or (durable and now >= self._audited_at + AUDIT_AFTER))
         try:
-            return self._begin(key, safe, past)
+            begun = self._begin(key, safe, past, audit)
         except CudaError as error:
             self._without_device(str(error))
-            return self._begin(key, safe, past)
+            begun = self._begin(key, safe, past, audit)
+        if begun and audit:
+            self._audited_at = now
+        return begun
 
-    def _begin(self, key: Key, safe: Key | None, past: Mapping[int, int | None]) -> bool:
+    def _begin(self, key: Key, safe: Key | None, past: Mapping[int, int | None], audit: bool) -> bool:
         frame = self._state.capture(self._rank, self._frame)
         writer = self._planned(frame)
         parts = [frame.parts[index] for index in self._order]
-        audit = self._lazy and (self._taken < FIRST_AUDITS or self._taken % AUDIT_EVERY == 0)
         for slot in self._host.slots.writable(writer.layout.total, safe, past):
             slot.key = None
             if writer.begin(slot.memory, key, parts, frame.document, audit=audit):
@@ -222,8 +238,8 @@ class Snapshots:
     def _fence(self, *_: object) -> None:
         """Before any optimizer changes anything."""
         running = self._running
-        if running is None:
-            return
+        if running is None or os.getpid() != self._process:
+            return  # A forked process has copies of the tensors, and none of the threads.
         if running.writer.on_device:
             running.fence()
         else:
@@ -254,7 +270,7 @@ class Snapshots:
 
     def _planned(self, frame: Frame) -> ImageWriter:
         """The writer for this frame, planned again when anything but the contents has changed."""
-        writer, before, self._frame = self._writer, self._frame, frame
+        writer, before = self._writer, self._frame
         if (
             writer is not None
             and before is not None
@@ -263,6 +279,7 @@ class Snapshots:
             and [p.entry for p in frame.parts[len(frame.known.capture.parts) :]]
             == [p.entry for p in before.parts[len(before.known.capture.parts) :]]
         ):
+            self._frame = frame
             return writer
         entries = [part.entry for part in frame.parts]
         twice = [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]
@@ -272,10 +289,11 @@ class Snapshots:
         capacity = writer.layout.json_capacity if same and writer is not None else _roomy(len(frame.document))
         layout = plan_image(entries, capacity)
         index = {entry.name: i for i, entry in enumerate(entries)}
-        self._order = [index[entry.name] for entry in layout.entries]
-        parts = [self._lazily(frame.parts[i]) for i in self._order]
-        self._writer = ImageWriter(layout, parts, self._rank, self._size)
-        return self._writer
+        order = [index[entry.name] for entry in layout.entries]
+        writer = ImageWriter(layout, [self._lazily(frame.parts[i]) for i in order], self._rank, self._size)
+        # Together and last: after an error here the next frame must not pass for the one that this writer was made for.
+        self._writer, self._frame, self._order = writer, frame, order
+        return writer
 
     def _lazily(self, part: Part) -> Part:
         lazy = part.lazy and self._lazy and part.entry.name not in self._eager

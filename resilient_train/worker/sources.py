@@ -134,7 +134,9 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
     if size != file.size:
         raise CheckpointDamaged(f"{name}: has {size} bytes, the manifest says {file.size}")
     read_into = functools.partial(tier.read_into, path)
-    reader = ImageReader(name, size, functools.partial(tier.read, path), read_into=read_into)
+    reader = ImageReader(
+        name, size, functools.partial(tier.read, path), read_into=read_into, header_crc=file.header_crc
+    )
     reader.check(
         key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
     )

@@ -55,15 +55,16 @@ def built(encoded: Any, path: str, entries: Mapping[str, Entry], targets: Target
     """
 
     def visit(node: Any, path: str) -> Any:
-        if isinstance(node, dict) and "$tensor" in node:
-            if node["$tensor"] != path or path not in entries:
-                raise FormatError(f"{path} is said to be the tensor {node['$tensor']!r:.200}")
+        if isinstance(node, jsontree.TensorAt):
+            if node.name != path or path not in entries:
+                raise FormatError(f"{path} is said to be the tensor {node.name!r:.200}")
             entry = entries[path]
             tensor = torch.empty(real_shape(entry), dtype=real_dtype(entry), device=device_named(node.get("device")))
             targets.add(path, tensor)
             return tensor
         if isinstance(node, dict):
-            return {key: visit(value, f"{path}/{key}") for key, value in node.items()}
+            found = {key: visit(value, f"{path}/{key}") for key, value in node.items()}
+            return found if type(node) is dict else type(node)(found)
         if isinstance(node, (list, tuple)):
             return type(node)(visit(value, f"{path}/{index}") for index, value in enumerate(node))
         return node

@@ -50,7 +50,7 @@ def _shard_dim(name: str, placement: object) -> int | None:
 
 
 def stored(name: str, tensor: torch.Tensor) -> tuple[Entry, torch.Tensor]:
-    """How a tensor stands in an image: (its entry, the bytes to store as a tensor of the entry's dtype and shape)."""
+    """How a tensor stands in an image: (its entry, this rank's elements, whose bytes in order are the entry's)."""
     local, box, shape = local_part(name, tensor)
     dtype = DTYPES.get(local.dtype)
     if dtype is not None:
@@ -64,13 +64,13 @@ def stored(name: str, tensor: torch.Tensor) -> tuple[Entry, torch.Tensor]:
         offset=(*box.offset, 0),
         real_dtype=str(local.dtype).removeprefix("torch."),
     )
-    return entry, as_bytes(local)
+    return entry, local
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bytes with one more axis; a view if the tensor is contiguous."""
+    """A tensor's bytes with one more axis; a view if they stand in memory as they are."""
     width = tensor.element_size()
-    return tensor.contiguous().reshape(-1).view(torch.uint8).view(*tensor.shape, width)
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).view(*tensor.shape, width)
 
 
 def real_dtype(entry: Entry) -> torch.dtype:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,19 @@ while True:
         process.wait()
         process.stdout.close()
     assert write(slot, writer, Key(3, 1), ordered), "the killed writer's lock outlived it"
+
+
+def test_a_header_that_was_not_committed_is_not_looked_into() -> None:
+    """Parsing takes much more memory than reading, and whoever has a manifest knows what must be there."""
+    header = b"[" * 50_000_000
+    data = len(header).to_bytes(8, "little") + header
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointDamaged, match="not the one that was committed"):
+            ImageReader("image", len(data), lambda at, size: data[at : at + size], header_crc=1)
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(data)
+    finally:
+        tracemalloc.stop()
 
 
 def test_refused_memory_says_what_to_do() -> None:

@@ -141,8 +141,10 @@ def laughing(place: str) -> bytes:
         b"\x80\x05\x96" + b"\xff" * 5 + bytes(3) + b".",
         laughing("path"),
         laughing("size"),
+        b"\x80\x04})" + b"2\x86" * 60 + b"Ns.",
+        b"\x80\x04}()" + b"2\x86" * 60 + b"Nu.",
     ],
-    ids=["memo", "bytes", "path", "size"],
+    ids=["memo", "bytes", "path", "size", "key", "keys"],
 )
 def test_a_metadata_that_claims_much_is_refused_at_once(tmp_path: Path, hostile: bytes) -> None:
     """Neither memory nor time for what a few bytes claim."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+
+import pytest
 
 from resilient_train.keeper.backing import Backed, Backing
 
@@ -74,3 +77,22 @@ def test_memory_that_is_not_to_be_had_is_an_answer() -> None:
     refused = orders.next()
     assert refused.descriptor == -1
     assert "refused" in refused.error
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "open"])
+def test_a_keeper_without_descriptors_says_so(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """Whatever refuses, the order is answered, nothing is kept, and the next one is carried out."""
+    before, orders = held(), Orders()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        orders.backing.order("a", SIZE, 0)
+        refused = orders.next()
+    assert refused.descriptor == -1
+    assert refused.error
+    assert held() == before
+    orders.backing.order("a", SIZE, 0)
+    os.close(orders.next().descriptor)

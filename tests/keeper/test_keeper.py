@@ -148,6 +148,27 @@ def test_a_state_is_persisted_when_all_ranks_handed_it_over(keeper: str, tmp_pat
     two.close()
 
 
+def test_a_state_waits_for_the_last_rank_until_that_has_a_newer_one(keeper: str, tmp_path: Path) -> None:
+    """However many steps lie between snapshots; a rank that has published a newer state hands no older one over."""
+    one, two = KeeperLink(keeper, "n/0.0", 0), KeeperLink(keeper, "n/1.0", 1)
+    one.set_policy(Policy(url=str(tmp_path), every_steps=1, every_seconds=0.0, keep_last=3))
+    for rank, link in enumerate((one, two)):
+        link.board.report_progress(rank, 1, 20)
+        link.board.report_published(rank, Key(1, 10))
+    one.hand_over(message(publish(one, 0, Key(1, 10)), 0, Key(1, 10)))
+    assert one.news(1.0) == [], "the other is only late"
+    two.hand_over(message(publish(two, 1, Key(1, 10)), 1, Key(1, 10)))
+    (done,) = one.news(20.0)
+    assert (done.step, done.error) == (10, "")
+    one.hand_over(message(publish(one, 0, Key(1, 20)), 0, Key(1, 20)))
+    for rank, link in enumerate((one, two)):
+        link.board.report_published(rank, Key(1, 30))
+    (done,) = one.news(20.0)
+    assert (done.step, done.error) == (20, "not every rank handed it over")
+    one.close()
+    two.close()
+
+
 def test_a_failed_write_is_reported_and_the_next_one_works(keeper: str, tmp_path: Path) -> None:
     """Training is unharmed; the slot is free again."""
     blocked = tmp_path / "blocked"
@@ -187,6 +208,16 @@ def test_the_last_state_is_the_one_that_the_last_worker_gives(keeper: str, tmp_p
     assert TierSource(FilesystemTier(str(tmp_path))).keys({}) == [Key(1, 4), Key(1, 3)]
     one.close()
     two.close()
+
+
+def test_images_that_never_make_a_state_are_not_well(keeper: str, tmp_path: Path) -> None:
+    """A rank whose siblings have gone elsewhere hears that nothing of its steps is durable."""
+    link = KeeperLink(keeper, "n/0.0", 0)
+    link.set_policy(Policy(url=str(tmp_path), every_steps=0, every_seconds=300.0, keep_last=3))
+    publish(link, 0, Key(1, 3))
+    publish(link, 0, Key(1, 4))
+    assert "nothing is durable: of 2 ranks only [0]" in link.flush()
+    link.close()
 
 
 def test_refused_memory_is_an_error_of_the_asker(keeper: str) -> None:

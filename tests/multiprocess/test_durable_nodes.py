@@ -25,8 +25,8 @@ def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: P
     both = ["--nproc-per-node=2", "--nnodes=2:2"]
     with Nodes(SCRIPT, [*args, *record, "--steps", "60"], count=2, flags=both, folder=tmp_path / "a") as running:
         assert running.finish(120) == [0, 0], running.output
-        saved = {int(text.split()[1]) for text in _texts(running) if "is durable" in text}
-        begun = {int(text.split()[1]) for text in _texts(running) if "written as far" in text}
+        saved = {int(text.split()[1]) for text in _texts(running, "persisted")}
+        begun = {int(text.split()[1]) for text in _texts(running, "persisting") if "as far as" in text}
     assert 60 in saved, running.output
     assert begun <= saved, running.output
     assert len(saved) >= 3, running.output
@@ -44,5 +44,5 @@ def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: P
     assert digests(read(tmp_path / "second"))[1]["restored"] == {60: final}
 
 
-def _texts(running: Nodes) -> list[str]:
-    return [event.text for event in running.events() if event.kind == "persisted"]
+def _texts(running: Nodes, kind: str) -> list[str]:
+    return [event.text for event in running.events() if event.kind == kind]

@@ -206,6 +206,7 @@ def save(folder: Path, key: Key, seed: int) -> dict[int, Contents]:
             key=key,
             world=WORLD,
             images={rank: slots[rank] for rank in node},
+            origins=dict.fromkeys(node, "n"),
             past={1: 20, 2: None},
             url=str(folder),
             keep_last=2,

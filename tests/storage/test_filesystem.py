@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.spec.world import Key
@@ -19,10 +24,15 @@ from resilient_train.testing.tier import TierConformance
 class TestLocalTier(TierConformance):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
         self.url = f"file://{tmp_path}/run"
 
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
+
+    def refusing(self) -> Tier:
+        (self.folder / "loop").symlink_to("loop")
+        return FilesystemTier(f"file://{self.folder}/loop/run")
 
 
 class TestMemoryTier(TierConformance):
@@ -34,6 +44,22 @@ class TestMemoryTier(TierConformance):
 
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
+
+    def refusing(self) -> Tier:
+        fsspec.register_implementation("refusing", RefusingFileSystem, clobber=True)
+        return FilesystemTier("refusing://run")
+
+
+class RefusingFileSystem(MemoryFileSystem):
+    """One to which every question is too much."""
+
+    protocol = "refusing"
+
+    def info(self, path: str, **kwargs: Any) -> Any:
+        raise OSError(errno.ESTALE, "stale file handle", path)
+
+    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
+        raise OSError(errno.ESTALE, "stale file handle", path)
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
@@ -73,6 +99,24 @@ def test_a_checkpoint_whose_images_were_removed_is_not_committed(tmp_path: Path)
     with pytest.raises(StorageError, match="r1 was removed"):
         commit(tier, key, 2, files([0, 1]), {3: None})
     assert listing(tier) == ([], [key])
+
+
+def test_every_folder_that_is_made_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not take the root's name, and with it what was said to be on the device."""
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    tier = FilesystemTier(str(tmp_path / "a" / "b" / "run"))
+    tier.check_writable()
+    assert synced >= {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")}
+    synced.clear()
+    tier.put("step/x", [b"1"])
+    assert synced >= {str(tmp_path / "a" / "b" / "run"), str(tmp_path / "a" / "b" / "run" / "step")}
 
 
 def test_folder_names_are_keys() -> None:

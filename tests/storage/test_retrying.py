@@ -48,6 +48,9 @@ class TestRetryingTier(TierConformance):
     def tier(self) -> Tier:
         return RetryingTier(Flaky(self.url, 1), lambda _: None)
 
+    def refusing(self) -> Tier:
+        return RetryingTier(Flaky(self.url, 100), lambda _: None)
+
     def test_a_write_that_fails_leaves_no_file(self) -> None:
         """A source that can be read only once is not tried again."""
         tier = Flaky(self.url, 1)

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 
 import pytest
 
-from resilient_train.errors import StorageError
+from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.storage.tier import Tier
 from resilient_train.testing.tier import TierConformance
+
+from .faulty_server import FaultyServer
 
 
 @pytest.fixture
@@ -36,11 +39,23 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 class TestS3Tier(TierConformance):
     @pytest.fixture(autouse=True)
-    def _bucket(self, bucket: str) -> None:
+    def _bucket(self, bucket: str, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         self.url = f"s3://{bucket}/run-1"
+        self.monkeypatch = monkeypatch
+        with FaultyServer(endpoint) as self.server:
+            yield
 
     def tier(self) -> Tier:
         return FilesystemTier(self.url)
+
+    def refusing(self) -> Tier:
+        self.server.break_with(lambda *_: "403 Access Denied")
+        self.monkeypatch.setenv("AWS_ENDPOINT_URL", self.server.url)
+        self.monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", self.server.url)
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+        return FilesystemTier(self.url.removesuffix("/run-1"))  # Where fsspec's `exists` says no to every error.
 
 
 def test_large_files_go_in_parts(bucket: str) -> None:
@@ -84,5 +99,9 @@ def test_a_training_goes_on_from_a_bucket(bucket: str) -> None:
 
 def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
     """Before any training is done."""
+    tier = FilesystemTier("s3://no-such-bucket/run")
     with pytest.raises(StorageError, match="s3://no-such-bucket"):
-        FilesystemTier("s3://no-such-bucket/run").check_writable()
+        tier.check_writable()
+    with pytest.raises(StorageError, match="there is no such place") as raised:
+        tier.put("a/x", [b"1"])
+    assert not isinstance(raised.value, CheckpointDamaged)

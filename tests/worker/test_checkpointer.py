@@ -119,6 +119,11 @@ except ConfigError as error:
 ckpt.close()
 own = rt.Checkpointer(state, sys.argv[1])
 print("restored", own.restore())
+for nonsense in (-1, True, 1 << 40, 7.0):
+    try:
+        own.snapshot(nonsense)
+    except ConfigError as error:
+        print("number:", error)
 for step in range(6, 9):
     with torch.no_grad():
         model.weight += 1
@@ -147,8 +152,62 @@ def test_loops_of_other_shapes(tmp_path: Path) -> None:
     assert lines["epochs"] == "[0, 1, 2, 3, 4, 5]"
     assert lines["restored"] == "6"
     assert lines["last"] == "9 True"
+    assert result.stdout.count("number:") == 4
     for refused in ("early:", "second:", "again:", "same:"):
         assert refused in lines
+
+
+FORK = """
+import os, sys, torch, resilient_train as rt
+torch.set_num_threads(1)  # OpenMP does not survive a fork.
+model = torch.nn.Linear(700, 700)
+optim = torch.optim.SGD(model.parameters(), lr=0.1)
+ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1], persist_every=100)
+keepers = set()
+for step in ckpt.steps(12):
+    model(torch.ones(700)).sum().backward()
+    if step == 6:
+        child = os.fork()
+        if child == 0:
+            optim.step()
+            sys.exit(7)
+        print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    optim.step()
+    keepers.add(id(ckpt._host.keeper._channel))
+print("lines to keepers", len(keepers))
+"""
+
+
+def test_a_forked_process_leaves_its_parents_keeper_alone(tmp_path: Path) -> None:
+    """It may use what it inherited of the model and end as it likes; the parent's images and line stay."""
+    command = [sys.executable, "-c", FORK, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["child 7", "lines to keepers 1"]
+    assert checkpoints(tmp_path / "run") == ["step-000000012.g1"]
+
+
+TIMED = """
+import sys, time, torch, resilient_train as rt
+from pathlib import Path
+model = torch.nn.Linear(3, 3)
+ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1], persist_every="0.1s")
+step = ckpt.restore()
+deadline = time.monotonic() + 60
+while len(list(Path(sys.argv[1]).glob("*/manifest.json"))) < 2 and time.monotonic() < deadline:
+    step += 1
+    ckpt.snapshot(step)
+    time.sleep(0.01)
+print(sorted(path.parent.name for path in Path(sys.argv[1]).glob("*/manifest.json")))
+"""
+
+
+def test_loops_of_other_shapes_persist_by_time(tmp_path: Path) -> None:
+    """Whoever calls snapshot() by hand says with it how far the training is."""
+    command = [sys.executable, "-c", TIMED, str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("step-") == 2
 
 
 def test_another_models_checkpoint_is_refused_and_kept(tmp_path: Path) -> None:

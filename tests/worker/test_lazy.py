@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from resilient_train import _native
+from resilient_train.errors import UnsupportedState
 from resilient_train.image import native, snapshot
 from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.image.native import Piece, PythonCopier, PythonEngine
@@ -106,14 +107,14 @@ class Run:
         self.expected: dict[str, torch.Tensor] = {}
         self.published = 0
 
-    def boundary(self) -> None:
+    def boundary(self, **kind: bool) -> None:
         """Check the image of the boundary before, and begin that of this one."""
         self.check()
         self.step += 1
         frame = self.state.capture(0)
         self.expected = {p.entry.name: torch.cat([flat(source) for source in p.sources]) for p in frame.parts}
         self.document = frame.document
-        assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None})
+        assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None}, **kind)
 
     def check(self) -> None:
         """The image of the last boundary is that boundary's state, or there is none."""
@@ -135,7 +136,7 @@ class Run:
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+    return tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8).clone()
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -310,6 +311,26 @@ def test_a_writer_that_begins_late_costs_one_image() -> None:
     assert run.snapshots._eager == {"model/0.weight"}
 
 
+@pytest.mark.parametrize("kind", ["durable", "last"])
+@pytest.mark.usefixtures("latest")
+def test_what_is_made_durable_is_audited(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that begins late and that no counter shows: the state that is saved next is whole, and finds it out."""
+    monkeypatch.setattr(snapshots, "AUDIT_AFTER", 0.0)
+    model = net()
+    optim = torch.optim.AdamW(model.parameters(), lr=0.01)
+    run = Run(model=model, optim=optim)
+    for step in range(6):
+        run.boundary(**({kind: True} if step == 5 else {}))
+        backward(model)
+        if step == 5:
+            overwrite(model)
+        optim.step()
+        optim.zero_grad()
+    run.check()
+    assert run.published == 6
+    assert run.snapshots._eager == {"model/0.weight"}
+
+
 @pytest.mark.usefixtures("latest")
 def test_exchanged_memory_is_followed() -> None:
     """``p.data = other`` before a boundary: the image is of the new memory."""
@@ -325,6 +346,67 @@ def test_exchanged_memory_is_followed() -> None:
             exchange(model)
     run.check()
     assert run.published == 8
+
+
+def transpose(model: nn.Module) -> None:
+    """The same memory in another order."""
+    model.square.data = model.square.data.t()
+    model.table.t_()
+
+
+def reinterpret(model: nn.Module) -> None:
+    """The same memory as other numbers."""
+    model.square.data = model.square.data.view(torch.int32).view(torch.float32)
+    other = torch.int32 if model.table.dtype == torch.float32 else torch.float32
+    model.table.data = model.table.data.view(other)
+
+
+@pytest.mark.parametrize("change", [transpose, reinterpret])
+@pytest.mark.usefixtures("latest")
+def test_another_shape_of_the_same_memory_is_followed(change: Callable[[nn.Module], None]) -> None:
+    """Strides and dtypes are a part of what was walked."""
+    model = net()
+    model.square = nn.Parameter(torch.randn(64, 64))
+    model.register_buffer("table", torch.randn(8, 8))
+    optim = torch.optim.SGD(model[0].parameters(), lr=0.01)
+    run = Run(model=model, optim=optim)
+    for step in range(8):
+        run.boundary()
+        (model[0](torch.randn(8, 40))).square().mean().backward()
+        optim.step()
+        optim.zero_grad()
+        if step % 3 == 1:
+            change(model)
+    run.check()
+    assert run.published == 8
+
+
+class Twice:
+    """An object that gives two tensors one name for a while."""
+
+    def __init__(self) -> None:
+        self.clashing = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"a": {"b": torch.zeros(4)}, "a/b": torch.ones(4)} if self.clashing else {"z": torch.arange(4.0)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.usefixtures("latest")
+def test_a_state_that_is_refused_is_refused_again() -> None:
+    """The plan of the state before it is no plan for it; once it can be saved, it is."""
+    thing = Twice()
+    run = Run(model=net(), thing=thing)
+    run.boundary()
+    thing.clashing = True
+    for step in (2, 3):
+        with pytest.raises(UnsupportedState, match="same name: thing/a/b"):
+            run.snapshots.take(Key(1, step), Key(1, step - 1), {1: None})
+    thing.clashing = False
+    run.boundary()
+    run.check()
+    assert run.published == 2
 
 
 class Odd(nn.Module):
@@ -343,17 +425,19 @@ class Odd(nn.Module):
         self.sixteen = nn.Parameter(torch.randn(50, 50).to(torch.bfloat16))
         self.register_buffer("eight", torch.randn(80, 80).to(torch.float8_e4m3fn))
         self.strided = nn.Parameter(torch.randn(60, 50).t())
+        self.turned = nn.Parameter(torch.randn(60, 50, dtype=torch.complex64).t())
+        self.register_buffer("conjugated", torch.randn(50, dtype=torch.complex64).conj())
         self.register_buffer("counts", torch.zeros(3000))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.counts += 1
         y = self.back(self.wide(self.norm(self.head(x)))) * self.scalar + self.frozen(x)
-        return y + self.sixteen.float().mean() + self.strided.mean()
+        return y + self.sixteen.float().mean() + self.strided.mean() + self.turned.abs().mean()
 
 
 @pytest.mark.usefixtures("latest")
 def test_everything_a_model_may_hold() -> None:
-    """Tied, frozen, unused, parametrized, empty, scalar, strided, of many dtypes; buffers; averaged weights."""
+    """Tied, frozen, unused, parametrized, empty, scalar, strided, conjugated, of many dtypes; buffers; averages."""
     model = Odd()
     optim = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))

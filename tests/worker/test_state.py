@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
 import os
 import random
@@ -16,20 +18,23 @@ from resilient_train.errors import StateMismatch, UnsupportedState
 from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import ImageWriter
-from resilient_train.spec.shard import plan_image
+from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.worker.fill import fill
 from resilient_train.worker.state import State
 
 
-def saved(state: State, rank: int = 0, world: int = 1) -> ImageReader:
-    """An image of the state, as bytes in memory."""
+def saved(
+    state: State, rank: int = 0, world: int = 1, placed: Callable[[Entry], Entry] = lambda entry: entry
+) -> ImageReader:
+    """An image of the state, as bytes in memory; ``placed`` says which part of the whole an entry is."""
     frame = state.capture(rank)
-    layout = plan_image([part.entry for part in frame.parts], len(frame.document) + 10)
+    frame_parts = [dataclasses.replace(part, entry=placed(part.entry)) for part in frame.parts]
+    layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
-    by_name = {part.entry.name: part for part in frame.parts}
+    by_name = {part.entry.name: part for part in frame_parts}
     parts = [by_name[entry.name] for entry in layout.entries]
     writer = ImageWriter(layout, parts, rank, world)
     assert writer.begin(slot, Key(1, 1), parts, frame.document)
@@ -123,12 +128,39 @@ def test_float32_state_of_bfloat16_parameters_keeps_its_dtype() -> None:
         assert torch.equal(restored, optim.state[p]["momentum_buffer"])
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_tensor_of_any_dtype_and_order_is_filled_from_several_images(turned: bool) -> None:
+    """What each image holds of it is put beside what the others hold."""
+
+    def net(value: torch.Tensor) -> nn.Module:
+        held = nn.Module()
+        held.w = nn.Parameter(value)
+        return held
+
+    def half(rank: int) -> Callable[[Entry], Entry]:
+        def moved(entry: Entry) -> Entry:
+            if entry.name != "net/w":
+                return entry
+            return dataclasses.replace(entry, global_shape=(48, 6, 8), offset=(24 * rank, 0, 0))
+
+        return moved
+
+    value = torch.randn(48, 6, dtype=torch.complex64)
+    halves = [value[:24].t().contiguous().t(), value[24:].clone()]
+    images = [saved(State(net=net(part)), rank, 2, half(rank)) for rank, part in enumerate(halves)]
+    target = net(torch.zeros(6, 48, dtype=value.dtype).t() if turned else torch.zeros(48, 6, dtype=value.dtype))
+    fill(State(net=target), images, 0, 1)
+    assert torch.equal(target.w, value)
+
+
 def test_schedulers_and_things_of_ones_own() -> None:
     """Anything with a state_dict of tensors and JSON values."""
 
     class Counter:
         def __init__(self) -> None:
             self.state = {"n": 0, "ema": torch.zeros(3, dtype=torch.complex128), "pair": (1, 2), 5: [None, "x"]}
+            self.state |= {"own": {"$tensor": "mine"}, "$tensor": {"$tuple": 1}, "count": collections.Counter("aab")}
+            self.state["order"] = collections.OrderedDict(b=torch.ones(2), a=1)
 
         def state_dict(self) -> dict:
             return self.state
@@ -154,7 +186,22 @@ def test_schedulers_and_things_of_ones_own() -> None:
     assert schedule2.state_dict() == schedule.state_dict()
     assert optim2.param_groups[0]["lr"] == optim.param_groups[0]["lr"]
     assert torch.equal(counter2.state.pop("ema"), counter.state.pop("ema"))
+    orders = counter2.state.pop("order"), counter.state.pop("order")
+    assert torch.equal(orders[0].pop("b"), orders[1].pop("b"))
+    assert orders[0] == orders[1]
+    assert isinstance(orders[0], collections.OrderedDict)
+    assert isinstance(counter2.state["count"], collections.Counter)
     assert counter2.state == counter.state
+
+
+def test_a_scheduler_goes_on_with_what_it_counts() -> None:
+    """MultiStepLR asks its milestones for what only a Counter answers."""
+    optims = [torch.optim.SGD(model(0).parameters(), lr=0.1) for _ in range(2)]
+    one, two = (torch.optim.lr_scheduler.MultiStepLR(optim, [2, 4]) for optim in optims)
+    fill(State(schedule=two), [saved(State(schedule=one))], 0, 1)
+    optims[1].step()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        two.step(5)
 
 
 def test_names_do_not_depend_on_wrappers() -> None:
