@@ -36,6 +36,8 @@ NETWORK_READS = 16
 """Requests that a rank has on their way to a server while it restores."""
 MOST_RESTORE_THREADS = 8
 """Threads of a rank beyond which memory, and no processor, is what limits."""
+_PAGE = 1 << 15
+"""Bytes in which what rank 0 has to say fits: an escaped URL, which no system takes longer than 4 KiB."""
 _writable: set[str] = set()
 """Locations that have been checked."""
 
@@ -451,7 +453,7 @@ class Checkpointer:
             try:
                 return self._exchange(self._chosen(past, damaged))
             except ResilientError as error:
-                self._exchange({"error": str(error)})
+                self._exchange({"error": str(error)[: _PAGE // 16]})
                 raise
         choice = self._exchange(None)
         if "error" in choice:
@@ -485,13 +487,10 @@ class Checkpointer:
             return value
         # Not through the store, which launchers keep from one attempt to the next with all that was said in it.
         device = self._host.device
-        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-        length = torch.tensor([len(text)], dtype=torch.int64, device=device)
-        dist.broadcast(length, 0)
-        if value is None:
-            text = torch.empty(int(length), dtype=torch.uint8, device=device)
-        dist.broadcast(text, 0)
-        received: dict[str, Any] = json.loads(bytes(text.tolist()))
+        text = json.dumps(value).encode() if value is not None else b""
+        page = torch.frombuffer(bytearray(text.ljust(_PAGE)), dtype=torch.uint8).to(device)
+        dist.broadcast(page, 0)
+        received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
     def _try(self, place: str, key: Key) -> ResilientError | None:
