@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -95,7 +96,7 @@ class Checkpointer:
     def __init__(
         self,
         state: State,
-        url: str | None = None,
+        url: str | os.PathLike[str] | None = None,
         *,
         world: World | None = None,
         snapshot_every: int = 1,
@@ -113,8 +114,10 @@ class Checkpointer:
             isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool) and 0 < bandwidth < float("inf")
         ):
             raise ConfigError(f"bandwidth must be a number of bytes per second, it is {bandwidth!r}")
-        if url is not None and (not isinstance(url, str) or not url):
-            raise ConfigError(f"url must be a path or a URL, it is {url!r}")
+        if isinstance(url, os.PathLike):
+            url = os.fspath(url)
+        if url is not None and (not isinstance(url, str) or not url or re.match(r"[a-z0-9]{2,}:/[^/]", url)):
+            raise ConfigError(f"url must be a path or a URL such as s3://bucket/run, it is {url!r}")
         if world is not None and not isinstance(world, World):
             raise ConfigError(f"world must be the World that the elastic function got, it is {world!r}")
         try:
@@ -288,6 +291,7 @@ class Checkpointer:
         Raises:
             StorageError: if it cannot be made durable, or not within ``timeout`` seconds.
         """
+        self._check_open()
         self._finish()
         deadline = time.monotonic() + timeout
         while True:
@@ -385,7 +389,8 @@ class Checkpointer:
             if item.error:
                 self._failed = max(self._failed or (key, ""), (key, item.error))
                 if self._rank == 0 and self._host.keeper.started_here:  # An agent says it itself.
-                    logger.warning("%s is not durable: %s", key, item.error)
+                    newer = self._handed_over is not None and key < self._handed_over
+                    logger.log(logging.INFO if newer else logging.WARNING, "%s is not durable: %s", key, item.error)
 
     # ---- restoring --------------------------------------------------------------------------------------------------
 
