@@ -101,7 +101,7 @@ def floor(runs: int) -> list[tuple[float, float, float]]:
     for _ in range(runs):
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(HERE / "scripts" / "floor.py")]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=env).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=env).stdout
         seen, formed, stepped = map(float, output.split()[-3:])
         found.append((seen, formed, stepped))
     return found
@@ -109,6 +109,8 @@ def floor(runs: int) -> list[tuple[float, float, float]]:
 
 def row(name: str, times: Sequence[float], base: float) -> str:
     """A line of the table: median, spread, ratio to ours."""
+    if not times:
+        return f"{name:<46}not measured"
     middle = statistics.median(times)
     return f"{name:<46}{middle:8.3f}   {min(times):7.3f} .. {max(times):6.3f}   n={len(times):<3}{middle / base:6.1f}x"
 
@@ -125,7 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=9, help="of ours")
     parser.add_argument(
-        "--peer-kills", type=int, default=7, help="of torchrun's and of each peer's, and runs of the floor"
+        "--peer-kills",
+        type=int,
+        default=7,
+        help="of torchrun's and of each peer's, and runs of the floor; 0: ours alone",
     )
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, gloo")
@@ -135,8 +140,8 @@ def main() -> None:
         mine, found, kills, usual = ours(args.kills, folder)
         base = statistics.median(mine)
         bottom = floor(args.peer_kills)
-        theirs = torchrun(args.peer_kills, folder)
-        others = peers.measure(args.peer_kills, folder)
+        theirs = torchrun(args.peer_kills, folder) if args.peer_kills else []
+        others = peers.measure(args.peer_kills, folder) if args.peer_kills else []
     print(f"{'kill to first finished step of all, seconds':<46}{'median':>8}   {'min .. max':>17}")
     print(row("resilient_train, 3 survivors, state resharded", mine, base))
     print(row("torchrun, all 4 processes restarted", theirs, base))
@@ -144,16 +149,18 @@ def main() -> None:
         print(peer_row(outcome, base))
     print(row("plain torch calls alone, nothing restored", [stepped for _, _, stepped in bottom], base))
     print(f"\na usual step on 4 ranks takes {usual:.3f} s")
-    print(f"ours above the floor: {base - statistics.median(s for _, _, s in bottom):.3f} s")
-    print(f"torchrun / ours: {statistics.median(theirs) / base:.1f}x")
+    if args.peer_kills:
+        print(f"ours above the floor: {base - statistics.median(s for _, _, s in bottom):.3f} s")
+        print(f"torchrun / ours: {statistics.median(theirs) / base:.1f}x")
     print("\nwhere ours goes, ms after the kill (medians of the last rank):")
     losses = [incident for incident in found if incident.reason.startswith("lost")]
     for stage in STAGES:
         values = [1000 * (i.stages[stage] - at) for i, at in zip(losses, kills, strict=False) if stage in i.stages]
         if values:
             print(f"  {stage.replace('_', ' '):<12}{statistics.median(values):7.0f}")
-    parts = [statistics.median(column) * 1000 for column in zip(*bottom, strict=True)]
-    print("where the floor goes: seen {:.0f}, formed {:.0f}, stepped {:.0f}".format(*parts))
+    if bottom:
+        parts = [statistics.median(column) * 1000 for column in zip(*bottom, strict=True)]
+        print("where the floor goes: seen {:.0f}, formed {:.0f}, stepped {:.0f}".format(*parts))
 
 
 if __name__ == "__main__":

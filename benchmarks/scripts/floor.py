@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
+from resilient_train import config
 from resilient_train.worker.process_group import ProcessGroups
 
 sys.argv = [sys.argv[0], "/tmp", "0"]
@@ -57,6 +58,7 @@ def worker(rank: int, port: int, queue, barrier, killed) -> None:
 
 
 def main() -> None:
+    config.prepare_launcher()  # As rtrun does: it is about recovery, not about name servers.
     store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
     context = mp.get_context("spawn")
     # One event each: a shared one would wait for the dead process to hear it.

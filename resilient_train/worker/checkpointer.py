@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -36,6 +37,8 @@ NETWORK_READS = 16
 """Requests that a rank has on their way to a server while it restores."""
 MOST_RESTORE_THREADS = 8
 """Threads of a rank beyond which memory, and no processor, is what limits."""
+_PAGE = 1 << 15
+"""Bytes in which what rank 0 has to say fits: an escaped URL, which no system takes longer than 4 KiB."""
 _writable: set[str] = set()
 """Locations that have been checked."""
 
@@ -93,7 +96,7 @@ class Checkpointer:
     def __init__(
         self,
         state: State,
-        url: str | None = None,
+        url: str | os.PathLike[str] | None = None,
         *,
         world: World | None = None,
         snapshot_every: int = 1,
@@ -111,8 +114,10 @@ class Checkpointer:
             isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool) and 0 < bandwidth < float("inf")
         ):
             raise ConfigError(f"bandwidth must be a number of bytes per second, it is {bandwidth!r}")
-        if url is not None and (not isinstance(url, str) or not url):
-            raise ConfigError(f"url must be a path or a URL, it is {url!r}")
+        if isinstance(url, os.PathLike):
+            url = os.fspath(url)
+        if url is not None and (not isinstance(url, str) or not url or re.match(r"[a-z0-9]{2,}:/[^/]", url)):
+            raise ConfigError(f"url must be a path or a URL such as s3://bucket/run, it is {url!r}")
         if world is not None and not isinstance(world, World):
             raise ConfigError(f"world must be the World that the elastic function got, it is {world!r}")
         try:
@@ -289,6 +294,7 @@ class Checkpointer:
         Raises:
             StorageError: if it cannot be made durable, or not within ``timeout`` seconds.
         """
+        self._check_open()
         self._finish()
         deadline = time.monotonic() + timeout
         with self._host.long_operation("waiting for storage"):
@@ -387,7 +393,8 @@ class Checkpointer:
             if item.error:
                 self._failed = max(self._failed or (key, ""), (key, item.error))
                 if self._rank == 0 and self._host.keeper.started_here:  # An agent says it itself.
-                    logger.warning("%s is not durable: %s", key, item.error)
+                    newer = self._handed_over is not None and key < self._handed_over
+                    logger.log(logging.INFO if newer else logging.WARNING, "%s is not durable: %s", key, item.error)
 
     # ---- restoring --------------------------------------------------------------------------------------------------
 
@@ -459,7 +466,7 @@ class Checkpointer:
             try:
                 return self._exchange(self._chosen(past, damaged))
             except ResilientError as error:
-                self._exchange({"error": str(error)})
+                self._exchange({"error": str(error)[: _PAGE // 16]})
                 raise
         choice = self._exchange(None)
         if "error" in choice:
@@ -493,13 +500,10 @@ class Checkpointer:
             return value
         # Not through the store, which launchers keep from one attempt to the next with all that was said in it.
         device = self._host.device
-        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-        length = torch.tensor([len(text)], dtype=torch.int64, device=device)
-        dist.broadcast(length, 0)
-        if value is None:
-            text = torch.empty(int(length), dtype=torch.uint8, device=device)
-        dist.broadcast(text, 0)
-        received: dict[str, Any] = json.loads(bytes(text.tolist()))
+        text = json.dumps(value).encode() if value is not None else b""
+        page = torch.frombuffer(bytearray(text.ljust(_PAGE)), dtype=torch.uint8).to(device)
+        dist.broadcast(page, 0)
+        received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
     def _try(self, place: str, key: Key) -> ResilientError | None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from resilient_train import config
-from resilient_train.errors import ConfigError
+from resilient_train.errors import ConfigError, ExitCode
 from resilient_train.image.arena import Board
 from resilient_train.spec.world import Restore, node_of, slot_of
 from resilient_train.worker import session as sessions
@@ -210,6 +210,21 @@ def _in_child() -> None:
 os.register_at_fork(after_in_child=_in_child)
 
 
+_unsaved = False
+
+
+def _end_unsaved() -> None:
+    """Registered when this module is imported, so that whatever the script registers has its turn first."""
+    if _unsaved:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ExitCode.NOT_DURABLE)
+
+
+atexit.register(_end_unsaved)
+
+
 def _take_leave() -> None:
     """At the end of the process. After an error the keeper is left waiting: a launcher may restart the ranks."""
     if _host is None:
@@ -219,6 +234,8 @@ def _take_leave() -> None:
     if not hasattr(sys, "last_value"):
         unsaved = _host.close()
         if unsaved:
+            global _unsaved
+            _unsaved = True
             logger.error("%s", unsaved)
 
 

@@ -231,3 +231,4 @@ class KeeperLink:
             pass
         self._channel.close()
         self._channel = None
+        self.board.close()

@@ -34,10 +34,12 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tupl
         if tuple(local.shape) != box.shape:
             raise UnsupportedState(f"{name}: torch holds {tuple(local.shape)} here, its placements say {box.shape}")
         return local, box, shape
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+    if type(tensor) not in _PLAIN or tensor.is_nested or tensor.layout is not torch.strided:
         raise UnsupportedState(
             f"{name} is a {type(tensor).__name__} with layout {tensor.layout}, which a checkpoint cannot hold"
         )
+    if tensor.is_quantized or tensor.is_meta:
+        raise UnsupportedState(f"{name} has {'no elements' if tensor.is_meta else 'quantized elements'}")
     return tensor.detach(), Box.whole(tensor.shape), tuple(tensor.shape)
 
 

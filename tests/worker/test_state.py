@@ -281,6 +281,13 @@ def test_what_cannot_be_saved_is_named() -> None:
     net.register_buffer("table", torch.eye(3).to_sparse())
     with pytest.raises(UnsupportedState, match="model/table"):
         State(model=net).capture(0)
+    held = nn.Module()
+    with pytest.warns(UserWarning, match="deprecated"):
+        quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    for odd in (torch.empty(2, device="meta"), quantized):
+        held.register_buffer("odd", odd)
+        with pytest.raises(UnsupportedState, match="held/odd"):
+            State(held=held).capture(0)
     with pytest.raises(UnsupportedState, match="x is a int"):
         State(x=3)
 
