@@ -302,7 +302,12 @@ class Agent:
         if self._unsaid is not None:
             self._announce()
         else:
-            self._store.ask(lambda store: store.beat())
+            self._store.ask(lambda store: store.beat(), lambda _: self._store_heard())
+
+    def _store_heard(self) -> None:
+        """After an outage in which nothing has changed no news come by themselves."""
+        if not self._store_answers:
+            self._store.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: News) -> None:
         if not self._store_answers:

@@ -285,3 +285,17 @@ def test_nodes_beyond_the_most_stand_by_and_take_a_lost_ones_place() -> None:
     bench.sees(spare, lost={"n1": "its agent is gone"})
     bench.run_for(0.1)
     assert {node_of(member) for member in bench.record.members} == {"n0", "n2"}
+
+
+def test_nobody_is_late_while_the_store_is_silent() -> None:
+    """What others could not announce is no fault of their workers; the time begins when the store answers again."""
+    bench = training(0, 1)
+    bench.feed(m.RecordSeen(world(0, 1, revision=2, generation=2)))
+    bench.feed(m.WorkerSaid("n0/0.0", Acknowledge(generation=2, at=bench.now)))
+    bench.feed(m.StoreSilent("no answer", lasting=True))
+    bench.run_for(60)
+    bench.feed(m.RecordSeen(bench.record))
+    bench.run_for(bench.state.view.timing.acknowledge - 1)
+    assert bench.record.generation == 2
+    bench.run_for(2)
+    assert bench.record.members == ("n0/0.0",)
