@@ -101,7 +101,12 @@ class Cluster:
         if self._unsaid is not None:
             self.announce(self._info)
         else:
-            self._line.ask(lambda store: store.beat())
+            self._line.ask(lambda store: store.beat(), lambda _: self._alive())
+
+    def _alive(self) -> None:
+        """After an outage in which nothing has changed no news come by themselves."""
+        if not self._answers:
+            self._line.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: News) -> None:
         if not self._answers:

@@ -11,6 +11,9 @@ from resilient_train.spec.messages import Peers
 from resilient_train.spec.peers import Orders, Report, key_or_none
 from resilient_train.storage.wire import Wire
 
+_WORTH_A_WORD = 6
+"""States given up in a row; ranks that hear of one too late, or miss a snapshot, are no news."""
+
 
 class Conductor:
     """Runs `plan.replication` while this keeper is the first of the job; from any thread."""
@@ -26,7 +29,7 @@ class Conductor:
         self._state: replication.State | None = None
         self._wires: dict[str, Wire] = {}
         self._told: dict[str, Orders] = {}
-        self._said = ""
+        self._said = False
 
     def lead(self, peers: Peers) -> None:
         """The keepers or the world have changed; go on from here if they are led from here."""
@@ -83,10 +86,9 @@ class Conductor:
     def _tell(self) -> None:
         state = self._state
         assert state is not None
-        if state.reason != self._said:
-            self._said = state.reason
-            if state.reason:
-                self._say(state.reason)
+        if state.failures >= _WORTH_A_WORD and not self._said:
+            self._say(f"{state.failures} states in a row were not copied to other nodes; the last: {state.reason}")
+        self._said = state.failures >= _WORTH_A_WORD
         orders = Orders(
             generation=state.generation,
             pending=list(state.pending) if state.pending else None,

@@ -69,6 +69,8 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
             with closing(TcpControlStore("127.0.0.1", server.port, launch.run_id)) as alone:
                 yield Place(store=alone, order=0, host=launch.local_addr or host, port=number, secret="")
             return
+        if not number and args.rdzv_backend == "static" and not args.rdzv_endpoint:
+            number = int(args.master_port)
         if not number:
             raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
         server = _serve_if_mine(args, host, number)

@@ -241,6 +241,8 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         launch, entrypoint, worker_args = torchrun.config_from_args(args)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise ConfigError(str(error)) from error
+    if args.standby and getattr(launch, "virtual_local_rank", False):
+        raise ConfigError("--standby needs workers that see every device: it does not go with --virtual-local-rank")
     if launch.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node must be at least 1, it is {args.nproc_per_node!r}")
     if callable(entrypoint):

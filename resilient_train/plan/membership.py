@@ -176,6 +176,7 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _nodes_seen(state, event)
         case StoreSilent():
             begun = state.silent_since
+            state = replace(state, view=replace(state.view, silent=True))
             return replace(state, swapping=False, silence=event, silent_since=now if begun is None else begun)
         case KeeperServes(endpoint):
             return _with_info(state, keeper=endpoint)
@@ -215,8 +216,7 @@ def _is_mine(state: State, member: str) -> bool:
 
 
 def _nodes_seen(state: State, event: NodesSeen) -> State:
-    known = {node.node: node for node in event.nodes if node.node != state.view.me}
-    nodes = {**known, state.view.me: state.info}
+    nodes = {**{node.node: node for node in event.nodes}, state.view.me: state.info}
     view = replace(state.view, nodes=nodes, lost=state.view.all_lost(event.lost), doubted=event.doubted)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
@@ -233,7 +233,8 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
-    state = replace(state, looked=True, swapping=False, silence=None, silent_since=None)
+    view = replace(state.view, silent=False) if state.view.silent else state.view
+    state = replace(state, view=view, looked=True, swapping=False, silence=None, silent_since=None)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)

@@ -329,7 +329,7 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     waited_for = ready if record.boundary is None else {m for m in ready if alive[m].formed}
     # Who has not entered the elastic function yet is still starting up, which takes as long as it takes.
     late = [m for m in record.members if m not in ready and alive[m].elastic]
-    if not waited_for or not late:
+    if not waited_for or not late or view.silent:
         return None
     if not waits.over(f"late in {record.generation}", view.timing.acknowledge):
         return None

@@ -91,6 +91,8 @@ class View:
     """When each standing reason was first seen."""
     before: tuple[str, ...] = ()
     """The members of the generation before, if this node saw it."""
+    silent: bool = False
+    """The store does not answer, so nothing new is known of others' workers."""
     margin: int = 2
     """How many steps ahead a boundary is planned; doubled when somebody declines."""
     hang: tuple[int, str] = (0, "")

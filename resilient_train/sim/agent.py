@@ -358,10 +358,14 @@ class Agent:
                 self._announce()
                 return
             order = self.state.info.order
-            self._store.ask(lambda store: store.beat(order, self._server.now()))
+            self._store.ask(lambda store: store.beat(order, self._server.now()), lambda _: self._store_heard())
             self._server.traffic.beats += 1
 
         self._every(self._beat_every, beat)
+
+    def _store_heard(self) -> None:
+        if self.state.view.silent:
+            self._store.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: Snapshot) -> None:
         self.feed(ev.RecordSeen(news.record))

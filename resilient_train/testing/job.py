@@ -168,6 +168,18 @@ class Job:
         self._reader.join(5.0)
         return code
 
+    def has_child_with(self, text: str) -> bool:
+        """Whether the agent has a child with ``text`` in its command."""
+        return any(_parent(pid) == self.pid and text in _command(pid) for pid in self._processes())
+
+    def kill_all(self) -> None:
+        """SIGKILL every process of the job."""
+        for pid in [self.pid, *self._processes()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
     def signal_process(self, pid: int, number: signal.Signals) -> None:
         """Send a signal to one of the job's processes."""
         os.kill(pid, number)

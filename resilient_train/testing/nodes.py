@@ -35,6 +35,7 @@ class Nodes:
         meet: flags that say where the nodes meet; by default the first of them serves the record.
         env: further environment variables.
         network: gives each node a network of its own.
+        wait: wait for the first node before the others start, as is needed where it is the one that serves.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Nodes:
         meet: Sequence[str] | None = None,
         env: Mapping[str, str] | None = None,
         network: Network | None = None,
+        wait: bool = True,
     ) -> None:
         self._script = script
         self._args = args
         endpoint = f"{network.address(0)}:29400" if network is not None else f"127.0.0.1:{free_port()}"
         self._meet = meet or ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         self._network = network
+        self._wait = wait
         self._flags = flags
         self._folder = folder
         self._env = env if network is None else {"GLOO_SOCKET_IFNAME": "eth0", **(env or {})}
@@ -65,7 +68,7 @@ class Nodes:
 
     def start(self) -> Job:
         """Start one more node."""
-        if len(self.jobs) == 1:
+        if len(self.jobs) == 1 and self._wait:
             # The first is the one that serves.
             self.jobs[0].wait_for(lambda: self.jobs[0].keepers(), 60, "the first node's start")
         job = Job(

@@ -35,6 +35,8 @@ LAST_SLOT_TIMEOUT = 600.0
 """Seconds to wait for a free slot where a state must be saved: at the end, and before a planned change."""
 NETWORK_READS = 16
 """Requests that a rank has on their way to a server while it restores."""
+NEAR = 20
+"""Steps that a state in memory may be behind the last finished one before storage is asked for something newer."""
 MOST_RESTORE_THREADS = 8
 """Threads of a rank beyond which memory, and no processor, is what limits."""
 _PAGE = 1 << 15
@@ -479,8 +481,9 @@ class Checkpointer:
             keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
             if keys and (key is None or keys[0] > key):
                 place, key = source.name, keys[0]
-            if key is not None and self._restores:
-                # Within a job, memory is never behind storage: what is durable was in memory before.
+            if key is not None and self._restores and key.step >= self._host.finished_steps() - NEAR:
+                # Within a job, what is durable was in memory before; and of lost nodes' memory copies are kept, which
+                # are hardly older, if there is room for them.
                 break
         return {"place": place, "key": key, "lineage": self._next_lineage(key)}
 

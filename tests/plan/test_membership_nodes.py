@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, View
+from resilient_train.plan.view import Limits, View
 from resilient_train.spec.messages import Acknowledge, Boundaries, Hello, Promise, Stage
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
 from resilient_train.spec.world import Phase, Planned, WorldRecord, member_id, node_of
@@ -42,38 +43,38 @@ class Bench:
         self.now = 100.0
         info = node(order)
         self.state = m.State(view=View(me=info.node, limits=limits, nodes={info.node: info}))
-        self.effects: list[m.Effect] = []
+        self.effects: list[ev.Effect] = []
         self.wakes: list[float] = []
 
-    def feed(self, event: m.Event) -> None:
+    def feed(self, event: ev.Event) -> None:
         self.state, effects = m.step(self.state, event, self.now)
         for effect in effects:
             self.effects.append(effect)
-            if isinstance(effect, m.Swap):
-                self.feed(m.RecordSeen(effect.record))
-            elif isinstance(effect, m.Spawn):
-                self.feed(m.WorkerSpawned(effect.member))
-            elif isinstance(effect, m.Wake):
+            if isinstance(effect, ev.Swap):
+                self.feed(ev.RecordSeen(effect.record))
+            elif isinstance(effect, ev.Spawn):
+                self.feed(ev.WorkerSpawned(effect.member))
+            elif isinstance(effect, ev.Wake):
                 self.wakes.append(effect.at)
 
     def sees(self, *nodes: NodeInfo, lost: dict[str, str] | None = None, doubted: bool = False) -> None:
-        self.feed(m.NodesSeen(nodes=nodes, lost=lost or {}, doubted=doubted))
+        self.feed(ev.NodesSeen(nodes=nodes, lost=lost or {}, doubted=doubted))
 
     def run_for(self, seconds: float) -> None:
         end = self.now + seconds
         while due := [at for at in self.wakes if at <= end]:
             self.now = max(self.now, min(due))
             self.wakes = [at for at in self.wakes if at > self.now]
-            self.feed(m.Tick())
+            self.feed(ev.Tick())
         self.now = end
 
     def train(self, member: str) -> None:
         """A local worker says all that it says until it steps."""
         generation = self.record.generation
-        self.feed(m.WorkerSaid(member, Hello(member=member)))
-        self.feed(m.WorkerSaid(member, Acknowledge(generation=generation, at=self.now)))
-        self.feed(m.WorkerSaid(member, Stage(generation=generation, stage="formed", at=self.now)))
-        self.feed(m.WorkerSaid(member, Boundaries(generation=generation)))
+        self.feed(ev.WorkerSaid(member, Hello(member=member)))
+        self.feed(ev.WorkerSaid(member, Acknowledge(generation=generation, at=self.now)))
+        self.feed(ev.WorkerSaid(member, Stage(generation=generation, stage="formed", at=self.now)))
+        self.feed(ev.WorkerSaid(member, Boundaries(generation=generation)))
 
     def taken(self, kind: type) -> list:
         found = [effect for effect in self.effects if isinstance(effect, kind)]
@@ -90,7 +91,7 @@ def training(order: int, *others: int, limits: Limits = LIMITS) -> Bench:
     """A node that trains with others."""
     bench = Bench(order, limits)
     bench.sees(*(node(other, worker(f"n{other}/0.0")) for other in others))
-    bench.feed(m.RecordSeen(world(*sorted((order, *others)))))
+    bench.feed(ev.RecordSeen(world(*sorted((order, *others)))))
     bench.train(f"n{order}/0.0")
     bench.effects.clear()
     return bench
@@ -101,8 +102,8 @@ def test_nothing_is_proposed_before_the_record_was_read() -> None:
     bench = Bench(0)
     bench.sees()
     bench.run_for(60)
-    assert bench.taken(m.Swap) == []
-    bench.feed(m.RecordSeen(None))
+    assert bench.taken(ev.Swap) == []
+    bench.feed(ev.RecordSeen(None))
     bench.run_for(60)
     assert bench.record.members == ("n0/0.0",)
 
@@ -112,12 +113,12 @@ def test_the_first_node_proposes_the_first_world_after_the_last_call() -> None:
     first, second = Bench(0), Bench(1)
     for bench, other in ((first, 1), (second, 0)):
         bench.sees(node(other))
-        bench.feed(m.RecordSeen(None))
+        bench.feed(ev.RecordSeen(None))
         bench.run_for(LIMITS.last_call - 0.1)
-        assert bench.taken(m.Swap) == []
+        assert bench.taken(ev.Swap) == []
         bench.run_for(0.2)
     assert first.record.members == ("n0/0.0", "n1/0.0")
-    assert second.taken(m.Swap) == []
+    assert second.taken(ev.Swap) == []
 
 
 def test_a_lost_node_is_left_out_by_the_lowest_survivor_first() -> None:
@@ -138,7 +139,7 @@ def test_a_lost_node_is_left_out_by_the_lowest_survivor_first() -> None:
 def test_a_node_that_was_never_seen_is_not_lost_at_once() -> None:
     """The store may have let everybody's announcement expire just before this node came."""
     bench = Bench(2)
-    bench.feed(m.RecordSeen(world(0, 1, elastic=True)))
+    bench.feed(ev.RecordSeen(world(0, 1, elastic=True)))
     bench.run_for(1)
     assert bench.record.generation == 1
     bench.sees(node(0, worker("n0/0.0")), node(1, worker("n1/0.0")))
@@ -149,9 +150,9 @@ def test_a_node_that_was_never_seen_is_not_lost_at_once() -> None:
 def test_a_job_that_all_have_left_is_taken_over() -> None:
     """Nobody whom the record names is ever seen: the newcomer goes on, as soon as its worker is warm."""
     bench = Bench(2)
-    bench.feed(m.RecordSeen(world(0, 1, elastic=True)))
-    assert [effect.member for effect in bench.taken(m.Spawn)] == ["n2/0.0"]
-    bench.feed(m.WorkerSaid("n2/0.0", Hello(member="n2/0.0")))
+    bench.feed(ev.RecordSeen(world(0, 1, elastic=True)))
+    assert [effect.member for effect in bench.taken(ev.Spawn)] == ["n2/0.0"]
+    bench.feed(ev.WorkerSaid("n2/0.0", Hello(member="n2/0.0")))
     bench.run_for(30)
     assert bench.record.members == ("n2/0.0",)
 
@@ -178,7 +179,7 @@ def test_a_node_lost_before_anybody_said_hello_uses_up_no_restart() -> None:
     """The group restarts on those that are left; what a script does itself still counts."""
     bench = Bench(1)
     bench.sees(node(0, WorkerInfo(member="n0/0.0")), node(2, WorkerInfo(member="n2/0.0")))
-    bench.feed(m.RecordSeen(world(0, 1, 2)))
+    bench.feed(ev.RecordSeen(world(0, 1, 2)))
     bench.sees(node(2, WorkerInfo(member="n2/0.0")), lost={"n0": "its agent is gone"})
     bench.run_for(0.1)
     assert bench.record.members == ("n1/0.1", "n2/0.1")
@@ -194,7 +195,7 @@ def test_too_few_nodes_before_anybody_said_hello_are_waited_for() -> None:
     """For a bounded time; then the job ends with a code that says that trying again may help."""
     bench = Bench(1, replace(LIMITS, min_nodes=2))
     bench.sees(node(0, WorkerInfo(member="n0/0.0")))
-    bench.feed(m.RecordSeen(world(0, 1)))
+    bench.feed(ev.RecordSeen(world(0, 1)))
     bench.sees(lost={"n0": "its agent is gone"})
     bench.run_for(LIMITS.patience - 1)
     assert bench.record.phase is Phase.RUNNING
@@ -208,7 +209,7 @@ def test_below_min_the_survivors_are_parked_and_begin_again() -> None:
     bench.sees(lost={"n0": "its agent is gone"})
     bench.run_for(0.1)
     assert (bench.record.generation, bench.record.members) == (2, ())
-    bench.feed(m.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
+    bench.feed(ev.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
     bench.sees(node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True)))
     bench.run_for(0.1)
     assert bench.record.members == ("n1/0.0", "n2/0.0")
@@ -219,7 +220,7 @@ def test_who_is_doubted_proposes_nothing() -> None:
     bench = training(1, 0)
     bench.sees(lost={"n0": "other nodes cannot reach it"}, doubted=True)
     bench.run_for(60)
-    assert bench.taken(m.Swap) == []
+    assert bench.taken(ev.Swap) == []
 
 
 def test_who_comes_back_stays_reachable_for_a_while_before_it_is_taken_in() -> None:
@@ -228,7 +229,7 @@ def test_who_comes_back_stays_reachable_for_a_while_before_it_is_taken_in() -> N
     bench.sees(lost={"n1": "nothing was heard from it"})
     bench.run_for(0.1)
     bench.train("n0/0.0")
-    bench.feed(m.Progress(2, 7))
+    bench.feed(ev.Progress(2, 7))
     bench.sees(node(1, WorkerInfo(member="n1/0.0", elastic=True, idle=True)))
     bench.run_for(1.9)
     assert bench.record.planned is None
@@ -241,21 +242,21 @@ def test_who_comes_back_stays_reachable_for_a_while_before_it_is_taken_in() -> N
 def test_a_leaving_nodes_workers_go_on_up_to_their_boundary(boundary: int | None) -> None:
     """Ended before it, they would cost the others the steps up to it; where there is none, they end at once."""
     bench = training(1, 0)
-    bench.feed(m.LeaveAsked("drained"))
-    bench.feed(m.RecordSeen(world(0, revision=5, generation=2, boundary=boundary)))
-    assert [stop.member for stop in bench.taken(m.Stop)] == ([] if boundary else ["n1/0.0"])
+    bench.feed(ev.LeaveAsked("drained"))
+    bench.feed(ev.RecordSeen(world(0, revision=5, generation=2, boundary=boundary)))
+    assert [stop.member for stop in bench.taken(ev.Stop)] == ([] if boundary else ["n1/0.0"])
     if boundary:
-        bench.feed(m.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
-        assert [stop.member for stop in bench.taken(m.Stop)] == ["n1/0.0"]
+        bench.feed(ev.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
+        assert [stop.member for stop in bench.taken(ev.Stop)] == ["n1/0.0"]
 
 
 def test_a_leaving_worker_that_does_not_reach_its_boundary_is_ended() -> None:
     """Nobody waits for ever."""
     bench = training(1, 0)
-    bench.feed(m.LeaveAsked("drained"))
-    bench.feed(m.RecordSeen(world(0, revision=5, generation=2, boundary=8)))
+    bench.feed(ev.LeaveAsked("drained"))
+    bench.feed(ev.RecordSeen(world(0, revision=5, generation=2, boundary=8)))
     bench.run_for(bench.state.view.timing.acknowledge + 0.1)
-    assert [stop.member for stop in bench.taken(m.Stop)] == ["n1/0.0"]
+    assert [stop.member for stop in bench.taken(ev.Stop)] == ["n1/0.0"]
 
 
 def test_a_boundary_that_cannot_be_reached_is_given_up() -> None:
@@ -264,9 +265,9 @@ def test_a_boundary_that_cannot_be_reached_is_given_up() -> None:
     leaving = node(1, worker("n1/0.0"), leaving="drained")
     bench.sees(leaving, node(2, worker("n2/0.0")))
     planned = Planned(number=2, boundary=8, members=("n0/0.0", "n2/0.0"), reason="n1 leaves")
-    bench.feed(m.RecordSeen(world(0, 1, 2, revision=2, planned=planned)))
-    bench.feed(m.WorkerSaid("n0/0.0", Promise(number=2, accepted=True)))
-    bench.feed(m.RecordSeen(world(0, 2, revision=3, generation=2, boundary=8, reason="n1 leaves")))
+    bench.feed(ev.RecordSeen(world(0, 1, 2, revision=2, planned=planned)))
+    bench.feed(ev.WorkerSaid("n0/0.0", Promise(number=2, accepted=True)))
+    bench.feed(ev.RecordSeen(world(0, 2, revision=3, generation=2, boundary=8, reason="n1 leaves")))
     bench.run_for(60)
     assert bench.record.generation == 2
     bench.sees(node(2, worker("n2/0.0")), lost={"n1": "nothing was heard from it"})
@@ -281,7 +282,21 @@ def test_nodes_beyond_the_most_stand_by_and_take_a_lost_ones_place() -> None:
     spare = node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True))
     bench.sees(node(1, worker("n1/0.0")), spare)
     bench.run_for(60)
-    assert bench.taken(m.Swap) == []
+    assert bench.taken(ev.Swap) == []
     bench.sees(spare, lost={"n1": "its agent is gone"})
     bench.run_for(0.1)
     assert {node_of(member) for member in bench.record.members} == {"n0", "n2"}
+
+
+def test_nobody_is_late_while_the_store_is_silent() -> None:
+    """What others could not announce is no fault of their workers; the time begins when the store answers again."""
+    bench = training(0, 1)
+    bench.feed(ev.RecordSeen(world(0, 1, revision=2, generation=2)))
+    bench.feed(ev.WorkerSaid("n0/0.0", Acknowledge(generation=2, at=bench.now)))
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.run_for(60)
+    bench.feed(ev.RecordSeen(bench.record))
+    bench.run_for(bench.state.view.timing.acknowledge - 1)
+    assert bench.record.generation == 2
+    bench.run_for(2)
+    assert bench.record.members == ("n0/0.0",)
