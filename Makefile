@@ -30,8 +30,10 @@ sanitize:
 	  echo "$$kind:" && build/sanitize && build/sanitize_cuda build/libcuda_fake.so || exit 1; \
 	done
 
-# 200 kills while states are being saved; 10,000 damaged checkpoints, each restored: a few minutes each.
+# 10,000 simulated clusters (ten to twenty minutes); 200 kills while states are being saved; 10,000 damaged checkpoints,
+# each restored: a few minutes each.
 soak: $(STAMP)
+	$(PYTHON) -m resilient_train.sim --seeds 10000
 	$(PYTHON) -u tests/multiprocess/test_killed_while_saving.py 200
 	$(PYTHON) tests/storage/test_corruption.py 10000
 

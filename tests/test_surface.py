@@ -21,6 +21,26 @@ def test_public_names() -> None:
     assert all(getattr(resilient_train, name) is not None for name in names)
 
 
+def test_what_a_world_offers() -> None:
+    """What a training function reads, and the one thing that it can say."""
+    names = [name for name in dir(resilient_train.World) if not name.startswith("_")]
+    assert names == [
+        "data_rank",
+        "data_size",
+        "device",
+        "generation",
+        "local_rank",
+        "local_size",
+        "long_operation",
+        "mesh",
+        "rank",
+        "reason",
+        "size",
+    ]
+    said = str(inspect.signature(resilient_train.World.long_operation))
+    assert said == "(self, name: 'str', seconds: 'float | None' = None) -> 'AbstractContextManager[None]'"
+
+
 def test_what_users_of_dcp_import() -> None:
     """Two names."""
     assert dcp.__all__ == ["Reader", "Writer"]
@@ -38,10 +58,11 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 def test_rtrun_takes_every_flag_of_torchrun() -> None:
-    """The same options with the same defaults."""
+    """The same options with the same defaults, and a few of its own."""
     ours = {tuple(a.option_strings): a.default for a in rtrun.parser()._actions}
     theirs = {tuple(a.option_strings): a.default for a in torchrun.get_args_parser()._actions}
-    assert ours == theirs
+    own = {("--detect-within",): 5.0, ("--standby",): 0, ("--patience",): 600.0}
+    assert ours == theirs | own
 
 
 def test_help_says_what_is_different() -> None:
@@ -49,6 +70,7 @@ def test_help_says_what_is_different() -> None:
     text = rtrun.parser().format_help()
     assert "resilient_train.elastic" in text
     assert "exit codes" in text
+    assert "--detect-within" in text
 
 
 def test_rtctl_commands_and_options() -> None:
@@ -71,6 +93,9 @@ def test_rtctl_commands_and_options() -> None:
         },
         "import": {"DIR": None, "--to": None, "--step": None},
         "clean": {"URL": None, "--keep": None, "--yes": False},
+        "status": {"--job": "", "--watch": False, "--json": False},
+        "drain": {"--job": "", "NODE": None},
+        "scale": {"--job": "", "N": None},
     }
     assert "exit codes" in rtctl.parser().format_help()
 

@@ -7,40 +7,44 @@ Unix sockets, results of store calls through a pipe from the thread that makes t
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
-import os
-import queue
 import selectors
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import FrameType
 
+from resilient_train.agent.cluster import Cluster
+from resilient_train.agent.hangs import Hangs
 from resilient_train.agent.keeper_process import KeeperProcess
+from resilient_train.agent.keeping import Keeping
 from resilient_train.agent.links import Links
-from resilient_train.agent.neighbours import BEATS, Neighbours
-from resilient_train.agent.store_line import StoreLine
+from resilient_train.agent.loop import Loop
 from resilient_train.agent.timeline import Timeline, count_ranks
 from resilient_train.agent.workers import Workers
 from resilient_train.clock import Clock
-from resilient_train.control.store import ControlStore, News
+from resilient_train.control.store import ControlStore
 from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError
 from resilient_train.events import Event as LogEvent
 from resilient_train.events import Sink
 from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, Timing, View
-from resilient_train.spec.messages import Flushed, Gone, Hello, Notice, Welcome
+from resilient_train.plan.ring import peers_of
+from resilient_train.plan.view import Limits, Timing, View
+from resilient_train.spec.messages import (
+    AskStatus,
+    Gone,
+    Hello,
+    Message,
+    Status,
+    Welcome,
+    Wish,
+    Wished,
+)
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
-_KEEPER_RESTARTS = 5
-"""Keepers in a row that may die without having made a state durable or served for `_KEEPER_PROVEN` seconds."""
-_KEEPER_PROVEN = 60.0
-_FLUSH_TIMEOUT = 600.0
-_KEEPER_STOP = 30.0
 _LAST_CALLS = 2.0
 """Seconds for the store to take this node's leave."""
 _UNSENT = 0.05
@@ -64,7 +68,9 @@ class AgentConfig:
     limits: Limits
     """What the job tolerates."""
     address: str
-    """Abstract address at which workers reach it."""
+    """Abstract address at which workers and ``rtctl`` reach it."""
+    job: str = ""
+    """The job's id."""
     within: float = 5.0
     """Seconds within which the loss of a silent node is to be noticed."""
     host: str = "127.0.0.1"
@@ -97,21 +103,6 @@ class Outcome:
     """Whether some state of this job is durable."""
 
 
-@dataclass
-class _Timers:
-    heap: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
-    counter: Iterator[int] = field(default_factory=itertools.count)
-
-    def at(self, when: float, action: Callable[[], None]) -> None:
-        heapq.heappush(self.heap, (when, next(self.counter), action))
-
-    def due(self, now: float) -> list[Callable[[], None]]:
-        actions = []
-        while self.heap and self.heap[0][0] <= now:
-            actions.append(heapq.heappop(self.heap)[2])
-        return actions
-
-
 class Agent:
     """One node's part in a job."""
 
@@ -138,27 +129,20 @@ class Agent:
         """
         self._settings = settings
         self._workers = workers
-        self._keeper = keeper
         self._new_bootstrap = new_bootstrap
         self._sink = sink
         self._say = say
         self._clock = clock
+        self._loop = loop = Loop(clock)
         self._timeline = Timeline(sink, settings.node)
-        self._selector = selectors.DefaultSelector()
         self._listener = Listener(settings.address)
         self._channels: dict[str, Channel] = {}
-        self._timers = _Timers()
-        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._store = StoreLine(store, self._post, self._store_silent)
-        self._store_answers = True
         self._outcome: Outcome | None = None
         self._progress = (0, 0)
+        self._several = bool(settings.secret)
         links = None
-        if settings.secret:
-            links = Links(
-                settings.node, settings.host, settings.secret, self._selector, self._heard_node, self._refused_by_node
-            )
+        if self._several:
+            links = Links(settings.node, settings.host, settings.secret, loop.selector, self._heard, self._refused)
         info = NodeInfo(
             node=settings.node,
             order=settings.order,
@@ -171,84 +155,68 @@ class Agent:
         timing = Timing.scaled(settings.within)
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)
         self._state = m.State(view=view)
-        self._links = links
-        self._neighbours = Neighbours(info, settings.within, clock, self._timers.at, self._feed)
-        self._announcing = False
+        self._cluster = Cluster(loop, store, links, info, settings.within, say, self._feed)
+        self._keeping = Keeping(keeper, loop, sink, _Surroundings(self))
+        self._keeper = keeper
+        self._hangs = Hangs(settings.within, workers, _Surroundings(self), clock)
         self._interrupts = 0
-        self._flushed: str | None = None
-        self._saved = False
         self._waited_for_done = 0
-        self._keeper_deaths = 0
-        self._keeper_since = 0.0
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Outcome:
         """Run the job to its end on this node."""
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(self._wake_read, selectors.EVENT_READ, self._drain)
+        self._loop.selector.register(self._listener, selectors.EVENT_READ, self._accept)
         with self._signals():
-            self._start_keeper()
-            if self._links is not None:
-                self._announce()
-                self._neighbours.begin(self._links)
-                self._every(self._settings.within / BEATS, lambda: self._store.ask(lambda store: store.beat()))
-                self._store.listen(self._news)
-            else:
-                self._store.ask(lambda store: store.look().record, lambda record: self._feed(m.RecordSeen(record)))
-            self._every(1.0, self._watch_board)
+            if self._several:
+                self._keeper.serve(self._settings.host, self._settings.secret)
+            self._keeping.start()
+            self._cluster.begin()
+            self._loop.every(1.0, self._watch_board)
+            self._loop.every(self._hangs.period, self._hangs.look)
             while self._outcome is None:
                 self._once()
             return self._wind_up(self._outcome)
 
     def _once(self) -> None:
-        now = self._clock.now()
-        timeout = max(0.0, self._timers.heap[0][0] - now) if self._timers.heap else None
-        if not all(channel.push() for channel in self._channels.values()):
-            timeout = _UNSENT if timeout is None else min(timeout, _UNSENT)
-        for key, _ in self._selector.select(timeout):
-            key.data()
-        for action in self._timers.due(self._clock.now()):
-            action()
+        unsent = [channel for channel in self._channels.values() if not channel.push()]
+        self._loop.once(_UNSENT if unsent else None)
 
-    def _every(self, seconds: float, action: Callable[[], None]) -> None:
-        def again() -> None:
-            action()
-            self._timers.at(self._clock.now() + seconds, again)
+    def _heard(self, node: str) -> None:
+        self._cluster.heard(node)
 
-        again()
+    def _refused(self, node: str) -> None:
+        self._cluster.refused(node)
 
-    def _feed(self, event: m.Event) -> None:
+    def _feed(self, event: ev.Event) -> None:
         """Hand one event to the state machine and carry out what follows."""
         before = self._state.view.record
         self._state, effects = m.step(self._state, event, self._clock.now())
         record = self._state.view.record
         if record is not None and record is not before:
             self._record_changed(before, record)
+        if self._several and (peers := peers_of(self._state.view)) is not None:
+            self._keeper.follow(peers)  # Before the workers ask it for what the others hold.
         for effect in effects:
             self._carry_out(effect)
 
-    def _carry_out(self, effect: m.Effect) -> None:
+    def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
-            case m.Swap(proposed):
-                self._store.ask(lambda store: store.swap(proposed), lambda record: self._feed(m.RecordSeen(record)))
-            case m.Announce(info):
-                self._neighbours.own(info)
-                self._announce()
-            case m.Spawn(member):
+            case ev.Swap(proposed):
+                self._cluster.swap(proposed)
+            case ev.Announce(info):
+                self._cluster.announce(info)
+            case ev.Spawn(member):
                 self._spawn(member)
-            case m.Stop(member, _):
+            case ev.Stop(member, _):
                 self._stop(member)
-            case m.Tell(member, message):
-                channel = self._channels.get(member)
-                if channel is not None:
-                    with contextlib.suppress(LinkLost):
-                        channel.post(message)
-            case m.Say(text):
+            case ev.Tell(member, message):
+                self._tell(member, message)
+            case ev.Say(text):
                 self._say(text)
-            case m.Wake(at):
-                self._timers.at(at, self._tick)
-            case m.End(code, text):
+            case ev.Wake(at):
+                self._loop.at(at, self._tick)
+            case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
                 if code is ExitCode.STORE_LOST:
@@ -256,9 +224,15 @@ class Agent:
                         self._workers.signal(worker.member, signal.SIGTERM)
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)
 
+    def _tell(self, member: str, message: Message) -> None:
+        channel = self._channels.get(member)
+        if channel is not None:
+            with contextlib.suppress(LinkLost):
+                channel.post(message)
+
     def _tick(self) -> None:
         self._watch_board()
-        self._feed(m.Tick())
+        self._feed(ev.Tick())
 
     def _record_changed(self, before: WorldRecord | None, record: WorldRecord) -> None:
         now = self._clock.now()
@@ -268,7 +242,7 @@ class Agent:
                 self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
-                self._timers.at(now, lambda: self._feed(m.EndpointReady(self._new_bootstrap())))
+                self._loop.at(now, lambda: self._feed(ev.EndpointReady(self._new_bootstrap())))
         if before is not None and record.planned is not None and record.planned != before.planned:
             text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
@@ -276,49 +250,6 @@ class Agent:
             self._sink.put(LogEvent(at=now, kind=record.phase, generation=record.generation, text=record.error))
             if record.phase is Phase.FINISHED and (line := self._timeline.unsaid()):
                 self._say(line)
-
-    # ---- the store and the other nodes ------------------------------------------------------------------------------
-
-    def _announce(self) -> None:
-        """Announce this node, once for all that changes until the store is free for it."""
-        if self._links is None or self._announcing:
-            return
-        self._announcing = True
-
-        def begun(_: object) -> None:
-            self._announcing = False
-            info = self._state.info
-            self._store.ask(lambda store: store.announce(info))
-
-        self._store.ask(lambda _: None, begun)
-
-    def _news(self, news: News) -> None:
-        if not self._store_answers:
-            self._store_answers = True
-            self._say("the control store answers again")
-        self._feed(m.RecordSeen(news.record))
-        self._neighbours.announced(news.nodes)
-
-    def _heard_node(self, node: str) -> None:
-        self._neighbours.heard(node)
-
-    def _refused_by_node(self, node: str) -> None:
-        self._neighbours.refused(node)
-
-    def _store_silent(self, text: str) -> None:
-        if self._store_answers and self._outcome is None:
-            self._store_answers = False
-            self._say(f"{text}; training goes on, changes of the world wait")
-        self._feed(m.StoreSilent(text, self._store.lasting))
-
-    def _post(self, action: Callable[[], None]) -> None:
-        self._posted.put(action)
-        os.write(self._wake_write, b"x")
-
-    def _drain(self) -> None:
-        os.read(self._wake_read, 4096)
-        while not self._posted.empty():
-            self._posted.get()()
 
     # ---- workers ----------------------------------------------------------------------------------------------------
 
@@ -328,21 +259,22 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(m.StopAsked(str(error), ExitCode.USER_ERROR))
-            self._feed(m.WorkerExited(member, 1))
+            self._feed(ev.StopAsked(str(error), ExitCode.USER_ERROR))
+            self._feed(ev.WorkerExited(member, 1))
             return
-        self._selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
-        self._feed(m.WorkerSpawned(member))
+        self._loop.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
+        self._feed(ev.WorkerSpawned(member))
 
     def _exited(self, member: str, pidfd: int) -> None:
         at = self._clock.now()
-        self._selector.unregister(pidfd)
+        self._loop.selector.unregister(pidfd)
         code = self._workers.reap(member)
         record = self._state.view.record
         if record is not None and member in record.members and record.phase is Phase.RUNNING:
             how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
             rank = record.members.index(member)
-            self._timeline.detected(at, f"rank {rank} {how}", member)
+            if member in self._state.view.workers():  # Else it hangs, and that was the event.
+                self._timeline.detected(at, f"rank {rank} {how}", member)
         self._watch_board()
         channel = self._channels.get(member)
         if channel is not None:
@@ -350,18 +282,18 @@ class Agent:
             self._read(channel)
         self._hang_up(member)
         self._keeper.tell(Gone(member=member))
-        self._feed(m.WorkerExited(member, code))
+        self._feed(ev.WorkerExited(member, code))
 
     def _stop(self, member: str) -> None:
         self._workers.signal(member, signal.SIGTERM)
-        self._timers.at(
+        self._loop.at(
             self._clock.now() + self._settings.stop_timeout, lambda: self._workers.signal(member, signal.SIGKILL)
         )
 
     def _accept(self) -> None:
         channel = self._listener.accept()
         if channel is not None:
-            self._selector.register(channel, selectors.EVENT_READ, lambda: self._read(channel))
+            self._loop.selector.register(channel, selectors.EVENT_READ, lambda: self._read(channel))
 
     def _read(self, channel: Channel) -> None:
         if channel.fileno() < 0:
@@ -373,8 +305,13 @@ class Agent:
             self._hang_up(member, channel)
             return
         for message, _ in messages:
+            if isinstance(message, (AskStatus, Wish)):
+                with contextlib.suppress(LinkLost):
+                    channel.post(self._status() if isinstance(message, AskStatus) else self._wish(message))
+                continue
             if isinstance(message, Hello) and message.member not in self._channels:
                 self._channels[message.member] = channel
+                self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
                     channel.post(Welcome(keeper=self._keeper.address))
             member = next((name for name, known in self._channels.items() if known is channel), "")
@@ -383,12 +320,35 @@ class Agent:
             line = self._timeline.heard(member, message, self._clock.now())
             if line:
                 self._say(line)
-            self._feed(m.WorkerSaid(member, message))
+            self._hangs.heard(member, message)
+            self._feed(ev.WorkerSaid(member, message))
+
+    def _status(self) -> Status:
+        now, record = self._clock.now(), self._state.view.record
+        return Status(
+            job=self._settings.job,
+            node=self._settings.node,
+            record=None if record is None else record.to_json(),
+            nodes=[node.to_json() for node in self._state.view.nodes.values()],
+            step=self._progress[1],
+            incidents=[[now - at, text] for at, text in self._timeline.incidents],
+            store="" if self._state.silence is None else self._state.silence.text,
+        )
+
+    def _wish(self, wish: Wish) -> Wished:
+        known = self._state.view.nodes
+        unknown = [node for node in wish.leave if node not in known]
+        if unknown:
+            return Wished(error=f"this job has no node {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        if not self._state.view.elastic() or not self._several:
+            return Wished(error="only jobs of several nodes, with an elastic script, can change while they run")
+        self._feed(ev.Wished(tuple(wish.leave), wish.room))
+        return Wished(error="")
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
         channel = self._channels.pop(member, channel)
         if channel is not None and channel.fileno() >= 0:
-            self._selector.unregister(channel)
+            self._loop.selector.unregister(channel)
             channel.close()
 
     def _watch_board(self) -> None:
@@ -403,7 +363,7 @@ class Agent:
         progress = (record.generation, max(steps)) if steps else self._progress
         if progress != self._progress:
             self._progress = progress
-            self._feed(m.Progress(*progress))
+            self._feed(ev.Progress(*progress))
 
     def _mention_early_return(self, record: WorldRecord) -> None:
         """A function that returns on some ranks only leaves the others waiting in a collective: say so."""
@@ -418,101 +378,18 @@ class Agent:
             ranks = ", ".join(map(str, done))
             self._say(f"the function has returned on rank {ranks} and goes on on rank {', '.join(others)}")
 
-    # ---- the keeper -------------------------------------------------------------------------------------------------
-
-    def _start_keeper(self) -> None:
-        self._keeper.start()
-        self._keeper_since = self._clock.now()
-        pidfd = self._keeper.pidfd
-        self._selector.register(pidfd, selectors.EVENT_READ, lambda: self._keeper_died(pidfd))
-        self._reach_keeper()
-
-    def _reach_keeper(self) -> None:
-        if self._keeper.channel is not None or self._keeper.pidfd < 0:
-            return
-        if not self._keeper.try_connect():
-            self._timers.at(self._clock.now() + 0.02, self._reach_keeper)
-            return
-        assert self._keeper.channel is not None
-        self._selector.register(self._keeper.channel, selectors.EVENT_READ, self._read_keeper)
-        # Who ended while there was no keeper to hear of it.
-        for owner in self._keeper.owners() - {worker.member for worker in self._workers.running()}:
-            self._keeper.tell(Gone(member=owner))
-
-    def _read_keeper(self) -> None:
-        channel = self._keeper.channel
-        if channel is None:
-            return
-        try:
-            for message, descriptors in channel.pending():
-                if self._keeper.take_in(message, descriptors):
-                    continue
-                if isinstance(message, Notice):
-                    self._say(message.text)
-                    if message.kind == "persisted":
-                        self._saved, self._keeper_deaths = True, 0
-                    self._sink.put(LogEvent(at=message.at, kind=message.kind, text=message.text))
-                if isinstance(message, Flushed):
-                    self._flushed = message.text
-        except (LinkLost, FormatError):
-            # Its pidfd tells the rest.
-            self._selector.unregister(channel)
-            channel.close()
-            self._keeper.channel = None
-
-    def _keeper_died(self, pidfd: int) -> None:
-        self._selector.unregister(pidfd)
-        if self._keeper.channel is not None:
-            self._read_keeper()
-        if self._keeper.channel is not None:
-            self._selector.unregister(self._keeper.channel)
-        code = self._keeper.died()
-        self._sink.put(LogEvent(at=self._clock.now(), kind="keeper_died", text=f"exit code {code}"))
-        proven = self._clock.now() - self._keeper_since >= _KEEPER_PROVEN
-        self._keeper_deaths = 1 if proven else self._keeper_deaths + 1
-        if self._keeper_deaths > _KEEPER_RESTARTS:
-            text = f"the keeper of this node died {self._keeper_deaths} times in a row (exit code {code})"
-            self._feed(m.StopAsked(text, ExitCode.USER_ERROR))
-            return
-        self._say(f"the keeper died (exit code {code}); another takes over its images")
-        self._start_keeper()
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
     def _wind_up(self, outcome: Outcome) -> Outcome:
         """The workers are gone: wait for the last state to become durable, then end the keeper."""
-        unsaved = self._flush()
-        if self._keeper.pidfd >= 0:
-            self._selector.unregister(self._keeper.pidfd)
-        self._keeper.stop(_KEEPER_STOP if self._interrupts < _AT_ONCE else 0.0)
+        unsaved = self._keeping.flush(self._once, self._in_a_hurry)
+        self._keeping.stop(at_once=self._in_a_hurry())
         self._listener.close()
-        if self._links is not None:
-            self._neighbours.close()
-            self._store.ask(lambda store: store.withdraw())
-        self._store.close(_LAST_CALLS if self._interrupts < _AT_ONCE else 0.0)
-        return replace(outcome, unsaved=unsaved, saved=self._saved)
+        self._cluster.close(0.0 if self._in_a_hurry() else _LAST_CALLS)
+        return replace(outcome, unsaved=unsaved, saved=self._keeping.saved)
 
-    def _flush(self) -> str:
-        """Have the keeper, or the one that takes over from it, make the last state durable; why it is not, if so."""
-        now = self._clock.now()
-        deadline, mention = now + _FLUSH_TIMEOUT, now + 1.0
-        asked: Channel | None = None
-        self._flushed = None
-        while self._flushed is None and self._keeper.pidfd >= 0 and self._clock.now() < deadline:
-            if self._interrupts >= _AT_ONCE:
-                break
-            if self._keeper.channel is not None and self._keeper.channel is not asked and self._keeper.flush():
-                asked = self._keeper.channel
-            self._timers.at(self._clock.now() + 0.5, lambda: None)
-            self._once()
-            if self._flushed is None and self._clock.now() > mention:
-                self._say("waiting for the last state to become durable")
-                mention = self._clock.now() + 10.0
-        if self._flushed is not None:
-            return self._flushed
-        standing = self._keeper.standing
-        if standing is None or standing.policy is None:
-            return ""
-        why = f"that took more than {_FLUSH_TIMEOUT:g} s" if self._clock.now() >= deadline else "it was not waited for"
-        return f"the last state may not be durable: {why if self._keeper.pidfd >= 0 else 'the keeper died too often'}"
+    def _in_a_hurry(self) -> bool:
+        return self._interrupts >= _AT_ONCE
 
     # ---- signals ----------------------------------------------------------------------------------------------------
 
@@ -524,7 +401,7 @@ class Agent:
             del frame
             self._interrupts += 1
             name = signal.Signals(number).name
-            self._post(lambda: self._interrupted(name))
+            self._loop.post(lambda: self._interrupted(name))
 
         before = {number: signal.signal(number, asked) for number in self._settings.signals}
         try:
@@ -534,18 +411,52 @@ class Agent:
                 signal.signal(number, handler)
 
     def _interrupted(self, name: str) -> None:
-        if self._interrupts >= _AT_ONCE:
+        if self._in_a_hurry():
             for worker in self._workers.running():
                 self._workers.signal(worker.member, signal.SIGKILL)
-        if self._interrupts == 1 and self._links is not None:
-            self._feed(m.LeaveAsked(f"its agent got {name}"))
+        if self._interrupts == 1 and self._several:
+            self._feed(ev.LeaveAsked(f"its agent got {name}"))
             leaving = bool(self._state.info.leaving)
         else:
-            self._feed(m.StopAsked(f"the agent got {name}"))
+            self._feed(ev.StopAsked(f"the agent got {name}"))
             leaving = False
         self._say(f"got {name}, {'leaving' if leaving else 'ending'} the job")
         if self._state.view.record is None:
             self._outcome = Outcome(code=ExitCode.INTERRUPTED, text=f"the agent got {name}")
+
+
+class _Surroundings:
+    """An agent, as its keeper and its `Hangs` see it."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.say = agent._say
+        self.at = agent._loop.at
+        self.tell = agent._tell
+
+    def view(self) -> View:
+        return self._agent._state.view
+
+    def progress(self, member: str) -> tuple[int, int]:
+        board = self._agent._keeper.board
+        return (0, 0) if board is None else board.progress(slot_of(member))
+
+    def feed(self, event: ev.Event) -> None:
+        agent = self._agent
+        if isinstance(event, ev.Hung):
+            agent._timeline.detected(agent._clock.now(), event.reason, event.member)
+        elif isinstance(event, ev.Deadlocked):
+            agent._timeline.detected(agent._clock.now(), event.reason, "")
+        agent._feed(event)
+
+    def running(self) -> set[str]:
+        return {worker.member for worker in self._agent._workers.running()}
+
+    def serves(self, endpoint: str) -> None:
+        self._agent._feed(ev.KeeperServes(endpoint))
+
+    def no_keeper(self, text: str) -> None:
+        self._agent._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
 
 
 def print_line(text: str) -> None:

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board, reopen
 from resilient_train.ipc.channel import Channel, connect
-from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Standing, Withdraw
+from resilient_train.spec.messages import Adopt, Deposit, Flush, Message, Peers, Serve, Standing, Withdraw
 
 _START_TIMEOUT = 60.0
+_AT_ONCE = 200
+"""Descriptors in one message; the kernel takes at most 253."""
 
 
 class KeeperProcess:
@@ -35,6 +37,8 @@ class KeeperProcess:
         self.board: Board | None = None
         self.channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._serve: Serve | None = None
+        self._peers: Peers | None = None
         self.pidfd = -1
 
     def start(self) -> None:
@@ -55,15 +59,36 @@ class KeeperProcess:
             self.channel = connect(self.address, 0.0)
         except LinkLost:
             return False
-        kept = sorted(self._deposits.items())
-        descriptors = [self._board_fd, *(fd for _, (fd, _) in kept)] if self._board_fd >= 0 else []
         standing = None if self.standing is None else dataclasses.asdict(self.standing)
-        slots = [[slot, owner] for slot, (_, owner) in kept]
-        if not self.tell(Adopt(slots=slots, scratch=self._scratch, standing=standing), descriptors):
-            self.channel.close()
-            self.channel = None
-            return False
+        kept = sorted(self._deposits.items())
+        groups = [kept[at : at + _AT_ONCE] for at in range(0, len(kept), _AT_ONCE)] or [[]]
+        for index, group in enumerate(groups):
+            first = [self._board_fd] if index == 0 and self._board_fd >= 0 else []
+            message = Adopt(
+                slots=[[slot, owner] for slot, (_, owner) in group],
+                scratch=self._scratch,
+                standing=standing,
+                more=index < len(groups) - 1,
+            )
+            if not self.tell(message, [*first, *(fd for _, (fd, _) in group)]):
+                self.channel.close()
+                self.channel = None
+                return False
+        for known in (self._serve, self._peers):
+            if known is not None:
+                self.tell(known)
         return True
+
+    def serve(self, host: str, secret: str) -> None:
+        """Have it serve other nodes, it and its successors; each says where, in a `Serving`."""
+        self._serve = Serve(host=host, secret=secret)
+        self.tell(self._serve)
+
+    def follow(self, peers: Peers) -> None:
+        """Tell it, and its successors, of the keepers of the job."""
+        if peers != self._peers:
+            self._peers = peers
+            self.tell(peers)
 
     def tell(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
         """Say something to it; whether it could be said."""

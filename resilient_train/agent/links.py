@@ -73,6 +73,7 @@ class Links:
         self._refused = refused
         self._lines: list[_Line] = []
         self._wanted: dict[str, str] = {}
+        self._refusing: set[str] = set()
         self._listener = socket.create_server((host, 0), backlog=128)
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -87,6 +88,7 @@ class Links:
 
     def beat(self) -> None:
         """Say that this agent lives, and call again whoever has no line."""
+        self._refusing.clear()
         for line in list(self._lines):
             line.quiet += 1
             if line.quiet > _PATIENCE:
@@ -108,7 +110,7 @@ class Links:
     def _call_missing(self) -> None:
         known = {line.node for line in self._lines} | {line.called for line in self._lines}
         for node, address in self._wanted.items():
-            if node not in known:
+            if node not in known and node not in self._refusing:
                 self._call(node, address)
 
     def _call(self, node: str, address: str) -> None:
@@ -139,6 +141,8 @@ class Links:
     def _failed(self, line: _Line, result: int) -> None:
         self._lines.remove(line)
         line.sock.close()
+        # Not again before the next beat: whoever wants it asks again at once, and it would be refused at once.
+        self._refusing.add(line.called)
         if result == errno.ECONNREFUSED and line.called in self._wanted:
             self._refused(line.called)
 

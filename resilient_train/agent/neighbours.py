@@ -7,7 +7,7 @@ from collections.abc import Callable
 from resilient_train.agent.links import Links
 from resilient_train.clock import Clock
 from resilient_train.plan import suspicion
-from resilient_train.plan.membership import NodesSeen
+from resilient_train.plan.events import NodesSeen
 from resilient_train.spec.node import NodeInfo
 
 BEATS = 5

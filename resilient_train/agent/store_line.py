@@ -60,7 +60,17 @@ class StoreLine:
             )
             self._threads[-1].start()
 
-        self.ask(lambda store: store.look(), first)
+        def look(store: ControlStore) -> News:
+            # Whoever came while the store was out would stay deaf for ever.
+            while not self._closed.is_set():
+                try:
+                    return store.look()
+                except (StoreLost, FormatError) as error:
+                    self._post(functools.partial(self._silent, str(error)))
+                    self._closed.wait(_RETRY)
+            raise StoreLost("this line is closed")
+
+        self.ask(look, first)
 
     def close(self, timeout: float) -> None:
         """No more calls; waits up to ``timeout`` seconds for those that were asked for."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from resilient_train.events import STAGES, Event, Sink
 from resilient_train.spec.messages import Message, Resumed, Stage
 from resilient_train.spec.world import WorldRecord, node_of
 
 FRESH = "a fresh start"
+_KEPT = 20
+"""Incidents that ``rtctl status`` can show."""
 
 
 class Timeline:
@@ -20,6 +24,8 @@ class Timeline:
         self._sink = sink
         self._node = node
         self._local = 0
+        self.incidents: deque[tuple[float, str]] = deque(maxlen=_KEPT)
+        """(when, what) of the last changes of the world, oldest first"""
         self._detected: float | None = None
         self._generation = 0
         self._size = 0
@@ -41,6 +47,7 @@ class Timeline:
         began = self._detected if self._detected is not None else at
         self._stages, self._reached = {"detected": began, "agreed": at}, {}
         self._detected, self._resumed, self._said = None, "", False
+        self.incidents.append((at, f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}"))
         self._put("detected", began, record.reason)
         event = Event(
             at=at, kind="agreed", generation=record.generation, text=record.reason, fields={"size": record.size}

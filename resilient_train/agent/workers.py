@@ -41,7 +41,9 @@ class WorkerSpec:
     args: tuple[str, ...]
     """Its arguments, with torchrun's macros."""
     slots: int
-    """Workers on this node."""
+    """Ranks on this node."""
+    standby: int = 0
+    """Further workers that stand by."""
     run_id: str
     """The job's id."""
     role: str
@@ -172,7 +174,7 @@ class Workers:
         """torchrun's log destinations; one folder per attempt, and one more per replacement process."""
         slot, attempt = slot_of(member), record.restarts
         if attempt not in self._destinations:
-            envs = {index: dict(env) for index in range(self._spec.slots)}
+            envs = {index: dict(env) for index in range(self._spec.slots + self._spec.standby)}
             self._destinations = {attempt: self._spec.logs.reify(envs)}
         destination = self._destinations[attempt]
         paths = {

@@ -208,7 +208,8 @@ class Slot(Memory):
 
 LINE = 64
 """Bytes of one worker's line on the board: a cache line, so that workers do not disturb each other."""
-_GENERATION, _STEP, _PUBLISHED = 0, 8, 16
+_GENERATION, _STEP, _PUBLISHED, _EVERY = 0, 8, 16, 24
+_PENDING, _KEPT = 8, 16
 
 
 class Board(Memory):
@@ -237,6 +238,22 @@ class Board(Memory):
         """Name the step whose snapshot every worker is to hand over."""
         engine.publish(self.address, step)
 
+    def protected(self) -> tuple[Key, ...]:
+        """States whose images must stay: the one to copy to other nodes next, the one that is copied everywhere."""
+        # In this order: whoever sees that another is pending sees also that the one before it is kept.
+        words = [engine.observe(self.address + at) for at in (_PENDING, _KEPT)]
+        return tuple(Key.unpack(word) for word in words if word)
+
+    def kept(self) -> Key | None:
+        """The newest state that is copied to other nodes everywhere; None if none is."""
+        word = engine.observe(self.address + _KEPT)
+        return Key.unpack(word) if word else None
+
+    def protect(self, pending: Key | None, kept: Key | None) -> None:
+        """Name the states whose images must stay."""
+        engine.publish(self.address + _KEPT, kept.pack() if kept else 0)
+        engine.publish(self.address + _PENDING, pending.pack() if pending else 0)
+
     def progress(self, index: int) -> tuple[int, int]:
         """(generation, number of finished steps) of the worker in slot ``index``; (0, 0) before its first boundary."""
         return engine.observe(self._word(index, _GENERATION)), engine.observe(self._word(index, _STEP))
@@ -251,13 +268,21 @@ class Board(Memory):
         word = engine.observe(self._word(index, _PUBLISHED))
         return Key.unpack(word) if word else None
 
-    def report_published(self, index: int, key: Key) -> None:
-        """Say that the image of ``key`` is complete."""
-        engine.publish(self._word(index, _PUBLISHED), key.pack())
+    def report_published(self, index: int, key: Key | None) -> None:
+        """Say that the image of ``key`` is complete; None: that there is none of this generation yet."""
+        engine.publish(self._word(index, _PUBLISHED), key.pack() if key else 0)
+
+    def every(self, index: int) -> int:
+        """Steps between two snapshots of the worker in slot ``index``."""
+        return max(1, engine.observe(self._word(index, _EVERY)))
+
+    def report_every(self, index: int, steps: int) -> None:
+        """Say that every ``steps`` steps there is a snapshot."""
+        engine.publish(self._word(index, _EVERY), steps)
 
     def clear(self, index: int) -> None:
         """A new process in the slot begins with nothing."""
-        for offset in (_GENERATION, _STEP, _PUBLISHED):
+        for offset in (_GENERATION, _STEP, _PUBLISHED, _EVERY):
             engine.publish(self._word(index, offset), 0)
 
     def watermark(self, lineage: int, slots: tuple[int, ...]) -> int:

@@ -20,6 +20,8 @@ ReadRange = Callable[[int, int], "memoryview | bytes"]
 """(offset, length) -> exactly those bytes of the file, or an error."""
 ReadInto = Callable[[int, Sequence[memoryview]], None]
 """(offset, buffers): fills the buffers with the bytes from ``offset`` on, or an error."""
+Elsewhere = Callable[[], bool]
+"""After a block failed its checksum: whether there is another place to read from, which is used from then on."""
 
 
 class VerifiedImage:
@@ -34,6 +36,7 @@ class VerifiedImage:
         read_into: ReadInto | None = None,
         address: int = 0,
         header_crc: int | None = None,
+        elsewhere: Elsewhere = lambda: False,
     ) -> None:
         """Reads and checks the header.
 
@@ -45,6 +48,7 @@ class VerifiedImage:
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
             header_crc: what was committed, if it is known: a header that is another is not looked into.
+            elsewhere: finds another holder of the same image.
 
         Raises:
             CheckpointDamaged: if it is no image, or header or checksum table are damaged.
@@ -53,6 +57,7 @@ class VerifiedImage:
         self._read = read
         self._read_into = read_into or self._copied
         self._address = address
+        self._elsewhere = elsewhere
         try:
             header = read(0, min(size, header_size(read(0, min(size, 8)))))
             self.header_crc = checksum(header)
@@ -76,6 +81,7 @@ class VerifiedImage:
 
         self._read = gone
         self._read_into = self._copied
+        self._elsewhere = lambda: False
         self._address = 0
 
     def check(self, *, key: Key, rank: int, world: int, header_crc: int, table_crc: int) -> None:
@@ -117,20 +123,24 @@ class VerifiedImage:
         return [functools.partial(self._fetch, run) for run in plan_runs(ranges, self.layout)]
 
     def _fetch(self, run: Run) -> None:
+        bad = self._fetched(run)
+        while bad >= 0 and self._elsewhere():
+            bad = self._fetched(run)
+        if bad >= 0:
+            raise self._failed(run.first + bad)
+
+    def _fetched(self, run: Run) -> int:
         begin = self.layout.data_start + run.first * BLOCK
         sums = self._sums[run.first : run.last + 1].tolist()
         if self._address:
-            bad = engine.scatter(self._address + begin, run.segments, sums)
-        else:
-            nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
-            segments, at = [], nobodys.ctypes.data
-            for address, size in run.segments:
-                segments.append((address or at, size))
-                at += 0 if address else size
-            self._read_into(begin, [_buffer(*segment) for segment in segments])
-            bad = engine.scatter(0, segments, sums)
-        if bad >= 0:
-            raise self._failed(run.first + bad)
+            return engine.scatter(self._address + begin, run.segments, sums)
+        nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
+        segments, at = [], nobodys.ctypes.data
+        for address, size in run.segments:
+            segments.append((address or at, size))
+            at += 0 if address else size
+        self._read_into(begin, [_buffer(*segment) for segment in segments])
+        return engine.scatter(0, segments, sums)
 
     def _copied(self, offset: int, buffers: Sequence[memoryview]) -> None:
         data = memoryview(self._read(offset, sum(len(buffer) for buffer in buffers)))
@@ -172,8 +182,10 @@ class VerifiedImage:
             return b""
         begin = layout.data_start + first * BLOCK
         data = self._blocks(first, last)
-        for block in self._failing(data, first, last, known=self._address != 0):
-            raise self._failed(block)
+        while bad := self._failing(data, first, last, known=self._address != 0):
+            if not self._elsewhere():
+                raise self._failed(bad[0])
+            data = self._blocks(first, last)
         return data[start - begin : start - begin + size]
 
     def _blocks(self, first: int, last: int) -> memoryview:

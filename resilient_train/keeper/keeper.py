@@ -1,25 +1,27 @@
-"""The keeper's event loop: slots, clients, what to persist and what to let go.
+"""The keeper's event loop: who is connected, which slots there are, and what to let go.
 
-Every method runs on one thread, which never waits for storage.  Writing happens in `resilient_train.keeper.persist`.
+Every method runs on one thread, which waits neither for storage nor for other nodes.  Writing happens in
+`resilient_train.keeper.persist`, what concerns other nodes in `resilient_train.keeper.job`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import queue
 import selectors
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
 
 from resilient_train.clock import Clock
 from resilient_train.errors import FormatError, LinkLost
-from resilient_train.image.arena import Board, Slot
-from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.image.arena import Board
+from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.backing import Backed, Backing
 from resilient_train.keeper.boxes import read_boxes
-from resilient_train.keeper.persist import Job, Outcome, Persister
-from resilient_train.keeper.progress import Progress
-from resilient_train.plan.interval import due
+from resilient_train.keeper.clients import Client
+from resilient_train.keeper.job import JobWide, Last
+from resilient_train.keeper.saving import Saving
+from resilient_train.keeper.shelf import Shelf, source_of
 from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import (
     Adopt,
@@ -39,56 +41,26 @@ from resilient_train.spec.messages import (
     Notice,
     Opened,
     OpenImages,
-    Persisted,
+    Peers,
     Policy,
     Published,
     ReadBoxes,
     Refused,
+    Serve,
     Standing,
     Withdraw,
 )
 from resilient_train.spec.world import Key
 
 _TICK = 0.25
-_SAY_EVERY = 10.0
-"""Seconds between two words on how far a state is that is being written."""
 _FIRST_TIMEOUT = 60.0
 """Seconds to wait for whoever started this keeper."""
+_KILLED = (60.0, 20.0)
+"""Seconds that a keeper serves other nodes after its agent was killed, and the same while none of them asks."""
+_LEFT = (20.0, 3.0)
+"""The same after its node has left the job in good order."""
 _NOBODY = "nobody"
 """The owner of a slot that its worker gave back while it was still being read."""
-
-
-@dataclass
-class Kept:
-    """A slot this keeper holds."""
-
-    memory: Slot
-    owner: str
-
-
-@dataclass
-class Client:
-    """A connected worker."""
-
-    channel: Channel
-    member: str = ""
-    index: int = -1
-    """Its line on the board."""
-    polite: bool = False
-    """It said goodbye."""
-
-
-@dataclass
-class Handover:
-    """A state that ranks are handing over to be persisted."""
-
-    world: int
-    local: int
-    past: dict[int, int | None]
-    slots: dict[int, int] = field(default_factory=dict)
-    """rank -> slot"""
-    givers: dict[int, Client] = field(default_factory=dict)
-    """rank -> who waits for the answer"""
 
 
 class Keeper:
@@ -115,29 +87,21 @@ class Keeper:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._board_fd = Board.create(lines)
         self.board = Board(self._board_fd)
-        self.slots: dict[int, Kept] = {}
-        self._next_slot = 1
+        self.shelf = Shelf()
         self._inherited: set[str] = set()
         self._clients: list[Client] = []
         self._agent: Client | None = None
         self._had_agent = False
-        self._policy: Policy | None = None
-        self._handovers: dict[Key, Handover] = {}
-        self._passed: set[Key] = set()
-        """States that lacked a rank at the last look, although all ranks had published newer ones."""
-        self._running: Progress | None = None
-        self._said_at = clock.now()
-        self._finished: list[Outcome] = []
-        self._persister = Persister(self._finish)
-        self._backing = Backing(self._wake)
-        self._persisted: Key | None = None
-        self._attempted_at = clock.now()
-        self._last_duration = 0.0
-        self._past: dict[int, int | None] = {}
+        self._successor = False
         self._flushing: list[Client] = []
+        self._flushed = False
         self._alone_since = clock.now()
+        self._backing = Backing(self._wake)
+        self._saving = Saving(self.shelf, clock, self._wake, self)
+        self._job = JobWide(self.shelf, lambda: self.board, clock, self)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -151,21 +115,54 @@ class Keeper:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _over(self) -> bool:
-        if self._clients or self._agent or self._running:
+        if self._clients or self._agent or self._saving.running:
             return False
+        now = self._clock.now()
         if self._had_agent:
-            return True  # The agent's end is the job's end; its Flush was answered or it is dead.
+            # The agent's end is the job's end if its Flush was answered.  If it was killed, or its node has left,
+            # others may be about to restore what is here.
+            others = self._job.left_behind if self._flushed else self._job.involved
+            longest, unasked = _LEFT if self._flushed else _KILLED
+            asked = max(self._alone_since, self._job.asked_at)
+            return not others or now >= min(self._alone_since + longest, asked + unasked)
         if self._starter is not None and os.getppid() != self._starter:
             return True  # It died before it came.
         linger = self._linger if self._had_client else _FIRST_TIMEOUT
-        return self._clock.now() >= self._alone_since + linger
+        return now >= self._alone_since + linger
 
     def _tick(self) -> None:
         for client in (*self._clients, *([self._agent] if self._agent is not None else [])):
             client.channel.push()
-        self._schedule()
-        self._say_progress()
+        self._saving.tick()
+        self._job.tick(self._saving.busy)
         self._drop_superseded()
+
+    def _wake(self) -> None:
+        """From any thread: have the loop look at what is finished."""
+        os.write(self._wake_write, b"x")
+
+    def post(self, action: Callable[[], None]) -> None:
+        """From any thread: have the loop do something."""
+        self._posted.put(action)
+        self._wake()
+
+    def _woken(self) -> None:
+        os.read(self._wake_read, 4096)
+        while not self._posted.empty():
+            self._posted.get()()
+        for backed in self._backing.finished():
+            self._allocated(backed)
+        tried = self._saving.outcomes()
+        if tried is not None and self._everything_is_here():
+            if self._job.involved:
+                self._job.settled()
+            else:
+                newest = self._newest_complete()
+                if newest is not None and newest > tried:
+                    self._persist_newest()
+                self._answer_flushes(newest)
+
+    # ---- connections ------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
         channel = self._listener.accept()
@@ -205,15 +202,40 @@ class Keeper:
             if not self._had_agent:
                 self._linger = 0.0 if client.polite else self._linger
 
-    def _answer(self, client: Client, message: Message, descriptors: list[int] | None = None) -> None:
+    def answer(self, client: Client, message: Message, descriptors: Collection[int] = ()) -> None:
+        """Tell a client."""
         try:
             if client is self._agent and not descriptors:
                 # An agent that is stopped (Ctrl-Z) must not stop the workers too.
                 client.channel.post(message)
             else:
-                client.channel.send(message, descriptors or [])
+                client.channel.send(message, list(descriptors))
         except LinkLost:
             self._forget(client)
+
+    def tell_agent(self, message: Message, descriptors: Collection[int] = ()) -> None:
+        """Tell the agent, if there is one."""
+        if self._agent is not None:
+            self.answer(self._agent, message, descriptors)
+
+    def notice(self, kind: str, text: str, *, workers: bool = False) -> None:
+        """Say something worth an event; with ``workers``, to them where there is no agent."""
+        message = Notice(kind=kind, text=text, at=self._clock.now())
+        self.tell_agent(message)
+        if workers and self._agent is None:
+            for client in list(self._clients):
+                try:
+                    client.channel.post(message)  # A worker that is busy with something else must not stop the keeper.
+                except LinkLost:
+                    self._forget(client)
+
+    def standing_changed(self) -> None:
+        """Tell the agent what another keeper would have to know."""
+        self.tell_agent(self._saving.standing())
+
+    def attached(self, client: Client) -> bool:
+        """Whether a worker is still connected."""
+        return client in self._clients
 
     # ---- messages ---------------------------------------------------------------------------------------------------
 
@@ -224,38 +246,34 @@ class Keeper:
             return
         match message:
             case Attach(member=member, slot=index):
-                client.member = member
-                self._inherited.discard(member)
-                if index >= self.board.lines:
-                    self._answer(client, Refused(reason=f"slot {index} of {self.board.lines}"))
-                    return
-                client.index = index
-                self._answer(client, Attached(index=index), [self._board_fd])
+                self._attach(client, member, index)
             case Allocate(size=size, ahead=ahead):
                 self._backing.order(client.member, size, ahead)
             case Discard(slot=slot):
-                if self._busy(slot):
-                    self.slots[slot].owner = _NOBODY
+                if self._saving.holds(slot):
+                    self.shelf[slot].owner = _NOBODY
                 else:
-                    self._drop(slot)
+                    self.drop(slot)
             case Policy():
-                if message != self._policy:
-                    self._policy = message
-                    self._tell_standing()
+                self._saving.set_policy(message)
             case Published():
-                self._published(client, message)
-            case ListImages():
-                self._answer(client, Images(images=self._list()))
+                self._saving.published(client, message)
+            case ListImages(everywhere=everywhere):
+                self._list(client, everywhere)
             case OpenImages(slots=wanted):
-                there = [slot for slot in wanted if slot in self.slots][:60]
-                self._answer(client, Opened(slots=there), [self.slots[slot].memory.fd for slot in there])
+                there = [slot for slot in wanted if slot in self.shelf][:60]
+                self.answer(client, Opened(slots=there), [self.shelf[slot].memory.fd for slot in there])
             case ReadBoxes(slot=slot, lineage=lineage, step=step, boxes=boxes):
-                kept = self.slots.get(slot)
-                self._answer(client, read_boxes(kept.memory.fd if kept else -1, Key(lineage, step), boxes))
+                descriptor = self.shelf[slot].memory.fd if slot in self.shelf else -1
+                self.answer(client, read_boxes(descriptor, Key(lineage, step), boxes))
             case Goodbye():
                 client.polite = True
             case Adopt():
                 self._adopt(client, message, descriptors)
+            case Serve(host=host, secret=secret):
+                self.answer(client, self._job.serve(host, secret))
+            case Peers():
+                self._job.follow(message)
             case Gone(member=member):
                 self._inherited.discard(member)
             case Flush():
@@ -264,322 +282,205 @@ class Keeper:
             case _:
                 pass
 
-    def _flush(self) -> None:
-        """Persist the newest state: at once for an agent; without one, when every worker has nothing more to give."""
-        if self._everything_is_here():
-            self._persist_newest()
-            self._answer_flushes()
+    def _attach(self, client: Client, member: str, index: int) -> None:
+        client.member = member
+        self._inherited.discard(member)
+        if index >= self.board.lines:
+            self.answer(client, Refused(reason=f"slot {index} of {self.board.lines}"))
+            return
+        client.index = index
+        self.answer(client, Attached(index=index), [self._board_fd])
 
-    def _everything_is_here(self) -> bool:
-        """Whether somebody waits for the last state, and it cannot become a newer one."""
-        waiting = [client for client in self._clients if client.index >= 0 and client not in self._flushing]
-        return bool(self._flushing) and (self._agent in self._flushing or not waiting)
+    def _list(self, client: Client, everywhere: bool) -> None:
+        if not everywhere or not self._job.involved:
+            self.answer(client, Images(images=self.shelf.rows(), peers=[], secret=""))
+            return
+
+        def say(peers: list[list[object]], secret: str) -> None:
+            if client in self._clients:
+                self.answer(client, Images(images=self.shelf.rows(), peers=peers, secret=secret))
+
+        self._job.list(say)
+
+    def _adopt(self, client: Client, message: Adopt, descriptors: list[int]) -> None:
+        """The agent introduces itself, with whatever an earlier keeper had left with it."""
+        if client in self._clients:
+            self._clients.remove(client)
+            self._agent = client
+            self._had_agent = True
+            self._scratch = message.scratch
+            self._successor = bool(descriptors)
+            if descriptors:
+                self.board.close()
+                os.close(self._board_fd)
+                self._board_fd = descriptors.pop(0)
+                self.board = Board(self._board_fd)
+            else:
+                self.answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
+        for (slot, owner), fd in zip(message.slots, descriptors, strict=True):
+            self.shelf.add(fd, owner, slot)
+            os.close(fd)
+            if not source_of(owner):
+                # It may live and be in the middle of a step; it attaches at its next boundary.
+                self._inherited.add(owner)
+        if message.more:
+            return
+        if message.standing is not None:
+            self._saving.inherit(Standing(**message.standing))
+        early, self._early = self._early or [], None
+        for item in early:
+            self._handle(*item)
+        if self._successor:
+            # Whatever the keeper before was writing is not written, and the workers will not hand it over again.
+            standing = message.standing or {}
+            running, ranks = standing.get("running"), standing.get("ranks")
+            if running is None or not self._persist_kept(Key(*running), ranks):
+                self._persist_newest()
+
+    # ---- slots ------------------------------------------------------------------------------------------------------
 
     def _allocated(self, backed: Backed) -> None:
         """Memory that was ordered is there, or is not to be had."""
         client = next((client for client in self._clients if client.member == backed.member), None)
         if backed.descriptor < 0:
             if client is not None:
-                self._answer(client, Refused(reason=backed.error))
+                self.answer(client, Refused(reason=backed.error))
             return
-        slot = self._next_slot
         try:
-            self.slots[slot] = Kept(Slot(backed.descriptor), backed.member)
+            slot = self.shelf.add(backed.descriptor, backed.member)
         except OSError as error:
             if client is not None:
-                self._answer(client, Refused(reason=f"no shared memory: {error}"))
+                self.answer(client, Refused(reason=f"no shared memory: {error}"))
             return
         finally:
             os.close(backed.descriptor)
-        self._next_slot += 1
-        if self._agent is not None:
-            self._deposit(slot)
+        self.deposit(slot)
+        memory = self.shelf[slot].memory
         if client is not None:
-            self._answer(client, Allocated(slot=slot, size=self.slots[slot].memory.size), [self.slots[slot].memory.fd])
+            self.answer(client, Allocated(slot=slot, size=memory.size), [memory.fd])
         if client not in self._clients:
-            self._drop(slot)  # The asker never heard of it.
+            self.drop(slot)  # The asker never heard of it.
 
-    def _deposit(self, slot: int) -> None:
-        kept = self.slots[slot]
-        if self._agent is not None:
-            message = Deposit(slot=slot, size=kept.memory.size, owner=kept.owner)
-            self._answer(self._agent, message, [kept.memory.fd])
+    def deposit(self, slot: int) -> None:
+        """Leave a slot with the agent as well."""
+        if slot in self.shelf:
+            kept = self.shelf[slot]
+            self.tell_agent(Deposit(slot=slot, size=kept.memory.size, owner=kept.owner), [kept.memory.fd])
 
-    def _adopt(self, client: Client, message: Adopt, descriptors: list[int]) -> None:
-        """The agent introduces itself, with whatever an earlier keeper had left with it."""
-        self._clients.remove(client)
-        self._agent = client
-        self._had_agent = True
-        self._scratch = message.scratch
-        if descriptors:
-            self.board.close()
-            os.close(self._board_fd)
-            self._board_fd = descriptors[0]
-            self.board = Board(self._board_fd)
-            # Their owners may live and be in the middle of a step; they attach at their next boundary.
-            self._inherited = {owner for _, owner in message.slots}
-            for (slot, owner), fd in zip(message.slots, descriptors[1:], strict=True):
-                self.slots[slot] = Kept(Slot(fd), owner)
-                os.close(fd)
-                self._next_slot = max(self._next_slot, slot + 1)
-        else:
-            self._answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
-        if message.standing is not None:
-            self._inherit(Standing(**message.standing))
-        early, self._early = self._early or [], None
-        for item in early:
-            self._handle(*item)
-        if descriptors:
-            # Whatever the keeper before was writing is not written, and the workers will not hand it over again.
-            running = None if message.standing is None else message.standing["running"]
-            if running is None or not self._persist_kept(Key(*running)):
-                self._persist_newest()
-
-    def _inherit(self, standing: Standing) -> None:
-        """Go on where the keeper before was."""
-        self._policy = None if standing.policy is None else Policy(**standing.policy)
-        self._persisted = None if standing.persisted is None else Key(*standing.persisted)
-        self._past = {int(one or 0): bound for one, bound in standing.past}
-
-    def _tell_standing(self) -> None:
-        if self._agent is not None:
-            standing = Standing(
-                policy=None if self._policy is None else dataclasses.asdict(self._policy),
-                persisted=None if self._persisted is None else list(self._persisted),
-                running=None if self._running is None else list(self._running.key),
-                past=[[lineage, bound] for lineage, bound in self._past.items()],
-            )
-            self._answer(self._agent, standing)
-
-    def _drop(self, slot: int) -> None:
-        kept = self.slots.pop(slot, None)
-        if kept is not None:
-            kept.memory.close()
-            if self._agent is not None:
-                self._answer(self._agent, Withdraw(slot=slot))
-
-    def _list(self) -> list[list[int]]:
-        found = []
-        for slot, kept in self.slots.items():
-            stamp = kept.memory.stamp()
-            if stamp is not None:
-                found.append([slot, stamp.key.lineage, stamp.key.step, stamp.rank, stamp.world])
-        return found
+    def drop(self, slot: int) -> None:
+        """Let go of a slot."""
+        if not self._saving.holds(slot) and self.shelf.remove(slot):
+            self.tell_agent(Withdraw(slot=slot))
 
     def _drop_superseded(self) -> None:
         """Images of workers that are gone live until a newer state is complete."""
         living = {client.member for client in self._clients} | self._inherited
-        orphans = [slot for slot, kept in self.slots.items() if kept.owner not in living]
+        owners = self.shelf.owners()
+        orphans = {slot for slot, owner in owners.items() if owner not in living and not self._job.keeps(owner)}
         if not orphans:
             return
-        newest = self._newest_complete()
+        newest = self._job.kept if self._job.shared else self._newest_complete()
+        if newest is None:
+            return
+        keys = {image.slot: image.stamp.key for image in self.shelf.images()}
         for slot in orphans:
-            stamp = self.slots[slot].memory.stamp()
-            if not self._busy(slot) and newest is not None and (stamp is None or stamp.key < newest):
-                self._drop(slot)
-
-    def _busy(self, slot: int) -> bool:
-        """Whether a slot's image is being made durable, or is to be."""
-        return any(slot in handover.slots.values() for handover in self._handovers.values())
+            if keys[slot] < newest if slot in keys else not self.shelf.locked(slot):
+                self.drop(slot)
 
     def _newest_complete(self) -> Key | None:
+        """The newest state of which every rank's image is on this node."""
         found = [
-            Found(key=Key(lineage, step), rank=rank, world=world, place="memory")
-            for _, lineage, step, rank, world in self._list()
+            Found(key=image.stamp.key, rank=image.stamp.rank, world=image.stamp.world, place="memory")
+            for image in self.shelf.images()
         ]
         keys = complete_keys(found, {})
         return keys[0] if keys else None
 
-    # ---- persisting -------------------------------------------------------------------------------------------------
+    # ---- making the last state durable ------------------------------------------------------------------------------
 
-    def _published(self, client: Client, message: Published) -> None:
-        key = Key(message.lineage, message.step)
-        past = {int(one or 0): bound for one, bound in message.past}
-        if past != self._past:
-            self._past = past
-            self._tell_standing()
-        if message.slot not in self.slots or not self._lock(message.slot, key):
-            self._answer(client, Persisted(lineage=key.lineage, step=key.step, error="the image is gone"))
-            return
-        handover = self._handovers.setdefault(key, Handover(message.world, message.local, past))
-        handover.slots[message.rank] = message.slot
-        handover.givers[message.rank] = client
-        if len(handover.slots) == handover.local:
-            # Whatever older state some rank never handed over (it died) will not be completed any more.
-            running = self._running.key if self._running is not None else None
-            for other in [k for k in self._handovers if k < key and k != running]:
-                self._give_back(other, f"{key} is newer")
-            self._start(key)
+    def published(self) -> list[Key | None]:
+        """The newest image that each of the attached workers has published."""
+        return [self.board.published(client.index) for client in self._clients if client.index >= 0]
 
-    def _start(self, key: Key) -> None:
-        if self._running is not None or self._policy is None:
-            if self._policy is None:
-                self._give_back(key, "no location to persist to")
-            return
-        handover = self._handovers[key]
-        self._running = progress = Progress(key, self._policy.bytes_per_second)
-        self._attempted_at = self._said_at = self._clock.now()
-        self._tell_standing()
-        self._persister.submit(
-            Job(
-                key=key,
-                world=handover.world,
-                images={rank: self.slots[slot].memory for rank, slot in handover.slots.items()},
-                past=handover.past,
-                url=self._policy.url,
-                keep_last=self._policy.keep_last,
-                progress=progress,
-            )
-        )
-
-    def _finish(self, outcome: Outcome) -> None:
-        """On the persister's thread."""
-        self._finished.append(outcome)
-        self._wake()
-
-    def _wake(self) -> None:
-        """From any thread: have the loop look at what is finished."""
-        os.write(self._wake_write, b"x")
-
-    def _woken(self) -> None:
-        os.read(self._wake_read, 4096)
-        for backed in self._backing.finished():
-            self._allocated(backed)
-        self._outcomes()
-
-    def _outcomes(self) -> None:
-        tried = None
-        while self._finished:
-            outcome = self._finished.pop(0)
-            tried = key = outcome.job.key
-            self._running = None
-            self._last_duration = outcome.seconds
-            if not outcome.error:
-                self._persisted = max(key, self._persisted or key)
-                text = f"{key} is durable in {outcome.job.url}: {outcome.nbytes:,} bytes in {outcome.seconds:.2f} s"
-                self._notice("persisted", text)
-            else:
-                self._notice("persist_failed", f"{key} is not durable: {outcome.error}")
-            self._tell_standing()
-            self._give_back(key, outcome.error)
-        waiting = [key for key, handover in self._handovers.items() if len(handover.slots) == handover.local]
-        if waiting:
-            self._start(max(waiting))
-        if tried is not None and self._everything_is_here():
-            newest = self._newest_complete()
-            if newest is not None and newest > tried:
-                self._persist_newest()
-            self._answer_flushes()
-
-    def _give_back(self, key: Key, error: str) -> None:
-        handover = self._handovers.pop(key)
-        for rank, slot in handover.slots.items():
-            if slot in self.slots:
-                self.slots[slot].memory.unlock()
-            giver = handover.givers.get(rank)
-            if giver is not None and giver in self._clients:
-                self._answer(giver, Persisted(lineage=key.lineage, step=key.step, error=error))
-
-    def _schedule(self) -> None:
-        """When persisting goes by time, name a step shortly ahead at which all workers hand over their images."""
-        self._give_up_incomplete()
-        policy = self._policy
-        if policy is None or policy.every_steps or self._running or self._handovers:
-            return
-        since = self._clock.now() - self._attempted_at
-        auto = policy.every_seconds < 0
-        if due(auto=auto, seconds=policy.every_seconds, since_last=since, last_duration=self._last_duration):
-            furthest = max((step for _, step in self._positions()), default=0)
-            asked = self.board.persist_at()
-            # A step that was passed just now may still be on its way here: its copy ends during the step behind it.
-            if asked + 3 < furthest or asked > furthest + 2:
-                self.board.ask_to_persist(furthest + 2)
-
-    def _positions(self) -> list[tuple[int, int]]:
+    def positions(self) -> list[tuple[int, int]]:
         """(generation, finished steps) of the workers that are attached."""
         lines = {client.index for client in self._clients if client.index >= 0}
         return [self.board.progress(line) for line in lines]
 
-    def _give_up_incomplete(self) -> None:
-        """A rank that died or skipped its snapshot will never hand it over: do not hold the others' slots for it."""
-        incomplete = {key for key, handover in self._handovers.items() if len(handover.slots) < handover.local}
-        published = [self.board.published(client.index) for client in self._clients if client.index >= 0]
-        passed = {key for key in incomplete if all(newest is not None and newest > key for newest in published)}
-        for key in incomplete:
-            givers = self._handovers[key].givers.values()
-            # A rank hands over before it publishes anything newer, so by the next look its message has been read.
-            if key in passed & self._passed or any(giver not in self._clients for giver in givers):
-                self._give_back(key, "not every rank handed it over")
-        self._passed = passed
+    def time_to_persist(self) -> None:
+        """Name a step shortly ahead at which all workers hand over their images."""
+        if self._job.shared:
+            self._job.time_to_persist()
+            return
+        furthest = max((step for _, step in self.positions()), default=0)
+        asked = self.board.persist_at()
+        # A step that was passed just now may still be on its way here: its copy ends during the step behind it.
+        if asked + 3 < furthest or asked > furthest + 2:
+            self.board.ask_to_persist(furthest + 2)
 
     def _persist_newest(self) -> None:
         """Persist the newest complete state unless that is already durable."""
-        newest = self._newest_complete()
-        if self._policy is None or newest is None or (self._persisted is not None and newest <= self._persisted):
+        if self._saving.policy is None or self._job.left_behind:
             return
-        if self._running is None or self._running.key != newest:
+        if self._job.involved:
+            self._job.decide_last(self._decided)
+            return
+        newest, persisted = self._newest_complete(), self._saving.persisted
+        if newest is not None and (persisted is None or newest > persisted) and self._saving.running != newest:
             self._persist_kept(newest)
 
-    def _persist_kept(self, key: Key) -> bool:
-        """Persist a state that nobody hands over; False if its images are not all here any more."""
-        handover = self._handovers.get(key) or Handover(0, 0, self._past)
-        found = [(rank, slot, world) for slot, lineage, step, rank, world in self._list() if Key(lineage, step) == key]
-        images = {rank: slot for rank, slot, _ in found}
-        locked = [slot for slot in images.values() if slot not in handover.slots.values() and self._lock(slot, key)]
-        whole = bool(found) and all(set(images) == set(range(world)) for _, _, world in found)
-        if not whole or set(images.values()) != {*locked, *handover.slots.values()}:
-            # A worker that lives is overwriting it, so a newer one is complete and will be handed over.
-            for slot in locked:
-                self.slots[slot].memory.unlock()
+    def _persist_kept(self, key: Key, ranks: Collection[int] | None = None) -> bool:
+        """Persist a state from the images of ``ranks``, or of all if that is not said; whether they are here."""
+        images = [image for image in self.shelf.images() if image.stamp.key == key]
+        world = max((image.stamp.world for image in images), default=0)
+        here = {image.stamp.rank: image.slot for image in images if image.stamp.world == world}
+        wanted = ranks or range(world)
+        if not set(wanted) <= here.keys():
             return False
-        handover.slots, handover.world, handover.local = images, len(images), len(images)
-        self._handovers[key] = handover
-        self._start(key)
-        return True
+        return self._saving.take(key, {rank: here[rank] for rank in wanted}, world)
 
-    def _lock(self, slot: int, key: Key) -> bool:
-        """Keep a slot's image from being overwritten, if it is (still) that of ``key``."""
-        memory = self.slots[slot].memory
-        if not memory.try_lock(exclusive=False):
-            return False
-        stamp = memory.stamp()
-        if stamp is None or stamp.key != key:
-            memory.unlock()
-            return False
-        return True
+    def _decided(self, last: Last) -> None:
+        """The nodes have agreed on the last state: write this one's part of it."""
+        key, persisted = last.key, self._saving.persisted
+        wanted = key is not None and (persisted is None or key > persisted) and key != self._saving.running
+        begun = wanted and key is not None and self._saving.take(key, last.images, last.world)
+        if not begun and key != self._saving.running:
+            self._job.settled()
 
-    def _answer_flushes(self) -> None:
-        if self._running is not None:
+    def settled(self, newest: Key | None) -> None:
+        """Every node has decided, and this one has written what it could."""
+        if self._flushing and self._everything_is_here():
+            self._answer_flushes(newest)
+
+    def _flush(self) -> None:
+        """Persist the newest state: at once for an agent; without one, when every worker has nothing more to give."""
+        if self._everything_is_here():
+            self._persist_newest()
+            if self._job.left_behind:
+                self._answer_flushes(None)  # The last state is for those to save who go on.
+            elif not self._job.involved or self._saving.policy is None:
+                self._answer_flushes(self._newest_complete())
+
+    def _everything_is_here(self) -> bool:
+        """Whether somebody waits for the last state, and it cannot become a newer one."""
+        waiting = [client for client in self._clients if client.index >= 0 and client not in self._flushing]
+        return bool(self._flushing) and (self._agent in self._flushing or not waiting)
+
+    def _answer_flushes(self, newest: Key | None) -> None:
+        if self._saving.running is not None:
             return
-        newest = self._newest_complete()
-        behind = newest is not None and (self._persisted is None or self._persisted < newest)
+        policy, persisted = self._saving.policy, self._saving.persisted
+        behind = newest is not None and (persisted is None or persisted < newest)
         text = ""
-        if self._policy is not None and behind:
-            durable = f"the newest durable one is {self._persisted}" if self._persisted else "none of this job is"
-            text = f"the last state ({newest}) could not be made durable in {self._policy.url}; {durable}"
-        images = self._list()
-        if self._policy is not None and newest is None and len({(image[1], image[2]) for image in images}) > 1:
-            ranks = sorted({image[3] for image in images})
-            text = f"nothing is durable: of {images[0][4]} ranks only {ranks} have given images to this keeper"
+        if policy is not None and behind:
+            durable = f"the newest durable one is {persisted}" if persisted else "none of this job is"
+            text = f"the last state ({newest}) could not be made durable in {policy.url}; {durable}"
+        stamps = [image.stamp for image in self.shelf.images()]
+        alone = not self._job.involved and newest is None
+        if policy is not None and alone and len({stamp.key for stamp in stamps}) > 1:
+            ranks = sorted({stamp.rank for stamp in stamps})
+            text = f"nothing is durable: of {stamps[0].world} ranks only {ranks} have given images to this keeper"
         for client in self._flushing:
-            self._answer(client, Flushed(text=text))
+            self._flushed = self._flushed or client is self._agent
+            self.answer(client, Flushed(text=text))
         self._flushing = []
-
-    def _notice(self, kind: str, text: str) -> None:
-        if self._agent is not None:
-            self._answer(self._agent, Notice(kind=kind, text=text, at=self._clock.now()))
-
-    def _say_progress(self) -> None:
-        """Saving that takes long says how far it is."""
-        now = self._clock.now()
-        if self._running is None or now < self._said_at + _SAY_EVERY:
-            return
-        self._said_at = now
-        self._notice("persisting", str(self._running))
-        if self._agent is None:
-            for client in list(self._clients):
-                try:
-                    # A worker that is busy with something else for long must not stop the keeper.
-                    client.channel.post(Notice(kind="persisting", text=str(self._running), at=now))
-                except LinkLost:
-                    self._forget(client)

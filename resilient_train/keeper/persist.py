@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _CHUNK = 8 << 20
 _AT_ONCE = 8
 """Files that are written at the same time."""
-_OTHERS = 60.0
+_OTHERS = 20.0
 """Seconds that other nodes may take longer than four times as long as this one."""
 
 
@@ -134,9 +134,11 @@ def persist(tier: Tier, job: Job) -> int:
             paths = [f"{folder_of(job.key)}/{image.file.name}" for image in left]
             list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
     except BaseException:
-        # Without this node's part it will never be complete; what is there only takes the room of the next one.
-        with contextlib.suppress(OutsideError):
-            tier.delete(folder_of(job.key))
+        # Without this node's part it will never be complete; what is there only takes the room of the next one.  Where
+        # other nodes may be writing to the folder it is left to the next checkpoint that is complete.
+        if len(job.images) == job.world:
+            with contextlib.suppress(OutsideError):
+                tier.delete(folder_of(job.key))
         raise
     # From here on another keeper may have committed what is there, so nothing of it is removed.
     if commit(tier, job.key, job.world, files, job.past):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.distributed import run as torchrun
 
 from resilient_train.agent.addresses import address_towards, own_addresses
+from resilient_train.control.connect import open_store
+from resilient_train.control.endpoint import OwnEtcd, parse
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
 from resilient_train.errors import ConfigError, StoreLost
@@ -34,51 +37,70 @@ class Place:
     """The port at which the ranks of the first generation are to meet; 0 for any."""
     secret: str
     """The job's secret; empty on a job's only node."""
-    leave: Callable[[], None] = lambda: None
-    """To be called when this node's part is over."""
 
 
-def join_job(args: argparse.Namespace, launch: Any) -> Place:
-    """Find the job's store, or serve it, and take a number.
+@contextmanager
+def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
+    """This node's place in the job; serves the store, or a part of it, until the end of the context.
 
     Args:
         args: the command line.
         launch: torchrun's reading of it.
 
     Raises:
-        ConfigError: if the endpoint is malformed, or names nobody.
+        ConfigError: if the endpoint is malformed, names nobody, or does not let us in.
         StoreLost: if the store cannot be reached.
     """
-    host, port = _endpoint(args)
-    if launch.max_nodes == 1:
-        server = serve("127.0.0.1", 0)
-        store = TcpControlStore("127.0.0.1", server.port, launch.run_id)
-        return Place(store=store, order=0, host=launch.local_addr or host, port=port, secret="", leave=_keep(server))
-    if not port:
-        raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
-    server = _serve_if_mine(args, host, port)
-    timeout = float(launch.rdzv_configs.get("timeout", args.patience) if not server else 30.0)
-    store = TcpControlStore(host, port, launch.run_id, args.detect_within, timeout)
-    mine = launch.local_addr or address_towards(host, port)
-    leave = _keep(server) if server is None else lambda: _wait_for_others(store, server)
-    return Place(store=store, order=store.join(), host=mine, port=0, secret=store.secret(), leave=leave)
+    conf = dict(launch.rdzv_configs)
+    timeout = float(conf.get("timeout", args.patience))
+    with open_store(
+        args.rdzv_backend, args.rdzv_endpoint, conf, launch.run_id, args.detect_within, timeout=timeout
+    ) as store:
+        if store is not None:
+            if launch.run_id == "none" and not args.rdzv_endpoint.startswith("own:"):
+                raise ConfigError(
+                    "an etcd serves many jobs: give this one a name with --rdzv-id, the same on all nodes"
+                )
+            yield _placed(store, launch.local_addr or address_towards(*_first_host(args, conf)))
+            return
+        host, number = _endpoint(args)
+        if launch.max_nodes == 1:
+            server = serve("127.0.0.1", 0)
+            with closing(TcpControlStore("127.0.0.1", server.port, launch.run_id)) as alone:
+                yield Place(store=alone, order=0, host=launch.local_addr or host, port=number, secret="")
+            return
+        if not number and args.rdzv_backend == "static" and not args.rdzv_endpoint:
+            number = int(args.master_port)
+        if not number:
+            raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
+        server = _serve_if_mine(args, host, number)
+        with closing(TcpControlStore(host, number, launch.run_id, args.detect_within, timeout)) as store:
+            yield _placed(store, launch.local_addr or address_towards(host, number))
+            if server is not None:
+                _wait_for_others(store)
 
 
-def _keep(server: Any) -> Callable[[], None]:
-    """Hold on to a server until it is called."""
-    held = [server]
-    return held.clear
+def _first_host(args: argparse.Namespace, conf: dict[str, Any]) -> tuple[str, int]:
+    """Host and port of an etcd's first member."""
+    found = parse(args.rdzv_backend, args.rdzv_endpoint, conf)
+    assert found is not None
+    access = found.access if isinstance(found, OwnEtcd) else found
+    host, _, port = access.endpoints[0].rpartition(":")
+    return host.strip("[]"), int(port)
 
 
-def _wait_for_others(store: ControlStore, server: Any) -> None:
-    """The others read the job's end from this server."""
+def _placed(store: ControlStore, host: str) -> Place:
+    return Place(store=store, order=store.join(), host=host, port=0, secret=store.secret())
+
+
+def _wait_for_others(store: ControlStore) -> None:
+    """The others read the job's end from this node's server."""
     deadline = time.monotonic() + _LEAVE
     try:
         while store.look().nodes and time.monotonic() < deadline:
             time.sleep(0.05)
     except StoreLost:
-        pass
-    del server
+        return
 
 
 def _serve_if_mine(args: argparse.Namespace, host: str, port: int) -> Any:

@@ -1,12 +1,14 @@
-"""``rtctl``: look at checkpoints, verify them, export models, import, clean up."""
+"""``rtctl``: look at jobs and steer them; look at checkpoints, verify them, export models, import, clean up."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
 from resilient_train.tools.inspect import Content, inspect
 from resilient_train.tools.location import find, parse
+from resilient_train.tools.status import describe, jobs, the_job, wish
 from resilient_train.tools.survey import COMMITTED, Checkpoint, survey
 from resilient_train.tools.text import count, human, parse_size, table
 from resilient_train.tools.verify import Verdict, verify
@@ -32,12 +35,14 @@ exit codes: 0 fine; 1 something is damaged, missing or could not be read or writ
 interrupted.
 """
 
+_WATCH_EVERY = 1.0
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
         prog="rtctl",
-        description="Look at checkpoints, verify them, export models, import from DCP, clean up.",
+        description="Look at jobs and steer them; look at checkpoints, verify, export, import and clean them up.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -67,6 +72,21 @@ def parser() -> argparse.ArgumentParser:
     clean = command("clean", _clean, "URL", "remove unfinished leftovers, and old checkpoints with --keep")
     clean.add_argument("--keep", metavar="N", type=int, help="remove all but the newest N good checkpoints")
     clean.add_argument("--yes", action="store_true", help="do not ask")
+    for name, run, text in (
+        ("status", _status, "show the jobs that have an agent on this machine, as they are now"),
+        ("drain", _drain, "have a node leave a job at its next step boundary"),
+        ("scale", _scale, "change how many nodes may take part in a job"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--job", metavar="ID", default="", help="the job (rtrun's --rdzv-id), if several run here")
+        sub.set_defaults(run=run)
+        if name == "status":
+            sub.add_argument("--watch", action="store_true", help="go on showing it, until Ctrl-C")
+            sub.add_argument("--json", action="store_true", help="print one JSON document")
+        elif name == "drain":
+            sub.add_argument("node", metavar="NODE", nargs="+", help="its id, as `rtctl status` shows it")
+        else:
+            sub.add_argument("nodes", metavar="N", type=int, help="the most nodes that may take part")
     return made
 
 
@@ -99,6 +119,38 @@ def run(argv: Sequence[str] | None = None) -> ExitCode:
         print(f"rtctl: {error}", file=sys.stderr)
         code = ExitCode.USER_ERROR
     return code
+
+
+def _status(args: argparse.Namespace) -> ExitCode:
+    while True:
+        found = jobs(args.job)
+        if args.job and not found:
+            the_job(args.job)
+        if args.json:
+            _print_json({"jobs": [dataclasses.asdict(status) for _, status in found.values()]})
+        else:
+            lines = [line for _, status in found.values() for line in [*describe(status), ""]]
+            clear = "\033[H\033[2J" if args.watch and sys.stdout.isatty() else ""
+            print(clear + ("\n".join(lines).rstrip() or "no job runs on this machine"), flush=True)
+        if not args.watch:
+            return ExitCode.SUCCESS
+        time.sleep(_WATCH_EVERY)
+
+
+def _drain(args: argparse.Namespace) -> ExitCode:
+    address, status = the_job(args.job)
+    wish(address, args.node, 0)
+    print(f"{', '.join(args.node)} will leave job {status.job} at its next step boundary")
+    return ExitCode.SUCCESS
+
+
+def _scale(args: argparse.Namespace) -> ExitCode:
+    if args.nodes < 1:
+        raise ConfigError(f"a job has at least one node, not {args.nodes}")
+    address, status = the_job(args.job)
+    wish(address, [], args.nodes)
+    print(f"job {status.job} may span {count(args.nodes, 'node')}")
+    return ExitCode.SUCCESS
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:

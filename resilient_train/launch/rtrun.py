@@ -22,8 +22,8 @@ from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
-from resilient_train.launch.meeting import join_job
-from resilient_train.plan.proposal import Limits
+from resilient_train.launch.meeting import Place, joined
+from resilient_train.plan.view import Limits
 
 _EPILOG = """
 rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are
@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=5.0,
         metavar="SECONDS",
-        help="how soon a silent node must be noticed; all other times follow: nodes say that they live 5 times within"
-        " it, announcements expire after it, a rank may take twice as long to come free for a new world (default 5)",
+        help="how soon a loss must be noticed; all other times follow: nodes say that they live 5 times within it,"
+        " announcements expire after it, a rank may take twice as long to come free for a new world. A job whose ranks"
+        " pass no step boundary for this long, or for twice the longest recent step if that is more, hangs: the rank"
+        " that the others wait for is ended, its stacks in the log (default 5)",
     )
     ours.add_argument(
         "--standby",
@@ -126,7 +128,13 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     launch, entrypoint, worker_args = _launch_config(args)
-    place = join_job(args, launch)
+    with joined(args, launch) as place:
+        return _take_part(args, launch, entrypoint, worker_args, place, write_events)
+
+
+def _take_part(
+    args: argparse.Namespace, launch: Any, entrypoint: str, worker_args: list[str], place: Place, write_events: bool
+) -> ExitCode:
     address = f"job-{uuid.uuid4().hex}"
     bootstraps: list[Any] = []
 
@@ -141,6 +149,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         entrypoint=entrypoint,
         args=tuple(map(str, worker_args)),
         slots=launch.nproc_per_node,
+        standby=args.standby,
         run_id=launch.run_id,
         role=launch.role,
         max_restarts=launch.max_restarts,
@@ -158,6 +167,7 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         slots=launch.nproc_per_node,
         limits=_limits(args, launch),
         address=address,
+        job=launch.run_id,
         within=args.detect_within,
         host=place.host,
         addresses=own_addresses() if place.secret else (),
@@ -179,7 +189,6 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
         MonotonicClock(),
     )
     outcome = agent.run()
-    place.leave()
     _report(outcome, workers, args.training_script, keeps_logs=write_events)
     if outcome.unsaved and outcome.code is ExitCode.SUCCESS:
         # The training succeeded and its result is lost: nobody may take that for a success.
@@ -188,6 +197,8 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
 
 
 def _check_script(args: argparse.Namespace) -> None:
+    if not 0.5 <= args.detect_within < float("inf"):
+        raise ConfigError(f"--detect-within must be at least 0.5 seconds, it is {args.detect_within:g}")
     script = args.training_script
     if not args.module and not args.no_python and not os.path.isfile(script):
         raise ConfigError(f"there is no training script {script!r} (in {os.getcwd()})")
@@ -230,6 +241,8 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         launch, entrypoint, worker_args = torchrun.config_from_args(args)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise ConfigError(str(error)) from error
+    if args.standby and getattr(launch, "virtual_local_rank", False):
+        raise ConfigError("--standby needs workers that see every device: it does not go with --virtual-local-rank")
     if launch.nproc_per_node < 1:
         raise ConfigError(f"--nproc-per-node must be at least 1, it is {args.nproc_per_node!r}")
     if callable(entrypoint):

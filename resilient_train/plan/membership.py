@@ -12,16 +12,47 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from resilient_train.errors import ExitCode
-from resilient_train.plan.proposal import View, is_new_restore, propose
+from resilient_train.plan.events import (
+    Announce,
+    Deadlocked,
+    Effect,
+    End,
+    EndpointReady,
+    Event,
+    Hung,
+    KeeperServes,
+    LeaveAsked,
+    NodesSeen,
+    Progress,
+    RecordSeen,
+    Say,
+    Spawn,
+    Stop,
+    StopAsked,
+    StoreSilent,
+    Stuck,
+    Swap,
+    Tell,
+    Tick,
+    Wake,
+    Wished,
+    WorkerExited,
+    WorkerSaid,
+    WorkerSpawned,
+)
+from resilient_train.plan.proposal import is_new_restore, propose
+from resilient_train.plan.view import View, Wish
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
+    Busy,
     Done,
     Hello,
     Message,
     Promise,
     Resumed,
     Stage,
+    Troubled,
     UserFailed,
     WorldIs,
 )
@@ -45,188 +76,8 @@ LET_GO = 30.0
 """Seconds that a node which has left goes on serving its images, if nobody says that they are not needed any more."""
 RESPAWN_AFTER = 1.0
 """Seconds between a new generation and the start of replacements, which would take the survivors' processor time."""
-_KEPT_LOST = 64
-"""Lost nodes that are remembered."""
 GRACE = 10.0
 """Seconds for workers to end by themselves once the job failed."""
-
-
-# ---- events ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class RecordSeen:
-    """The record, as read, swapped or heard of; ``None`` says that no record exists."""
-
-    record: WorldRecord | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodesSeen:
-    """What is known of the other nodes."""
-
-    nodes: tuple[NodeInfo, ...]
-    """Those that are alive."""
-    lost: Mapping[str, str] = field(default_factory=dict)
-    """Those that are not, and why."""
-    suspects: frozenset[str] = frozenset()
-    """Those that this node cannot reach."""
-    doubted: bool = False
-    """This node itself is the one that the others cannot reach."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSilent:
-    """The control store did not answer; ``lasting``: it may come back."""
-
-    text: str
-    lasting: bool
-
-
-@dataclass(frozen=True, slots=True)
-class KeeperServes:
-    """This node's keeper serves images to other nodes at host:port."""
-
-    endpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class LeaveAsked:
-    """This node is to leave the job, which goes on without it if it can."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSpawned:
-    """A worker process runs."""
-
-    member: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSaid:
-    """A worker sent a message."""
-
-    member: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerExited:
-    """A worker process ended; ``code`` is minus the signal's number if a signal ended it."""
-
-    member: str
-    code: int
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The furthest local worker, as the board shows it: (generation, finished steps)."""
-
-    generation: int
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class EndpointReady:
-    """This agent serves a fresh TCPStore for the next generation at host:port."""
-
-    endpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class StopAsked:
-    """Something on this node asks for the end of the job."""
-
-    text: str
-    exit_code: ExitCode = ExitCode.INTERRUPTED
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = (
-    RecordSeen
-    | NodesSeen
-    | StoreSilent
-    | KeeperServes
-    | WorkerSpawned
-    | WorkerSaid
-    | WorkerExited
-    | Progress
-    | EndpointReady
-    | LeaveAsked
-    | StopAsked
-    | Tick
-)
-
-
-# ---- effects --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """Try to make this the next version of the record; then report the record as it is."""
-
-    record: WorldRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Tell the other nodes."""
-
-    info: NodeInfo
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start a worker process."""
-
-    member: str
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """End a worker process: SIGTERM, then SIGKILL."""
-
-    member: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """Print a line for people."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to a worker."""
-
-    member: str
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Wake:
-    """Send a `Tick` at this time."""
-
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """Nothing is left to do."""
-
-    code: ExitCode
-    text: str
-
-
-Effect = Swap | Announce | Spawn | Stop | Say | Tell | Wake | End
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +86,8 @@ class State:
 
     view: View
     """What proposals are made from."""
+    looked: bool = False
+    """The store has said what the record is."""
     swapping: bool = False
     """A swap is under way; its outcome comes as `RecordSeen`."""
     seen_at: float = 0.0
@@ -271,7 +124,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     before = state
     state = _take_in(state, event, now)
     effects: list[Effect] = []
-    if _without_progress(state.info) != _without_progress(before.info):
+    if state.info is not before.info and _without_progress(state.info) != _without_progress(before.info):
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
@@ -279,12 +132,15 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     effects += tellings
     state, doings = _local(state, now)
     effects += doings
-    if not state.swapping and not state.ended:
+    if state.looked and not state.swapping and not state.ended:
         proposal = propose(state.view, now)
         since = {reason: state.view.since.get(reason, now) for reason in proposal.reasons}
-        state = replace(state, view=replace(state.view, since=since))
+        if since != state.view.since:
+            state = replace(state, view=replace(state.view, since=since))
         if proposal.wake_at is not None:
             effects.append(Wake(proposal.wake_at))
+        if proposal.give_up:
+            return replace(state, ended=True), [*effects, End(ExitCode.PARKED, proposal.give_up)]
         if proposal.record is not None:
             state, swap = _swap(state, proposal.record, event, now)
             effects.append(swap)
@@ -319,8 +175,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case NodesSeen():
             return _nodes_seen(state, event)
         case StoreSilent():
-            since = now if state.silent_since is None else state.silent_since
-            return replace(state, swapping=False, silence=event, silent_since=since)
+            begun = state.silent_since
+            return replace(state, swapping=False, silence=event, silent_since=now if begun is None else begun)
         case KeeperServes(endpoint):
             return _with_info(state, keeper=endpoint)
         case WorkerSpawned(member):
@@ -332,6 +188,12 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _worker_said(state, member, message)
         case Progress(generation, finished):
             return _with_info(state, progress=(generation, finished))
+        case Hung(member, reason):
+            return _with_worker(state, member, hung=reason)
+        case Deadlocked(generation, reason):
+            return replace(state, view=replace(state.view, hang=(generation, reason)))
+        case Stuck(reports):
+            return _with_info(state, stuck=reports)
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case LeaveAsked(text):
@@ -339,6 +201,9 @@ def _take_in(state: State, event: Event, now: float) -> State:
             if state.view.elastic() and others and state.view.enough(others):
                 return _with_info(state, leaving=text)
             return _with_info(state, failed=text, exit_code=int(ExitCode.INTERRUPTED))
+        case Wished(leave, room):
+            wish = Wish(leave=leave, room=room)
+            return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, exit_code=int(exit_code))
         case Tick():
@@ -351,9 +216,8 @@ def _is_mine(state: State, member: str) -> bool:
 
 def _nodes_seen(state: State, event: NodesSeen) -> State:
     known = {node.node: node for node in event.nodes if node.node != state.view.me}
-    # Who came back is still one that was lost, until the next change of the world.
-    lost = dict([*state.view.lost.items(), *event.lost.items()][-_KEPT_LOST:])
-    view = replace(state.view, nodes={**known, state.view.me: state.info}, lost=lost, doubted=event.doubted)
+    nodes = {**known, state.view.me: state.info}
+    view = replace(state.view, nodes=nodes, lost=state.view.all_lost(event.lost), doubted=event.doubted)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
 
@@ -369,13 +233,16 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
-    state = replace(state, swapping=False, silence=None, silent_since=None)
+    state = replace(state, looked=True, swapping=False, silence=None, silent_since=None)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
+    if view.wish is not None and view.wish.fulfilled(record):
+        view = replace(view, wish=None)
     if old is None or record.generation != old.generation:
         state = replace(state, seen_at=now, devices=_devices(state, record))
-        view = replace(view, margin=2, lost={node: why for node, why in view.lost.items() if node not in view.nodes})
+        lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
+        view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
     elif old.planned is not None and record.planned is None:
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
@@ -383,6 +250,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     if view.resume is not None and not is_new_restore(record, view.resume):
         view = replace(view, resume=None)
     state = replace(state, view=view)
+    if view.me in record.leave and not state.info.leaving:
+        state = _with_info(state, leaving="it was asked to")
     for worker in state.info.workers:
         if worker.member in record.members and worker.idle:
             state = _with_worker(state, worker.member, idle=False)
@@ -408,6 +277,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
         elastic=worker.elastic,
         acknowledged=worker.acknowledged,
         done=worker.done,
+        hung=worker.hung,
     )
     workers = tuple(w for w in state.info.workers if w.member != member)
     state = replace(state, spawning=state.spawning - {member})
@@ -443,15 +313,16 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, formed=generation)
         case Boundaries(generation=generation):
             return _with_worker(state, member, stepping=generation)
+        case Busy(name=name):
+            return _with_worker(state, member, busy=name)
         case Promise(number=number, accepted=accepted):
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
-        case UserFailed(text=text, generation=generation, doubtful=doubtful):
-            if doubtful and record is not None and record.generation > generation:
-                return state
-            scope = generation if doubtful else 0
-            return _with_info(state, failed=text, failed_in=scope, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case UserFailed(text=text):
+            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case Troubled(generation=generation, text=text):
+            return replace(state, view=replace(state.view, hang=(generation, text)))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)
@@ -506,13 +377,15 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
 
 def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[Effect]]:
     """The job goes on without this node; what it holds may be needed until the others have resumed."""
-    gone = [w.member for w in state.info.workers if w.member not in state.stopping]
+    # Who has promised a boundary goes on up to it, and says hello behind it: the others need that state.
+    limit = state.seen_at + state.view.timing.acknowledge if record.boundary is not None else now
+    going = [w.member for w in state.info.workers if now >= limit or w.idle or not w.elastic]
+    gone = [member for member in going if member not in state.stopping]
     effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
-        return state, effects
-    needed = record.resumed() is None and record.members and now < state.seen_at + LET_GO
-    if needed:
+        return state, [*effects, *([Wake(limit)] if now < limit else [])]
+    if record.resumed() is None and record.members and now < state.seen_at + LET_GO:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
     return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]

@@ -8,10 +8,11 @@ lowest-ranked surviving member proposes first.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from resilient_train.errors import ExitCode
-from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
+from resilient_train.plan.view import View
+from resilient_train.spec.node import ExitInfo, WorkerInfo
 from resilient_train.spec.world import (
     Phase,
     Planned,
@@ -28,143 +29,6 @@ KEPT_RESTORES = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
-    """How long decisions wait, in seconds."""
-
-    coalesce: float = 0.02
-    """For further reasons of the same kind, before a change is proposed."""
-    turn: float = 0.05
-    """For each proposer whose turn comes before."""
-    acknowledge: float = 10.0
-    """For a member whose main thread does not come free while others are ready to form."""
-    promise: float = 2.0
-    """For all promises to a planned change."""
-    retry: float = 0.25
-    """Before another planned change is tried."""
-    no_boundary: float = 5.0
-    """For a script to step through boundaries before it is taken for one that does not."""
-    rejoin: float = 2.0
-    """For a node that was lost and is back to stay reachable, before it is taken in again."""
-
-    @classmethod
-    def scaled(cls, within: float) -> Timing:
-        """The timing of a job that wants to notice a loss within so many seconds."""
-        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the job tolerates."""
-
-    min_nodes: int = 1
-    """Fewer nodes than this cannot form a world."""
-    max_nodes: int = 1
-    """More are not used."""
-    max_restarts: int = 0
-    """Restarts of the whole group of a script that is not elastic."""
-    last_call: float = 5.0
-    """Seconds to wait for further nodes once ``min_nodes`` are there; later ones join at a step boundary."""
-    patience: float = 600.0
-    """Seconds to wait for ``min_nodes`` nodes, at the start or after losses."""
-    crashes_at_step: int = 3
-    """Losses in a row, by processes' own doing, that all set the job back to the same step, and so end it."""
-    kills_at_step: int = 6
-    """The same for processes killed from outside."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """Everything one agent knows."""
-
-    me: str
-    """This node."""
-    limits: Limits
-    """What the job tolerates."""
-    nodes: Mapping[str, NodeInfo] = field(default_factory=dict)
-    """All nodes that are alive, this one included."""
-    record: WorldRecord | None = None
-    """The agreed world, None before the first."""
-    since: Mapping[str, float] = field(default_factory=dict)
-    """When each standing reason was first seen."""
-    margin: int = 2
-    """How many steps ahead a boundary is planned; doubled when somebody declines."""
-    resume: Restore | None = None
-    """A restore that is not in the record yet."""
-    timing: Timing = field(default_factory=Timing)
-    """How long decisions wait."""
-    lost: Mapping[str, str] = field(default_factory=dict)
-    """Nodes that were announced and are gone, and why."""
-    doubted: bool = False
-    """The others cannot reach this node, so it leaves proposing to them."""
-
-    def workers(self) -> dict[str, WorkerInfo]:
-        """All living workers by id, and members whose process is about to be started."""
-        about_to_start = {m: WorkerInfo(member=m) for m in (self.record.members if self.record else ())}
-        ended = self.exits()
-        known = {worker.member: worker for node in self.nodes.values() for worker in node.workers}
-        return known | {
-            m: worker
-            for m, worker in about_to_start.items()
-            if m not in known and m not in ended and node_of(m) in self.nodes
-        }
-
-    def exits(self) -> dict[str, ExitInfo]:
-        """All ended workers by id."""
-        return {item.member: item for node in self.nodes.values() for item in node.exits}
-
-    def in_order(self, members: set[str]) -> tuple[str, ...]:
-        """Members in the order of their ranks: by node, then slot."""
-
-        def place(member: str) -> tuple[int, str, int]:
-            node = self.nodes.get(node_of(member))
-            return (node.order if node else 1 << 30, node_of(member), slot_of(member))
-
-        return tuple(sorted(members, key=place))
-
-    def fitting(self, members: set[str], prefer: Collection[str] = ()) -> set[str]:
-        """As many of ``members`` as there is room and the script's mesh takes, those in ``prefer`` first.
-
-        The others stand by.
-        """
-        workers = self.workers().values()
-        multiple = max((worker.multiple for worker in workers), default=1)
-        most = min((worker.most for worker in workers if worker.most), default=len(members))
-        ordered = self._with_room(sorted(self.in_order(members), key=lambda member: member not in prefer))[:most]
-        return set(ordered[: len(ordered) - len(ordered) % multiple])
-
-    def _with_room(self, members: Sequence[str]) -> list[str]:
-        """The first of ``members`` for which there is a slot on one of ``max_nodes`` nodes."""
-        used: dict[str, int] = {}
-        found = []
-        for member in members:
-            node = node_of(member)
-            slots = self.nodes[node].slots if node in self.nodes else 0
-            if used.get(node, 0) < slots and (node in used or len(used) < self.limits.max_nodes):
-                used[node] = used.get(node, 0) + 1
-                found.append(member)
-        return found
-
-    def enough(self, members: Collection[str]) -> bool:
-        """Whether a world of ``members`` spans the nodes that the job needs at least."""
-        return len({node_of(m) for m in members}) >= max(1, self.limits.min_nodes)
-
-    def idle(self) -> set[str]:
-        """Workers that can be named in a world: warm, on nodes that stay and that everybody reaches."""
-        doubted = {name for node in self.nodes.values() for name in node.suspects}
-        return {
-            worker.member
-            for node in self.nodes.values()
-            if not node.leaving and not node.suspects and node.node not in doubted
-            for worker in node.workers
-            if worker.idle
-        }
-
-    def elastic(self) -> bool:
-        """Whether the script is elastic: any of its workers ever said hello."""
-        return any(w.elastic for w in self.workers().values()) or any(e.elastic for e in self.exits().values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
     """What to do about the record."""
 
@@ -174,10 +38,19 @@ class Proposal:
     """The reasons that stand; the caller remembers since when."""
     wake_at: float | None = None
     """When to ask again although nothing happened."""
+    give_up: str = ""
+    """Why there will be no world at all, if so."""
 
 
 def propose(view: View, now: float) -> Proposal:
     """The next version of the record, or what is being waited for."""
+    proposal = _propose(view, now)
+    if proposal.record is not None and not proposal.record.elastic and view.elastic():
+        return replace(proposal, record=replace(proposal.record, elastic=True))
+    return proposal
+
+
+def _propose(view: View, now: float) -> Proposal:
     record = view.record
     if view.doubted:
         return Proposal()
@@ -185,11 +58,15 @@ def propose(view: View, now: float) -> Proposal:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
-    failed = next((node for node in view.nodes.values() if _has_failed(node, record)), None)
+    failed = next((node for node in view.nodes.values() if node.failed), None)
     if failed is not None:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
         return Proposal(record=_with_restore(view, record, view.resume))
+    if view.wish is not None and not view.wish.fulfilled(record):
+        leave = tuple(dict.fromkeys((*record.leave, *view.wish.leave)))
+        room = view.wish.room or record.room
+        return Proposal(record=record.successor(leave=leave, room=room, proposer=view.me))
     alive, exits = view.workers(), view.exits()
     if not record.members:
         return _unpark(view, record, now)
@@ -200,21 +77,19 @@ def propose(view: View, now: float) -> Proposal:
         return _after_loss(view, record, lost, now)
     if not view.elastic():
         return Proposal()
+    if view.hang[0] == record.generation:
+        return _after_hang(view, record, view.hang[1], now)
     left = [m for m in record.members if m not in alive and not exits[m].elastic]
     if left:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
         return Proposal(record=_failure(view, record, text, left[0]))
     waits = _Waits(view, now)
-    change = _misfit(view, record) or _late(view, record, waits)
+    change = _misfit(view, record) or _late(view, record, waits) or _never_there(view, record, waits)
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
         change = _wished_change(view, record, waits)
     return waits.proposal(change)
-
-
-def _has_failed(node: NodeInfo, record: WorldRecord) -> bool:
-    return bool(node.failed) and node.failed_in in (0, record.generation)
 
 
 def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
@@ -277,8 +152,9 @@ def _first_world(view: View, now: float) -> Proposal:
     nodes = sorted(here, key=lambda node: node.order)[: limits.max_nodes]
     waits = _Waits(view, now)
     if len(nodes) < limits.min_nodes:
-        waits.over("too few nodes", limits.patience)
-        return waits.proposal()
+        over = waits.over("too few nodes", limits.patience)
+        text = f"{len(nodes)} of at least {limits.min_nodes} nodes came within {limits.patience:g} s"
+        return replace(waits.proposal(), give_up=text if over else "")
     if nodes[0].node != view.me:
         return Proposal()
     if len(nodes) < limits.max_nodes and not waits.over("last call", limits.last_call):
@@ -317,16 +193,33 @@ def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, bo
     )
 
 
+def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Proposal:
+    """The same members form again; what makes them hang again and again at one step is no matter of chance."""
+    waits = _Waits(view, now)
+    if not waits.over(f"hang in {record.generation}", view.timing.coalesce + _turn(view, record, view.workers())):
+        return waits.proposal()
+    resumed, stalls = _stalls(record)
+    if stalls >= view.limits.crashes_at_step:
+        error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
+        return Proposal(record=_failure(view, record, error, "", ExitCode.NO_PROGRESS))
+    after = _regroup(view, record, set(record.members), f"{reason}; all form again", None)
+    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed))
+
+
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
     waits = _Waits(view, now)
     alive, exits = view.workers(), view.exits()
-    if not waits.over(f"lost in {record.generation}", view.timing.coalesce + _turn(view, record, alive)):
+    wait = view.timing.coalesce + _turn(view, record, alive)
+    if any(m not in exits and node_of(m) not in view.lost for m in lost):
+        # This node has just come, and the store may have let everybody's announcement expire.
+        wait += view.timing.unseen
+    if not waits.over(f"lost in {record.generation}", wait):
         return waits.proposal()
     ended = [exits[m] for m in lost if m in exits]
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
     broken = [e for e in ended if not e.elastic and not e.killed]
     if broken or not view.elastic():
-        return Proposal(record=_restart_group(view, record, lost, broken or ended))
+        return _restart_group(view, record, lost, broken or ended, waits)
     text = f"lost {_names(lost, record)}{_cause(view, lost, ended)}"
     resumed, stalls = _stalls(record)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
@@ -341,7 +234,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         members = set()
         text += "; too few are left, waiting for replacements"
         if not survivors:
-            return waits.proposal()
+            return _too_few(view, record, waits)
     after = _regroup(view, record, members, text, None)
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
     best = max([record.best_step, *steps])
@@ -360,12 +253,11 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     waits = _Waits(view, now)
     members = view.fitting(view.idle())
     if not view.enough(members):
-        limits = view.limits
-        if waits.over(f"parked in {record.generation}", limits.patience + _turn(view, record, view.workers())):
-            text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
-            return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
-        return waits.proposal()
+        return _too_few(view, record, waits)
     if not waits.over("enough", view.timing.coalesce + _turn(view, record, view.workers())):
+        return waits.proposal()
+    starting = _starting(view, members)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
         return waits.proposal()
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
@@ -387,26 +279,37 @@ def _names(members: list[str], record: WorldRecord) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
-def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo]) -> WorldRecord:
+def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list[ExitInfo], waits: _Waits) -> Proposal:
+    """All start over; what a script did itself uses up its restarts, the loss of a node does not."""
     what = f"{_names(lost, record)} {ended[0].describe()}" if ended else f"lost {_names(lost, record)}"
-    culprit = ended[0].member if ended else lost[0]
-    if record.restarts >= view.limits.max_restarts:
-        if ended and ended[0].killed and not view.elastic():
+    what += "" if ended else _cause(view, lost, ended)
+    if ended and record.restarts >= view.limits.max_restarts:
+        if ended[0].killed and not view.elastic():
             what += "; nobody had called an elastic function yet, and until then only --max-restarts helps"
-        return _failure(view, record, what, culprit)
+        return Proposal(record=_failure(view, record, what, ended[0].member))
     newest: dict[tuple[str, int], int] = {}
     for member in [*view.workers(), *view.exits(), *record.members]:
         place = (node_of(member), slot_of(member))
         newest[place] = max(newest.get(place, 0), incarnation_of(member))
+    here = sorted((node for node in view.nodes.values() if not node.leaving), key=lambda node: node.order)
     members = {
         member_id(node.node, slot, newest.get((node.node, slot), -1) + 1)
-        for node in sorted(view.nodes.values(), key=lambda node: node.order)[: view.limits.max_nodes]
+        for node in here[: view.room()]
         for slot in range(node.slots)
     }
-    return replace(
-        _regroup(view, record, members, f"{what}; the group restarts", None),
-        restarts=record.restarts + 1,
-    )
+    if not view.enough(members):
+        return _too_few(view, record, waits)
+    after = _regroup(view, record, members, f"{what}; the group restarts", None)
+    return waits.proposal(replace(after, restarts=record.restarts + (1 if ended else 0)))
+
+
+def _too_few(view: View, record: WorldRecord, waits: _Waits) -> Proposal:
+    """Wait for nodes, for a bounded time."""
+    limits = view.limits
+    if not waits.over(f"too few in {record.generation}", limits.patience + _turn(view, record, view.workers())):
+        return waits.proposal()
+    text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
+    return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
 
 
 def _misfit(view: View, record: WorldRecord) -> WorldRecord | None:
@@ -434,6 +337,20 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     return _regroup(view, record, set(record.members) - set(late), text, None)
 
 
+def _never_there(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
+    """A boundary that the world before cannot reach, since a node that only it had members on was lost on the way."""
+    alive = view.workers()
+    if record.boundary is None or all(alive[m].acknowledged == record.generation for m in record.members):
+        return None
+    gone = sorted({node_of(m) for m in view.before} & view.lost.keys() - view.nodes.keys())
+    if not gone or not waits.over(
+        f"gone before {record.generation}", view.timing.coalesce + _turn(view, record, alive)
+    ):
+        return None
+    text = f"{record.reason}; lost on the way to the boundary: {', '.join(gone)}"
+    return _regroup(view, record, set(record.members), text, None)
+
+
 def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     """Take idle workers in and let leaving nodes go, at a boundary if the script has boundaries."""
     alive = view.workers()
@@ -441,19 +358,22 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
     staying = {m for m in record.members if not view.nodes[node_of(m)].leaving}
     joining = view.idle() - set(record.members)
     settled = all(alive[m].formed == generation and alive[m].done != generation for m in record.members)
-    if not settled or not (joining or len(staying) < record.size):
-        return None
-    back = any(node_of(member) in view.lost for member in joining)
-    changing = ", ".join(sorted(joining | (set(record.members) - staying)))
-    if not waits.over(
-        f"{changing} would change place",
-        (view.timing.rejoin if back else view.timing.coalesce) + _turn(view, record, alive),
-    ):
+    if not settled:
         return None
     members = view.fitting(staying | joining, staying)
     if not view.enough(members):
         members = set()
     if members == set(record.members):
+        return None
+    back = any(node_of(member) in view.lost for member in joining)
+    changing = ", ".join(sorted(members ^ set(record.members)))
+    if not waits.over(
+        f"{changing} would change place",
+        (view.timing.rejoin if back else view.timing.coalesce) + _turn(view, record, alive),
+    ):
+        return None
+    starting = _starting(view, joining)
+    if starting and not waits.over(f"{starting} are starting", view.timing.gather):
         return None
     text = _describe_change(view, record, members)
     if not all(alive[m].stepping == generation for m in record.members):
@@ -467,6 +387,12 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
     number = record.revision + 1
     planned = Planned(number=number, boundary=max(steps) + view.margin, members=view.in_order(members), reason=text)
     return record.successor(planned=planned, proposer=view.me)
+
+
+def _starting(view: View, joining: Collection[str]) -> str:
+    """Workers that are not warm yet, of nodes of which others could join."""
+    nodes = sorted({node_of(member) for member in joining})
+    return ", ".join(worker.member for node in nodes for worker in view.nodes[node].workers if not worker.elastic)
 
 
 def _describe_change(view: View, record: WorldRecord, members: set[str]) -> str:

@@ -57,6 +57,8 @@ class State:
     """The other nodes of the job that are not known to be gone."""
     at: float = 0.0
     """When this agent last did anything."""
+    last: Verdict | None = None
+    """The newest verdict; what was heard since has changed nothing about it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,47 +110,62 @@ class Verdict:
 
 def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     """Take in one event; return what to make of everything known."""
+    if _says_nothing_new(state, event, now) and state.last is not None:
+        # Nearly all signs of life; with thousands of nodes the rest of this is work.
+        peers = dict(state.peers)
+        _take_in(peers, state.me, event, now)
+        return State(me=state.me, within=state.within, peers=peers, at=now, last=state.last), state.last
+    peers = dict(state.peers)
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
-        state = replace(state, peers={name: _excused(peer, now) for name, peer in state.peers.items()})
-    state = _take_in(replace(state, at=now), event, now)
+        peers = {name: _excused(peer, now) for name, peer in peers.items()}
+    _take_in(peers, state.me, event, now)
+    state = State(me=state.me, within=state.within, peers=peers, at=now)
     verdict = _judge(state, now)
-    peers = {
-        name: _listen_for(peer, name in verdict.wanted, now)
-        for name, peer in state.peers.items()
-        # Who is lost and not announced any more is forgotten; it may come back under the same name.
-        if peer.announced or name not in verdict.lost
-    }
-    state = replace(state, peers=peers)
-    return state, replace(verdict, wake_at=_next_look(state, now))
+    for name, peer in list(peers.items()):
+        if not peer.announced and name in verdict.lost:
+            # Who is lost and not announced any more is forgotten; it may come back under the same name.
+            del peers[name]
+        elif (name in verdict.wanted) != (peer.wanted_at is not None):
+            peers[name] = replace(peer, wanted_at=now if name in verdict.wanted else None, heard_at=None)
+    verdict = replace(verdict, wake_at=_next_look(state, now))
+    # Who was just forgotten is in this verdict, and not in the next.
+    return replace(state, last=verdict if verdict.lost.keys() <= peers.keys() else None), verdict
 
 
-def _listen_for(peer: Peer, wanted: bool, now: float) -> Peer:
-    if wanted == (peer.wanted_at is not None):
-        return peer
-    return replace(peer, wanted_at=now if wanted else None, heard_at=None)
+def _says_nothing_new(state: State, event: Event, now: float) -> bool:
+    """Whether the last verdict stands: nobody's silence has become too long, and no suspect was heard."""
+    if state.last is None or now > state.at + state.within / 2:
+        return False
+    if state.last.wake_at is not None and now >= state.last.wake_at:
+        return False
+    return isinstance(event, Looked) or (isinstance(event, Heard) and not event.nodes & state.last.suspects)
 
 
-def _take_in(state: State, event: Event, now: float) -> State:
-    peers = dict(state.peers)
+def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:
     match event:
         case Announced(nodes):
-            standing = {node.node: node for node in nodes if node.node != state.me.node}
-            for name, peer in state.peers.items():
-                peers[name] = replace(peer, announced=name in standing)
+            standing = {node.node: node for node in nodes if node.node != me.node}
+            for name, peer in peers.items():
+                if peer.announced != (name in standing):
+                    peers[name] = replace(peer, announced=name in standing)
             for name, info in standing.items():
-                known = state.peers.get(name)
-                moved = known is not None and known.info.link != info.link
-                peers[name] = Peer(info=info) if known is None or moved else replace(known, info=info, announced=True)
+                known = peers.get(name)
+                if known is None or known.info.link != info.link:
+                    peers[name] = Peer(info=info)
+                elif known.info is not info:
+                    peers[name] = replace(known, info=info)
         case Heard(nodes):
             for name in nodes & peers.keys():
-                peers[name] = replace(peers[name], heard_at=now, refused=False)
+                known = peers[name]
+                peers[name] = Peer(
+                    info=known.info, announced=known.announced, wanted_at=known.wanted_at, heard_at=now, refused=False
+                )
         case Refused(node):
             if node in peers:
                 peers[node] = replace(peers[node], refused=True)
         case Looked():
             pass
-    return replace(state, peers=peers)
 
 
 def _excused(peer: Peer, now: float) -> Peer:
@@ -208,6 +225,8 @@ def _most_doubted(doubts: Mapping[str, frozenset[str]], orders: Mapping[str, int
 
     Of several the last that joined goes.  A pure function of announcements, so all who see the same agree.
     """
+    if not any(doubts.values()):
+        return []
     edges = {frozenset((a, b)) for a, found in doubts.items() for b in found if b in doubts and a != b}
     gone = []
     while edges:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, dataclass_transform
 
 from resilient_train.errors import FormatError
 
+STACKS_SIGNAL = 60
+"""The signal at which a worker writes the stacks of its threads to its stderr: a real-time one that nobody is known to
+use, as the schedulers' and the users' own signals are among the named ones."""
 MAX_MESSAGE = 64 << 20
 """Longest message in bytes; a longer one is a malfunction, not a message."""
 
@@ -28,14 +31,15 @@ _Class = TypeVar("_Class")
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def _message(cls: type[_Class]) -> type[_Class]:
+def message(cls: type[_Class]) -> type[_Class]:
+    """Make a class a message."""
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 
 # ---- worker -> agent ------------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class Hello(Message):
     """The worker runs an elastic function, is warm, its main thread is free, and it can be named in a world."""
 
@@ -46,7 +50,7 @@ class Hello(Message):
     """The most ranks that the mesh takes; 0 for any number."""
 
 
-@_message
+@message
 class Acknowledge(Message):
     """The main thread is free and begins to form this generation."""
 
@@ -54,7 +58,7 @@ class Acknowledge(Message):
     at: float
 
 
-@_message
+@message
 class Stage(Message):
     """A stage of recovery is behind this rank (``aborted``, ``formed``, ``restored``, ``first_step``)."""
 
@@ -63,7 +67,7 @@ class Stage(Message):
     at: float
 
 
-@_message
+@message
 class Resumed(Message):
     """Rank 0: which state the generation resumes from; logged when the record has it."""
 
@@ -73,7 +77,7 @@ class Resumed(Message):
     text: str
 
 
-@_message
+@message
 class Promise(Message):
     """Answer to a planned change in the record: whether this rank will stop at its boundary."""
 
@@ -81,41 +85,64 @@ class Promise(Message):
     accepted: bool
 
 
-@_message
+@message
 class Done(Message):
     """The elastic function returned in this generation."""
 
     generation: int
 
 
-@_message
+@message
 class UserFailed(Message):
     """The elastic function raised an error of its own; sent before any socket closes."""
 
     generation: int
     text: str
-    doubtful: bool = False
-    """It may be the consequence of a loss that nobody has told this worker of."""
 
 
-@_message
+@message
+class Troubled(Message):
+    """Communication failed in this generation, and nobody has told this worker why."""
+
+    generation: int
+    text: str
+
+
+@message
 class Boundaries(Message):
     """The script steps through ``Checkpointer.steps``, so planned changes can wait for a boundary."""
 
     generation: int
 
 
+@message
+class Busy(Message):
+    """The rank is in a long operation that may take as long as it takes, or is out of it (no name)."""
+
+    name: str
+    seconds: float = 0.0
+    """What the operation may take at most; 0 for any time."""
+
+
+@message
+class Position(Message):
+    """Answer to `Ask`: the fields of a `resilient_train.spec.rank.RankReport`."""
+
+    number: int
+    report: dict[str, Any]
+
+
 # ---- agent -> worker ------------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class Welcome(Message):
     """Answer to `Hello`."""
 
     keeper: str
 
 
-@_message
+@message
 class WorldIs(Message):
     """The agreed world and the receiver's place in it."""
 
@@ -126,10 +153,60 @@ class WorldIs(Message):
     """Index of the accelerator on which the receiver computes; -1: it is no member."""
 
 
+# ---- rtctl <-> agent ------------------------------------------------------------------------------------------------
+
+
+@message
+class AskStatus(Message):
+    """Answered by `Status`."""
+
+
+@message
+class Status(Message):
+    """The job as this agent knows it.
+
+    ``record`` and ``nodes`` are as the store has them; ``incidents`` are [seconds ago, text] pairs, oldest first.
+    """
+
+    job: str
+    node: str
+    record: dict[str, Any] | None
+    nodes: list[dict[str, Any]]
+    step: int
+    incidents: list[list[Any]]
+    store: str
+    """Why the store does not answer; empty if it does."""
+
+
+@message
+class Wish(Message):
+    """These nodes are to leave the job; and ``room``, if not 0, is the most nodes that may take part.
+
+    Answered by `Wished`.
+    """
+
+    leave: list[str]
+    room: int = 0
+
+
+@message
+class Wished(Message):
+    """The wish will be agreed on; or an ``error`` why not."""
+
+    error: str
+
+
+@message
+class Ask(Message):
+    """Where is your training thread?"""
+
+    number: int
+
+
 # ---- worker -> keeper -----------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class Attach(Message):
     """First message of a worker; answered by `Attached` with the board's descriptor."""
 
@@ -137,7 +214,7 @@ class Attach(Message):
     slot: int
 
 
-@_message
+@message
 class Allocate(Message):
     """Asks for one image slot; answered by `Allocated` with its descriptor, or by `Refused`.
 
@@ -148,14 +225,14 @@ class Allocate(Message):
     ahead: int = 0
 
 
-@_message
+@message
 class Discard(Message):
     """The worker will not use this slot any more and what it holds is superseded."""
 
     slot: int
 
 
-@_message
+@message
 class Policy(Message):
     """Where and when images are persisted; every local worker says the same."""
 
@@ -167,7 +244,7 @@ class Policy(Message):
     """0: as fast as possible."""
 
 
-@_message
+@message
 class Published(Message):
     """A complete image that the keeper is to persist; the worker leaves the slot alone until `Persisted`.
 
@@ -183,19 +260,21 @@ class Published(Message):
     past: list[list[int | None]]
 
 
-@_message
+@message
 class ListImages(Message):
-    """Answered by `Images`."""
+    """Answered by `Images`; with ``everywhere``, of all nodes."""
+
+    everywhere: bool = False
 
 
-@_message
+@message
 class OpenImages(Message):
     """Answered by `Opened` with one descriptor for each slot still there, in order."""
 
     slots: list[int]
 
 
-@_message
+@message
 class ReadBoxes(Message):
     """Bytes of boxes of one image, gathered by the keeper; answered by `Boxes`."""
 
@@ -205,7 +284,7 @@ class ReadBoxes(Message):
     boxes: list[list[Any]]
 
 
-@_message
+@message
 class Goodbye(Message):
     """The worker ends in good order."""
 
@@ -213,14 +292,14 @@ class Goodbye(Message):
 # ---- keeper -> worker -----------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class Attached(Message):
     """The board's descriptor comes with it; ``index`` is the worker's line on the board."""
 
     index: int
 
 
-@_message
+@message
 class Allocated(Message):
     """The slot's descriptor comes with it."""
 
@@ -228,14 +307,14 @@ class Allocated(Message):
     size: int
 
 
-@_message
+@message
 class Refused(Message):
     """What was asked for cannot be had."""
 
     reason: str
 
 
-@_message
+@message
 class Persisted(Message):
     """An image is durable, or, with an ``error``, will not be; either way the slot is free again."""
 
@@ -244,21 +323,26 @@ class Persisted(Message):
     error: str
 
 
-@_message
+@message
 class Images(Message):
-    """Every complete image in memory: [slot, lineage, step, rank, world size]."""
+    """Every complete image in memory: rows of [slot, lineage, step, rank, world size, bytes, replica or not].
+
+    ``peers`` has the same of other nodes, as [host:port, rows] of keepers that serve them to who knows ``secret``.
+    """
 
     images: list[list[Any]]
+    peers: list[list[Any]]
+    secret: str
 
 
-@_message
+@message
 class Opened(Message):
     """Descriptors come with it, for these slots."""
 
     slots: list[int]
 
 
-@_message
+@message
 class Boxes(Message):
     """The requested bytes, in order, base64; or an ``error``."""
 
@@ -269,7 +353,7 @@ class Boxes(Message):
 # ---- agent <-> keeper -----------------------------------------------------------------------------------------------
 
 
-@_message
+@message
 class Adopt(Message):
     """Agent: take over these slots of a keeper that died; descriptors come with it, the board's first."""
 
@@ -278,9 +362,44 @@ class Adopt(Message):
     """A folder to remove at the end."""
     standing: dict[str, Any] | None = None
     """The fields of the last `Standing`."""
+    more: bool = False
+    """Another `Adopt` follows with more slots."""
 
 
-@_message
+@message
+class Serve(Message):
+    """Agent: serve images to other nodes on an address of ``host``, to who knows ``secret`` (hexadecimal)."""
+
+    host: str
+    secret: str
+
+
+@message
+class Serving(Message):
+    """Keeper: where it serves, host:port; empty if it cannot, because of ``error``."""
+
+    endpoint: str
+    error: str = ""
+
+
+@message
+class Peers(Message):
+    """Agent: the keepers of the job, whenever they or the world change.
+
+    ``keepers`` are [node, host:port] of the nodes that have members, in the order in which each keeps copies of the one
+    before it; the first of them names the steps that are copied.  ``others`` have no member, and may hold images.
+    """
+
+    node: str
+    """The receiver's node."""
+    generation: int
+    slots: list[int]
+    """Slots of this node's members."""
+    keepers: list[list[str]]
+    others: list[list[str]]
+
+
+@message
 class Standing(Message):
     """Keeper: what another in my place would have to know: where to persist, what is durable, what is being written."""
 
@@ -288,9 +407,11 @@ class Standing(Message):
     persisted: list[int] | None
     running: list[int] | None
     past: list[list[int | None]]
+    ranks: list[int] = field(default_factory=list)
+    """Whose images are being written."""
 
 
-@_message
+@message
 class Deposit(Message):
     """Keeper: hold this slot's descriptor as well, so that the image outlives me (slot -1 is the board)."""
 
@@ -299,33 +420,33 @@ class Deposit(Message):
     owner: str
 
 
-@_message
+@message
 class Withdraw(Message):
     """Keeper: the slot is gone, drop its descriptor."""
 
     slot: int
 
 
-@_message
+@message
 class Gone(Message):
     """Agent: this worker's process has ended."""
 
     member: str
 
 
-@_message
+@message
 class Flush(Message):
     """Agent, or every worker where there is none: persist the last complete state and say so with `Flushed`."""
 
 
-@_message
+@message
 class Flushed(Message):
     """Everything that can be durable is."""
 
     text: str
 
 
-@_message
+@message
 class Notice(Message):
     """Keeper, to the agent or where there is none to the workers: something worth an event."""
 
@@ -347,17 +468,21 @@ def encode(message: Message) -> bytes:
     return json.dumps({"type": type(message).__name__, **body}).encode()
 
 
-def decode(data: bytes | memoryview) -> Message:
+def decode(data: bytes | memoryview, known: Mapping[str, type[Message]] = _TYPES) -> Message:
     """The inverse of `encode`.
 
+    Args:
+        data: what arrived.
+        known: the messages that may arrive, by name.
+
     Raises:
-        FormatError: if ``data`` is no known message.
+        FormatError: if ``data`` is none of them.
     """
     try:
         body = json.loads(bytes(data))
         if not isinstance(body, Mapping):
             raise TypeError("not an object")
         fields = dict(body)
-        return _TYPES[fields.pop("type")](**fields)
+        return known[fields.pop("type")](**fields)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"not a message: {error!r}") from error

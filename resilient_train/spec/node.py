@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from resilient_train.errors import FormatError
+from resilient_train.spec.rank import RankReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,10 @@ class WorkerInfo:
     """The newest planned change that it declined."""
     done: int = 0
     """The generation in which its function returned."""
+    busy: str = ""
+    """The long operation that it announced and is in."""
+    hung: str = ""
+    """Why it is taken for hanging and about to be ended; empty if it is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +56,18 @@ class ExitInfo:
     """The newest generation that it took part in."""
     done: int
     """The generation in which its function returned, 0 if it had not."""
+    hung: str = ""
+    """Why it was ended as hanging; empty if it was not."""
 
     @property
     def killed(self) -> bool:
         """Ended from outside (SIGKILL, SIGTERM), rather than by what the process itself did."""
-        return self.code in (-9, -15)
+        return bool(self.hung) or self.code in (-9, -15)
 
     def describe(self) -> str:
         """How it ended, for people."""
+        if self.hung:
+            return self.hung
         return f"was ended by signal {-self.code}" if self.code < 0 else f"exited with code {self.code}"
 
 
@@ -88,8 +97,6 @@ class NodeInfo:
     """That worker."""
     exit_code: int = 1
     """How the job is to end because of it."""
-    failed_in: int = 0
-    """The generation that the error ends, if it is over once that generation is; 0: it ends the job in any case."""
     link: str = ""
     """host:port at which this agent answers other agents; empty on a job's only node."""
     keeper: str = ""
@@ -100,6 +107,8 @@ class NodeInfo:
     """This machine's network addresses: where connections between its ranks and others' come from."""
     leaving: str = ""
     """Why this node wants to leave at the next boundary; empty if it does not."""
+    stuck: tuple[RankReport, ...] = ()
+    """Where its members are, while the job stands still; empty while it goes on."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -118,6 +127,7 @@ class NodeInfo:
             exits = tuple(ExitInfo(**item) for item in fields.pop("exits"))
             generation, step = fields.pop("progress")
             fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses")})
+            fields["stuck"] = tuple(RankReport.from_json(item) for item in fields["stuck"])
             return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a node's announcement: {error}") from error

@@ -91,6 +91,8 @@ class WorldRecord:
     """A change under way."""
     restores: tuple[Restore, ...] = ()
     """Which state each generation resumed from, oldest first."""
+    elastic: bool = False
+    """The script was seen to be elastic; who knew that may be gone."""
     restarts: int = 0
     """How often the whole group of a script that is not elastic was restarted."""
     stalls: int = 0
@@ -105,6 +107,10 @@ class WorldRecord:
     """The member whose error ended the job."""
     exit_code: int = 0
     """How the agents of a failed job end."""
+    leave: tuple[str, ...] = ()
+    """Nodes that were asked to leave."""
+    room: int = 0
+    """The most nodes that may take part, if that was changed since the start; 0: as the command line says."""
     proposer: str = ""
     """The node that wrote this version."""
 
@@ -137,7 +143,7 @@ class WorldRecord:
             fields = dict(data)
             planned = fields.pop("planned")
             restores = tuple(restore_from_json(item) for item in fields.pop("restores"))
-            fields["members"] = tuple(fields["members"])
+            fields.update({name: tuple(fields[name]) for name in ("members", "leave")})
             fields["phase"] = Phase(fields["phase"])
             if planned is not None:
                 planned = Planned(**{**planned, "members": tuple(planned["members"])})

@@ -31,6 +31,7 @@ class Job:
         log_dir: where logs and ``events.jsonl`` go.
         env: further environment variables.
         launcher: another launcher's command instead of ``rtrun``, for comparisons.
+        prefix: what to put before the command, such as one that runs it in a network namespace.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Job:
         log_dir: Path,
         env: Mapping[str, str] | None = None,
         launcher: Sequence[str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.log_dir = log_dir
         self._mark = uuid.uuid4().hex
-        command = [*(launcher or (sys.executable, "-m", "resilient_train.launch.rtrun")), *flags]
+        command = [*prefix, *(launcher or (sys.executable, "-m", "resilient_train.launch.rtrun")), *flags]
         if launcher is None:
             command.append(f"--log-dir={log_dir}")
         variables = {**config.process_environment(), "OMP_NUM_THREADS": "1", **(env or {}), _MARK: self._mark}
@@ -165,6 +167,22 @@ class Job:
             raise AssertionError(f"the job did not end within {timeout:g} s\n{self.output}") from None
         self._reader.join(5.0)
         return code
+
+    def has_child_with(self, text: str) -> bool:
+        """Whether the agent has a child with ``text`` in its command."""
+        return any(_parent(pid) == self.pid and text in _command(pid) for pid in self._processes())
+
+    def kill_all(self) -> None:
+        """SIGKILL every process of the job."""
+        for pid in [self.pid, *self._processes()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def signal_process(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to one of the job's processes."""
+        os.kill(pid, number)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the agent."""

@@ -35,6 +35,8 @@ LAST_SLOT_TIMEOUT = 600.0
 """Seconds to wait for a free slot where a state must be saved: at the end, and before a planned change."""
 NETWORK_READS = 16
 """Requests that a rank has on their way to a server while it restores."""
+NEAR = 20
+"""Steps that a state in memory may be behind the last finished one before storage is asked for something newer."""
 MOST_RESTORE_THREADS = 8
 """Threads of a rank beyond which memory, and no processor, is what limits."""
 _PAGE = 1 << 15
@@ -144,6 +146,8 @@ class Checkpointer:
                 )
             )
         self._host.claim()
+        self._host.board.report_every(self._host.index, snapshot_every)
+        self._host.board.report_published(self._host.index, None)
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
@@ -194,7 +198,8 @@ class Checkpointer:
         last = step == total or stopping
         self._last = last
         if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
-            self._snapshot_at_last()
+            with self._host.long_operation("waiting for storage"):
+                self._snapshot_at_last()
         if last:
             self._finish()
         if stopping:
@@ -294,12 +299,13 @@ class Checkpointer:
         self._check_open()
         self._finish()
         deadline = time.monotonic() + timeout
-        while True:
-            self._hear_keeper(max(0.0, deadline - time.monotonic()) if self._pending else 0.0)
-            if not self._pending:
-                break
-            if time.monotonic() >= deadline:
-                raise StorageError(f"not everything became durable within {timeout:g} s")
+        with self._host.long_operation("waiting for storage"):
+            while True:
+                self._hear_keeper(max(0.0, deadline - time.monotonic()) if self._pending else 0.0)
+                if not self._pending:
+                    break
+                if time.monotonic() >= deadline:
+                    raise StorageError(f"not everything became durable within {timeout:g} s")
         failed, self._failed = self._failed, None
         if failed is not None:
             raise StorageError(f"{failed[0]} is not durable: {failed[1]}")
@@ -407,6 +413,10 @@ class Checkpointer:
         """
         if self._step is not None:
             raise ConfigError("this Checkpointer has restored already, and a step is computed once per lineage")
+        with self._host.long_operation("restoring"):
+            return self._restore()
+
+    def _restore(self) -> int:
         self._restores = self._host.restores()
         past = self._past()
         damaged: list[tuple[str, Key]] = []
@@ -471,8 +481,9 @@ class Checkpointer:
             keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
             if keys and (key is None or keys[0] > key):
                 place, key = source.name, keys[0]
-            if key is not None and self._restores:
-                # Within a job, memory is never behind storage: what is durable was in memory before.
+            if key is not None and self._restores and key.step >= self._host.finished_steps() - NEAR:
+                # Within a job, what is durable was in memory before; and of lost nodes' memory copies are kept, which
+                # are hardly older, if there is room for them.
                 break
         return {"place": place, "key": key, "lineage": self._next_lineage(key)}
 

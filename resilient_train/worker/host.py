@@ -10,6 +10,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -109,6 +110,10 @@ class Host:
         """The script steps through boundaries from now on."""
         if self._session is not None:
             self._session.begin_steps(first, last)
+
+    def long_operation(self, name: str) -> AbstractContextManager[None]:
+        """Announce that this rank is away for long."""
+        return self._session.operations.announce(name) if self._session is not None else nullcontext()
 
     def reach(self, step: int) -> bool:
         """At the boundary before ``step``; whether a planned change takes place here."""

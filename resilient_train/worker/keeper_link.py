@@ -11,7 +11,6 @@ from typing import TypeVar
 from resilient_train.errors import LinkLost, MemoryRefused
 from resilient_train.image.arena import Board, Slot
 from resilient_train.ipc.channel import Channel, connect
-from resilient_train.plan.recovery import Found
 from resilient_train.spec.messages import (
     Allocate,
     Allocated,
@@ -32,7 +31,7 @@ from resilient_train.spec.messages import (
     Published,
     Refused,
 )
-from resilient_train.spec.world import Key
+from resilient_train.storage.peer import HeldImage, held_image
 
 logger = logging.getLogger(__name__)
 
@@ -193,13 +192,16 @@ class KeeperLink:
         news, self._news = self._news, []
         return news
 
-    def images(self) -> list[tuple[int, Found]]:
-        """(slot id, image) of every complete image in this node's memory."""
+    def images(self) -> list[HeldImage]:
+        """Every complete image in this node's memory."""
         answer, _ = self._ask_any(ListImages(), Images)
-        return [
-            (int(slot), Found(key=Key(int(lineage), int(step)), rank=int(rank), world=int(world), place="memory"))
-            for slot, lineage, step, rank, world in answer.images
-        ]
+        return [held_image(row) for row in answer.images]
+
+    def everywhere(self) -> tuple[list[HeldImage], dict[str, list[HeldImage]], bytes]:
+        """(images in this node's memory, images of other nodes by their keeper's endpoint, the job's secret)."""
+        answer, _ = self._ask_any(ListImages(everywhere=True), Images)
+        peers = {str(endpoint): [held_image(row) for row in rows] for endpoint, rows in answer.peers}
+        return [held_image(row) for row in answer.images], peers, bytes.fromhex(answer.secret)
 
     def open(self, slots: list[int]) -> dict[int, Slot]:
         """The memory of slots, as far as they are still there."""

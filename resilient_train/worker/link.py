@@ -7,8 +7,10 @@ from typing import Protocol
 
 from resilient_train.errors import FormatError, LinkLost
 from resilient_train.ipc.channel import Channel, connect
-from resilient_train.spec.messages import Hello, Message, Promise, Welcome, WorldIs
+from resilient_train.spec.messages import Ask, Hello, Message, Position, Promise, Welcome, WorldIs
+from resilient_train.spec.rank import RankReport
 from resilient_train.spec.world import Phase, WorldRecord
+from resilient_train.worker.position import entered, position
 
 _CONNECT_TIMEOUT = 30.0
 _ABORT_EVERY = 0.005
@@ -25,8 +27,8 @@ class Abortable(Protocol):
 class AgentLink:
     """Shared between the main thread, which waits and steps, and the monitor thread, which listens."""
 
-    def __init__(self, address: str, hello: Hello, groups: Abortable) -> None:
-        """Connects to the agent and starts to listen.
+    def __init__(self, address: str, hello: Hello, groups: Abortable, on_device: bool = False) -> None:
+        """Connects to the agent and starts to listen; the calling thread is the one that trains.
 
         Raises:
             LinkLost: if there is no agent.
@@ -47,6 +49,8 @@ class AgentLink:
         self._stop_at: int | None = None
         self._answered = 0
         self._lost = False
+        self._trainer = threading.get_ident()
+        self._on_device = on_device
         self._channel: Channel = connect(address, _CONNECT_TIMEOUT)
         self.send(hello)
         received = self._channel.receive(_CONNECT_TIMEOUT)
@@ -93,7 +97,7 @@ class AgentLink:
                         self.send(self._hello)
                 self._changed.wait()
 
-    def wait_for_verdict(self, timeout: float) -> WorldRecord | None:
+    def wait_for_verdict(self, timeout: float | None) -> WorldRecord | None:
         """After a failed collective: the record that explains it, or None if none comes within ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: self._lost or self._over(), timeout)
@@ -138,9 +142,12 @@ class AgentLink:
         return self._step
 
     def wait_at_boundary(self) -> bool:
-        """Wait for the planned change to be committed (True: leave) or taken back (False: go on)."""
+        """Wait for the planned change to be committed (True: leave) or taken back (False: go on).
+
+        That it was taken back may be heard of only by the next one, at a later boundary.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._lost or self._over() or self._stop_at is None)
+            self._changed.wait_for(lambda: self._lost or self._over() or self._stop_at != self._step)
             return self._over()
 
     # ---- monitor thread ---------------------------------------------------------------------------------------------
@@ -151,6 +158,8 @@ class AgentLink:
                 received = self._channel.receive(None if self._to_abort() is None else _ABORT_EVERY)
                 if received is not None and isinstance(received[0], WorldIs):
                     self._hear(received[0])
+                elif received is not None and isinstance(received[0], Ask):
+                    self.send(Position(number=received[0].number, report=self._report().to_json()))
             except (LinkLost, FormatError):
                 # The main thread, wherever it waits, must not wait for news that cannot come.
                 with self._changed:
@@ -161,6 +170,19 @@ class AgentLink:
             if generation is not None:
                 # By the time this is heard the main thread may have left it, and be forming the next.
                 self._groups.abort(generation)
+
+    def _report(self) -> RankReport:
+        where, frame = position(self._trainer)
+        return RankReport(
+            member=self.member,
+            generation=self._generation,
+            step=self._step,
+            where=where,
+            frame=frame,
+            counts=tuple(entered()),
+            device=self._on_device,
+            finished=0 <= self._last_step == self._step,
+        )
 
     def _hear(self, world: WorldIs) -> None:
         record = WorldRecord.from_json(world.record)

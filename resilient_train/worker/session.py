@@ -19,9 +19,21 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from resilient_train import config
 from resilient_train.errors import ConfigError, ExitCode, LinkLost, PeerFailed
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Message, Resumed, Stage, UserFailed
+from resilient_train.spec.messages import (
+    Acknowledge,
+    Boundaries,
+    Done,
+    Hello,
+    Message,
+    Resumed,
+    Stage,
+    Troubled,
+    UserFailed,
+)
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
 from resilient_train.worker.link import AgentLink
+from resilient_train.worker.operations import LongOperations
+from resilient_train.worker.position import write_stacks_when_asked
 from resilient_train.worker.process_group import ProcessGroups, is_communication_error, is_device_error
 from resilient_train.worker.warmup import rehearse
 from resilient_train.worker.world import World, check_mesh, mesh_shape
@@ -56,8 +68,10 @@ class Session:
         self.groups = ProcessGroups(GROUP_TIMEOUT)
         multiple = check_mesh(mesh)
         hello = Hello(member=settings.member, multiple=multiple, most=0 if -1 in mesh.values() else multiple)
-        self.link = AgentLink(settings.agent, hello, self.groups)
         self.slot = slot_of(settings.member)
+        write_stacks_when_asked()
+        self.link = AgentLink(settings.agent, hello, self.groups, on_device=torch.cuda.is_available())
+        self.operations = LongOperations(self.tell)
         self.record: WorldRecord | None = None
         self.world: World | None = None
         self._on_leave: list[Callable[[], None]] = []
@@ -206,6 +220,7 @@ class Session:
             device=device,
             mesh=init_device_mesh(device.type, mesh_shape(mesh, record.size), mesh_dim_names=tuple(mesh)),
             reason=record.reason,
+            _operations=self.operations,
         )
 
     def _judge(self, error: BaseException, record: WorldRecord) -> None:
@@ -219,20 +234,27 @@ class Session:
         if is_device_error(error):
             # The loss of this slot, not an error of the script: the process ends, another takes its place.
             raise error
-        doubtful = is_communication_error(error) or isinstance(error, PeerFailed)
-        if doubtful:
+        rank = record.members.index(self.link.member)
+        if is_communication_error(error) or isinstance(error, PeerFailed):
             verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
+            if verdict is None:
+                # Nobody was lost as far as the agents know. All form again, for as long as that helps.
+                logger.warning("communication failed, and nobody was lost", exc_info=error)
+                text = f"rank {rank} could not communicate ({type(error).__name__}: {_first_line(error)})"
+                self.tell(Troubled(generation=record.generation, text=text))
+                verdict = self.link.wait_for_verdict(None)
             if verdict is not None and verdict.phase is Phase.FAILED:
                 _forget(error)
                 self._end_failed(verdict)
-            if verdict is not None:
-                return
+            if verdict is None:
+                raise LinkLost("the agent on this node is gone") from None
+            return
         text = "".join(traceback.format_exception_only(error)).strip()
         if isinstance(error, SystemExit):
             text = f"the elastic function was left by sys.exit({error.code!r})"
-        text = f"rank {record.members.index(self.link.member)}: {text}"
+        text = f"rank {rank}: {text}"
         # Before any socket closes: the others' errors are consequences of this one.
-        self.tell(UserFailed(generation=record.generation, text=text, doubtful=doubtful))
+        self.tell(UserFailed(generation=record.generation, text=text))
         get_error_handler().record_exception(error)  # torchrun's error file
         raise error
 
@@ -251,6 +273,10 @@ class Session:
             vars(sys).pop(name, None)
         self.groups.dissolve()
         gc.collect()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _forget(error: BaseException) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from resilient_train.errors import MemoryRefused
 from resilient_train.image.arena import Slot
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.worker.keeper_link import KeeperLink
@@ -13,7 +14,10 @@ from resilient_train.worker.keeper_link import KeeperLink
 logger = logging.getLogger(__name__)
 
 SLOTS = 3
-"""One being written, one that is complete here, one that is complete on all ranks; one more while one is persisted."""
+"""One being written, one that is complete here, one that is complete on all ranks; one more while one is persisted.
+
+One more for each that is being copied, or is copied, to other nodes, as long as there is memory for it.
+"""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Slots:
     def __init__(self, keeper: KeeperLink) -> None:
         self._keeper = keeper
         self._slots: list[OwnSlot] = []
+        self._refused = False
+        """There is no memory for more than the slots that it cannot do without."""
 
     def writable(self, size: int, safe: Key | None, past: Mapping[int, int | None]) -> Iterator[OwnSlot]:
         """Slots of ``size`` bytes that may be overwritten, best first; a new one if there are too few.
@@ -48,17 +54,32 @@ class Slots:
         Raises:
             MemoryRefused: if a new slot is needed and there is no memory.
         """
-        for slot in [slot for slot in self._slots if slot.memory.size != size and _free(slot, safe, past)]:
+        protected = self._keeper.board.protected()
+
+        def free(slot: OwnSlot) -> bool:
+            return _free(slot, safe, past, protected)
+
+        for slot in [slot for slot in self._slots if slot.memory.size != size and free(slot)]:
             self._slots.remove(slot)
             slot.memory.close()
             self._keeper.discard(slot.number)
         fitting = [slot for slot in self._slots if slot.memory.size == size]
-        yield from sorted((slot for slot in fitting if _free(slot, safe, past)), key=lambda s: s.key or Key(0, 0))
+        yield from sorted((slot for slot in fitting if free(slot)), key=lambda s: s.key or Key(0, 0))
+        copied = 1 if protected else 0
         if not fitting:
-            needed = (SLOTS * size, (SLOTS + 1) * size)
+            needed = ((SLOTS + copied) * size, (SLOTS + copied + 1) * size)
             logger.info("snapshots of %d bytes: %d bytes of shared memory, %d while one is written", size, *needed)
-        if len(fitting) < SLOTS + any(slot.held for slot in fitting):
-            number, memory = self._keeper.allocate(size, max(0, SLOTS - len(fitting) - 1))
+        necessary = SLOTS + any(slot.held for slot in fitting)
+        kept = sum(slot.key in protected and not slot.held for slot in fitting)
+        if len(fitting) < necessary or (len(fitting) < necessary + kept and not self._refused):
+            try:
+                number, memory = self._keeper.allocate(size, max(0, SLOTS + copied - len(fitting) - 1))
+            except MemoryRefused as error:
+                if len(fitting) < necessary:
+                    raise
+                self._refused = True
+                logger.warning("snapshots are skipped while copies to other nodes hold slots: %s", error)
+                return
             slot = OwnSlot(number, memory)
             self._slots.append(slot)
             yield slot
@@ -85,9 +106,9 @@ class Slots:
             slot.held = False
 
 
-def _free(slot: OwnSlot, safe: Key | None, past: Mapping[int, int | None]) -> bool:
+def _free(slot: OwnSlot, safe: Key | None, past: Mapping[int, int | None], protected: tuple[Key, ...]) -> bool:
     if slot.held:
         return False
-    if slot.key is None:
+    if slot.key is None or not in_ancestry(slot.key, past):
         return True
-    return (safe is not None and slot.key < safe) or not in_ancestry(slot.key, past)
+    return safe is not None and slot.key < safe and slot.key not in protected

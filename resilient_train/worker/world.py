@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from resilient_train.errors import ConfigError
+from resilient_train.worker.operations import LongOperations, check
 
 DATA_DIMS = frozenset(
     {"data", "dp", "replicate", "dp_replicate", "ddp", "shard", "dp_shard", "fsdp", "hsdp", "dp_cp", "batch"}
@@ -41,6 +43,29 @@ class World:
     """All ranks, in the dimensions that ``elastic(mesh=...)`` names."""
     reason: str
     """Why this generation began."""
+    _operations: LongOperations | None = field(default=None, repr=False, compare=False)
+    """Where long operations are announced; nowhere without an agent."""
+
+    def long_operation(self, name: str, seconds: float | None = None) -> AbstractContextManager[None]:
+        """Announce that this rank is going to be away for long, so that nobody takes it for hanging.
+
+        Compiling, evaluating or writing something on one rank while the others wait for it is no hang.  May be nested.
+        Where there is no agent nothing happens.
+
+        Args:
+            name: what it is, for people.
+            seconds: what it may take at most; None for any time.
+
+        Raises:
+            ConfigError: for an empty name, or a bound that is not a positive number.
+
+        Example::
+
+            with world.long_operation("evaluate"):
+                evaluate(model)
+        """
+        check(name, seconds)
+        return nullcontext() if self._operations is None else self._operations.announce(name, seconds)
 
     @property
     def data_size(self) -> int:

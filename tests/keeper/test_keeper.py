@@ -268,7 +268,7 @@ def test_a_second_keeper_takes_over_what_the_first_deposited(tmp_path: Path) -> 
         assert answer is not None
         assert isinstance(answer[0], Attached)
         os.close(answer[1][0])
-        assert [(number, image.key) for number, image in link.images()] == [(slot, Key(1, 3))]
+        assert [(image.slot, image.key) for image in link.images()] == [(slot, Key(1, 3))]
         again.send(Flush())
         flushed = again.receive(20.0)
         assert flushed is not None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from resilient_train.events import Event
+from resilient_train.plan.batch import sample
 from resilient_train.spec.world import Key, Restore, ancestry, in_ancestry
 
 
@@ -58,6 +60,21 @@ def surviving(records: list[dict], log: list[Restore]) -> dict[int, list[dict]]:
         if key.lineage in past and in_ancestry(key, past):
             found.setdefault(record["step"], []).append(record)
     return found
+
+
+def check_every_batch_once(folder: Path, events: list[Event], steps: int) -> None:
+    """In the history that led to the final state, every sample of every global batch was used exactly once."""
+    history = surviving(read(folder), restores(events))
+    assert sorted(history) == list(range(steps))
+    for step, ranks in history.items():
+        expected = [sample(step, i, length=501, global_batch=24, seed=0, shuffle=True) for i in range(24)]
+        used = Counter(index for rank in ranks for index in rank["used"])
+        generation = {rank["generation"] for rank in ranks}
+        # A rank that was killed between finishing a step and writing it down is the only excuse for a missing line.
+        if len(ranks) == ranks[0]["size"]:
+            assert used == Counter(expected), (step, generation)
+        else:
+            assert not used - Counter(expected), (step, generation)
 
 
 def digests(records: list[dict]) -> dict[int, dict[str, dict[int, int]]]:

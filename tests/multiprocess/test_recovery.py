@@ -6,13 +6,11 @@ import os
 import random
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import records
 
-from resilient_train.plan.batch import sample
 from resilient_train.spec.world import Key
 from resilient_train.testing.job import Job
 
@@ -27,22 +25,6 @@ def job(tmp_path: Path, *args: str, ranks: int = 4, flags: tuple[str, ...] = ())
         flags=[f"--nproc-per-node={ranks}", *flags],
         log_dir=tmp_path / "logs",
     )
-
-
-def check_every_batch_once(tmp_path: Path, running: Job, steps: int) -> None:
-    """In the history that led to the final state, every sample of every global batch was used exactly once."""
-    log = records.restores(running.events())
-    history = records.surviving(records.read(tmp_path / "record"), log)
-    assert sorted(history) == list(range(steps)), running.output
-    for step, ranks in history.items():
-        expected = [sample(step, i, length=501, global_batch=24, seed=0, shuffle=True) for i in range(24)]
-        used = Counter(index for rank in ranks for index in rank["used"])
-        generation = {rank["generation"] for rank in ranks}
-        # A rank that was killed between finishing a step and writing it down is the only excuse for a missing line.
-        if len(ranks) == ranks[0]["size"]:
-            assert used == Counter(expected), (step, generation)
-        else:
-            assert not used - Counter(expected), (step, generation)
 
 
 def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
@@ -86,7 +68,7 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         assert running.finish(120) == 0, running.output
         assert {m: p for m, p in before.items() if m != "n0/2.0"} == {m: p for m, p in after.items() if m in before}
         assert "n0/2.1" in after
-        check_every_batch_once(tmp_path, running, steps)
+        records.check_every_batch_once(tmp_path / "record", running.events(), steps)
         check_restored_bit_for_bit(tmp_path, running)
         grown = next(r for r in records.restores(running.events()) if r.generation == 3)
         finished = [r["step"] for r in records.read(tmp_path / "record") if r.get("generation") == 2 and "step" in r]
@@ -124,7 +106,7 @@ def test_twenty_kills_at_random_instants(tmp_path: Path) -> None:
         assert running.finish(240) == 0, running.output
         assert (tmp_path / "record" / "killed").exists()
         assert kills == 19
-        check_every_batch_once(tmp_path, running, steps)
+        records.check_every_batch_once(tmp_path / "record", running.events(), steps)
         check_restored_bit_for_bit(tmp_path, running)
         check_memory_is_flat(tmp_path)
         assert running.leftovers() == []
@@ -169,7 +151,7 @@ def test_a_kill_in_the_last_step_does_not_spoil_the_job(tmp_path: Path) -> None:
     args = ("--steps", "12", "--kill-self-at", "11", "--exit-rank", "2")
     with job(tmp_path, *args) as running:
         assert running.finish(120) == 0, running.output
-        check_every_batch_once(tmp_path, running, 12)
+        records.check_every_batch_once(tmp_path / "record", running.events(), 12)
         assert running.output.count("result") >= 3
         assert running.leftovers() == []
 
@@ -183,7 +165,7 @@ def test_all_ranks_killed_at_once(tmp_path: Path) -> None:
         second = records.restores(running.events())[1]
         assert second.source is not None
         assert second.source.step >= 10
-        check_every_batch_once(tmp_path, running, 60)
+        records.check_every_batch_once(tmp_path / "record", running.events(), 60)
 
 
 def test_a_users_error_ends_the_job_and_is_shown(tmp_path: Path) -> None:
@@ -236,7 +218,7 @@ def test_a_rank_and_the_keeper_killed_at_the_same_instant(tmp_path: Path) -> Non
         second = records.restores(running.events())[1]
         assert second.source is not None
         assert second.source.step >= 20
-        check_every_batch_once(tmp_path, running, 120)
+        records.check_every_batch_once(tmp_path / "record", running.events(), 120)
         check_restored_bit_for_bit(tmp_path, running)
         assert running.leftovers() == []
 

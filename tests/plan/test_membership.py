@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.proposal import Limits, View
-from resilient_train.spec.messages import Acknowledge, Boundaries, Done, Hello, Promise, Resumed, Stage, UserFailed
+from resilient_train.plan.view import Limits, View
+from resilient_train.spec.messages import (
+    Acknowledge,
+    Boundaries,
+    Busy,
+    Done,
+    Hello,
+    Promise,
+    Resumed,
+    Stage,
+    Troubled,
+    UserFailed,
+)
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Key, Phase, Restore, WorldRecord, slot_of
 
@@ -23,19 +35,19 @@ class Bench:
         self.now = 100.0
         info = NodeInfo(node="n", order=0, endpoint="h:1", slots=self.slots)
         self.state = m.State(view=View(me="n", limits=self.limits, nodes={"n": info}))
-        self.effects: list[m.Effect] = []
+        self.effects: list[ev.Effect] = []
         self.wakes: list[float] = []
-        self.feed(m.RecordSeen(None))
+        self.feed(ev.RecordSeen(None))
 
-    def feed(self, event: m.Event) -> None:
+    def feed(self, event: ev.Event) -> None:
         self.state, effects = m.step(self.state, event, self.now)
         for effect in effects:
             self.effects.append(effect)
-            if isinstance(effect, m.Swap):
-                self.feed(m.RecordSeen(effect.record))
-            elif isinstance(effect, m.Spawn):
-                self.feed(m.WorkerSpawned(effect.member))
-            elif isinstance(effect, m.Wake):
+            if isinstance(effect, ev.Swap):
+                self.feed(ev.RecordSeen(effect.record))
+            elif isinstance(effect, ev.Spawn):
+                self.feed(ev.WorkerSpawned(effect.member))
+            elif isinstance(effect, ev.Wake):
                 self.wakes.append(effect.at)
 
     def run_for(self, seconds: float) -> None:
@@ -44,7 +56,7 @@ class Bench:
         while due := [at for at in self.wakes if at <= end]:
             self.now = max(self.now, min(due))
             self.wakes = [at for at in self.wakes if at > self.now]
-            self.feed(m.Tick())
+            self.feed(ev.Tick())
         self.now = end
 
     @property
@@ -58,7 +70,7 @@ class Bench:
         return found
 
     def say(self, member: str, message: object) -> None:
-        self.feed(m.WorkerSaid(member, message))
+        self.feed(ev.WorkerSaid(member, message))
 
     def enter(self, *members: str) -> None:
         """Members form the current generation and begin to step."""
@@ -86,16 +98,16 @@ def test_the_first_world_has_all_slots() -> None:
     """One node alone forms a world at once and starts its workers."""
     bench = Bench(slots=2)
     assert bench.record.members == ("n/0.0", "n/1.0")
-    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.0", "n/1.0"]
+    assert [e.member for e in bench.taken(ev.Spawn)] == ["n/0.0", "n/1.0"]
 
 
 def test_a_loss_shrinks_after_coalescing() -> None:
     """Two deaths within 20 ms are one change; survivors keep their order."""
     bench = running()
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     assert bench.record.generation == 1
     bench.run_for(0.01)
-    bench.feed(m.WorkerExited("n/3.0", -9))
+    bench.feed(ev.WorkerExited("n/3.0", -9))
     bench.run_for(0.02)
     assert bench.record.generation == 2
     assert bench.record.members == ("n/0.0", "n/2.0")
@@ -106,20 +118,20 @@ def test_a_loss_shrinks_after_coalescing() -> None:
 def test_replacements_start_when_the_survivors_run() -> None:
     """Not before the new generation has formed, and not at once: importing torch takes processor time."""
     bench = running()
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(5)
-    assert bench.taken(m.Spawn) == []
+    assert bench.taken(ev.Spawn) == []
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
-    assert [e.member for e in bench.taken(m.Spawn)] == ["n/1.1"]
+    assert [e.member for e in bench.taken(ev.Spawn)] == ["n/1.1"]
 
 
 def lose_and_replace(bench: Bench) -> None:
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(1)
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
-    bench.feed(m.Progress(2, 40))
+    bench.feed(ev.Progress(2, 40))
     bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(0.1)
 
@@ -167,7 +179,7 @@ def test_a_loss_during_a_planned_change_goes_first() -> None:
     """The plan is dropped, the survivors regroup at once, and the idle newcomer joins in the same transition."""
     bench = running()
     lose_and_replace(bench)
-    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.05)
     assert bench.record.generation == 3
     assert bench.record.planned is None
@@ -180,7 +192,7 @@ def test_a_loss_between_agreement_and_boundary_aborts_the_boundary() -> None:
     lose_and_replace(bench)
     for member in bench.record.members:
         bench.say(member, Promise(number=bench.record.planned.number, accepted=True))
-    bench.feed(m.WorkerExited("n/3.0", -9))
+    bench.feed(ev.WorkerExited("n/3.0", -9))
     bench.run_for(0.05)
     assert bench.record.generation == 4
     assert bench.record.boundary is None
@@ -190,7 +202,7 @@ def test_a_loss_between_agreement_and_boundary_aborts_the_boundary() -> None:
 def test_nobody_plans_a_change_while_ranks_are_done() -> None:
     """The end of a job is not disturbed by joiners."""
     bench = running()
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(1)
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
@@ -204,7 +216,7 @@ def test_nobody_plans_a_change_while_ranks_are_done() -> None:
 def test_a_script_without_boundaries_grows_at_once_after_a_while() -> None:
     """No steps(): the change costs the running step, but it comes; not where there is no state to resume."""
     bench = running()
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(1)
     for member in bench.record.members:
         bench.say(member, Acknowledge(generation=2, at=bench.now))
@@ -226,17 +238,17 @@ def test_the_job_finishes_when_all_are_done() -> None:
     assert bench.record.phase is Phase.RUNNING
     bench.say("n/1.0", Done(generation=1))
     assert bench.record.phase is Phase.FINISHED
-    bench.feed(m.WorkerExited("n/0.0", 0))
-    assert bench.taken(m.End) == []
-    bench.feed(m.WorkerExited("n/1.0", 0))
-    assert [e.code for e in bench.taken(m.End)] == [ExitCode.SUCCESS]
+    bench.feed(ev.WorkerExited("n/0.0", 0))
+    assert bench.taken(ev.End) == []
+    bench.feed(ev.WorkerExited("n/1.0", 0))
+    assert [e.code for e in bench.taken(ev.End)] == [ExitCode.SUCCESS]
 
 
 def test_a_rank_that_is_done_is_called_back_by_a_loss() -> None:
     """The others had not finished: everybody who is left forms the next generation."""
     bench = running(slots=3)
     bench.say("n/0.0", Done(generation=1))
-    bench.feed(m.WorkerExited("n/2.0", -9))
+    bench.feed(ev.WorkerExited("n/2.0", -9))
     bench.run_for(0.1)
     assert bench.record.generation == 2
     assert bench.record.members == ("n/0.0", "n/1.0")
@@ -249,13 +261,13 @@ def test_a_rank_that_is_done_is_called_back_by_a_loss() -> None:
 def test_standbys_are_stopped_at_the_end() -> None:
     """Who is not a member when the job finishes is ended."""
     bench = running()
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(1)
     bench.enter()
     bench.run_for(m.RESPAWN_AFTER)
     for member in bench.record.members:
         bench.say(member, Done(generation=2))
-    assert [e.member for e in bench.taken(m.Stop)] == ["n/1.1"]
+    assert [e.member for e in bench.taken(ev.Stop)] == ["n/1.1"]
 
 
 def test_a_users_error_fails_the_job() -> None:
@@ -265,8 +277,8 @@ def test_a_users_error_fails_the_job() -> None:
     assert bench.record.phase is Phase.FAILED
     assert (bench.record.error, bench.record.culprit) == ("ValueError: x", "n/2.0")
     for slot in range(4):
-        bench.feed(m.WorkerExited(f"n/{slot}.0", 1))
-    (end,) = bench.taken(m.End)
+        bench.feed(ev.WorkerExited(f"n/{slot}.0", 1))
+    (end,) = bench.taken(ev.End)
     assert (end.code, end.text) == (ExitCode.USER_ERROR, "ValueError: x")
 
 
@@ -274,9 +286,9 @@ def test_workers_that_do_not_end_after_a_failure_are_stopped() -> None:
     """Ranks stuck in user code do not keep a failed job alive."""
     bench = running(slots=2)
     bench.say("n/0.0", UserFailed(generation=1, text="boom"))
-    bench.feed(m.WorkerExited("n/0.0", 1))
+    bench.feed(ev.WorkerExited("n/0.0", 1))
     bench.run_for(m.GRACE + 1)
-    assert [e.member for e in bench.taken(m.Stop)] == ["n/1.0"]
+    assert [e.member for e in bench.taken(ev.Stop)] == ["n/1.0"]
 
 
 def test_crashing_again_at_the_same_step_fails_the_job() -> None:
@@ -284,8 +296,8 @@ def test_crashing_again_at_the_same_step_fails_the_job() -> None:
     bench = running(slots=2)
     bench.say("n/0.0", Resumed(generation=1, lineage=1, source=None, text=""))
     for incarnation in range(4):
-        bench.feed(m.Progress(bench.record.generation, 17))
-        bench.feed(m.WorkerExited(f"n/1.{incarnation}", -6))
+        bench.feed(ev.Progress(bench.record.generation, 17))
+        bench.feed(ev.WorkerExited(f"n/1.{incarnation}", -6))
         bench.run_for(0.1)
         if bench.record.phase is Phase.FAILED:
             break
@@ -293,7 +305,7 @@ def test_crashing_again_at_the_same_step_fails_the_job() -> None:
         resume(bench, 10)
         bench.run_for(m.RESPAWN_AFTER)
         newcomer = f"n/1.{incarnation + 1}"
-        bench.feed(m.Progress(bench.record.generation, 11))
+        bench.feed(ev.Progress(bench.record.generation, 11))
         bench.say(newcomer, Hello(member=newcomer))
         bench.run_for(0.1)
         for member in bench.record.members:
@@ -303,8 +315,8 @@ def test_crashing_again_at_the_same_step_fails_the_job() -> None:
     assert bench.record.phase is Phase.FAILED
     assert "3 losses in a row set the job back to step 10" in bench.record.error
     for worker in list(bench.state.info.workers):
-        bench.feed(m.WorkerExited(worker.member, 1))
-    assert [e.code for e in bench.taken(m.End)] == [ExitCode.NO_PROGRESS]
+        bench.feed(ev.WorkerExited(worker.member, 1))
+    assert [e.code for e in bench.taken(ev.End)] == [ExitCode.NO_PROGRESS]
 
 
 def resume(bench: Bench, step: int) -> None:
@@ -318,13 +330,13 @@ def test_kills_with_progress_between_never_fail_the_job() -> None:
     """Losing ranks is what the job is made for, as long as steps are finished between."""
     bench = running(slots=2)
     for incarnation in range(12):
-        bench.feed(m.Progress(bench.record.generation, 10 * incarnation))
-        bench.feed(m.WorkerExited(f"n/1.{incarnation}", -9))
+        bench.feed(ev.Progress(bench.record.generation, 10 * incarnation))
+        bench.feed(ev.WorkerExited(f"n/1.{incarnation}", -9))
         bench.run_for(0.1)
         bench.enter()
         bench.run_for(m.RESPAWN_AFTER)
         newcomer = f"n/1.{incarnation + 1}"
-        bench.feed(m.Progress(bench.record.generation, 10 * incarnation + 1))
+        bench.feed(ev.Progress(bench.record.generation, 10 * incarnation + 1))
         bench.say(newcomer, Hello(member=newcomer))
         bench.run_for(0.1)
         for member in bench.record.members:
@@ -338,11 +350,11 @@ def test_kills_with_progress_between_never_fail_the_job() -> None:
 def test_all_killed_at_once_waits_for_replacements() -> None:
     """With nobody left there is nobody to disturb: replacements start at once and the first one goes on."""
     bench = running(slots=2)
-    bench.feed(m.WorkerExited("n/0.0", -9))
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/0.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(1)
     assert bench.record.generation == 1
-    assert {e.member for e in bench.taken(m.Spawn)} == {"n/0.1", "n/1.1"}
+    assert {e.member for e in bench.taken(ev.Spawn)} == {"n/0.1", "n/1.1"}
     bench.say("n/1.1", Hello(member="n/1.1"))
     bench.run_for(0.1)
     assert bench.record.members == ("n/1.1",)
@@ -351,15 +363,15 @@ def test_all_killed_at_once_waits_for_replacements() -> None:
 def test_a_late_member_is_left_out_alive_and_returns() -> None:
     """Nobody is waited for whose main thread does not come free; it is not killed, and joins again when it does."""
     bench = running(slots=3)
-    bench.feed(m.WorkerExited("n/2.0", -9))
+    bench.feed(ev.WorkerExited("n/2.0", -9))
     bench.run_for(0.1)
     bench.say("n/0.0", Acknowledge(generation=2, at=bench.now))
     bench.run_for(10.1)
     assert bench.record.generation == 3
     assert bench.record.members == ("n/0.0",)
-    assert bench.taken(m.Stop) == []
+    assert bench.taken(ev.Stop) == []
     bench.enter()
-    bench.feed(m.Progress(3, 5))
+    bench.feed(ev.Progress(3, 5))
     bench.say("n/1.0", Hello(member="n/1.0"))
     bench.run_for(0.1)
     assert bench.record.planned is not None
@@ -378,30 +390,30 @@ def test_who_is_still_starting_is_waited_for() -> None:
 def test_a_slot_whose_replacements_never_get_warm_is_given_up() -> None:
     """Three replacements that die before they are warm: the job goes on without the slot."""
     bench = running(slots=2)
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(0.1)
     bench.enter()
     for incarnation in range(1, 4):
         bench.run_for(2)
-        assert [e.member for e in bench.taken(m.Spawn)] == [f"n/1.{incarnation}"]
-        bench.feed(m.WorkerExited(f"n/1.{incarnation}", 1))
+        assert [e.member for e in bench.taken(ev.Spawn)] == [f"n/1.{incarnation}"]
+        bench.feed(ev.WorkerExited(f"n/1.{incarnation}", 1))
     bench.run_for(10)
-    assert bench.taken(m.Spawn) == []
+    assert bench.taken(ev.Spawn) == []
     assert bench.record.phase is Phase.RUNNING
-    assert [e.text for e in bench.taken(m.Say)] == ["slot 1 is given up: 3 replacements in a row died while starting"]
+    assert [e.text for e in bench.taken(ev.Say)] == ["slot 1 is given up: 3 replacements in a row died while starting"]
 
 
 def test_when_every_slot_is_given_up_the_job_ends() -> None:
     """Nobody runs and nobody can be started: an error that says so instead of waiting for ever."""
     bench = running(slots=2)
     for slot in (0, 1):
-        bench.feed(m.WorkerExited(f"n/{slot}.0", -9))
+        bench.feed(ev.WorkerExited(f"n/{slot}.0", -9))
     bench.run_for(0.1)
     for incarnation in range(1, 4):
         for slot in (0, 1):
-            bench.feed(m.WorkerExited(f"n/{slot}.{incarnation}", 3))
+            bench.feed(ev.WorkerExited(f"n/{slot}.{incarnation}", 3))
         bench.run_for(2)
-    (end,) = bench.taken(m.End)
+    (end,) = bench.taken(ev.End)
     assert end.code is ExitCode.USER_ERROR
     assert "none can be started any more; the last one exited with code 3" in end.text
 
@@ -413,9 +425,9 @@ def test_a_kill_after_the_agreed_end_changes_nothing() -> None:
         for member in bench.record.members:
             bench.say(member, Done(generation=1))
         assert bench.record.phase is Phase.FINISHED
-        bench.feed(m.WorkerExited("n/1.0", code))
-        bench.feed(m.WorkerExited("n/0.0", 0))
-        assert [e.code for e in bench.taken(m.End)] == [expected]
+        bench.feed(ev.WorkerExited("n/1.0", code))
+        bench.feed(ev.WorkerExited("n/0.0", 0))
+        assert [e.code for e in bench.taken(ev.End)] == [expected]
 
 
 def test_a_mesh_of_a_fixed_size_takes_no_more() -> None:
@@ -426,7 +438,7 @@ def test_a_mesh_of_a_fixed_size_takes_no_more() -> None:
     assert bench.record.members == ("n/0.0", "n/1.0")
     bench.say("n/2.0", Hello(member="n/2.0", multiple=2, most=2))
     bench.enter()
-    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
     assert bench.record.members == ("n/1.0", "n/2.0")
 
@@ -443,16 +455,16 @@ def test_restores_are_logged_once() -> None:
 def test_scripts_that_are_not_elastic_restart_as_a_group() -> None:
     """torchrun's semantics: one failure stops and restarts everybody, --max-restarts times."""
     bench = Bench(slots=2, limits=Limits(max_restarts=1))
-    bench.taken(m.Spawn)
-    bench.feed(m.WorkerExited("n/1.0", 1))
+    bench.taken(ev.Spawn)
+    bench.feed(ev.WorkerExited("n/1.0", 1))
     bench.run_for(0.1)
     assert bench.record.restarts == 1
     assert bench.record.members == ("n/0.1", "n/1.1")
-    assert [e.member for e in bench.taken(m.Stop)] == ["n/0.0"]
-    assert bench.taken(m.Spawn) == [], "the old process may still hold its device"
-    bench.feed(m.WorkerExited("n/0.0", -15))
-    assert [e.member for e in bench.taken(m.Spawn)] == ["n/0.1", "n/1.1"]
-    bench.feed(m.WorkerExited("n/0.1", 3))
+    assert [e.member for e in bench.taken(ev.Stop)] == ["n/0.0"]
+    assert bench.taken(ev.Spawn) == [], "the old process may still hold its device"
+    bench.feed(ev.WorkerExited("n/0.0", -15))
+    assert [e.member for e in bench.taken(ev.Spawn)] == ["n/0.1", "n/1.1"]
+    bench.feed(ev.WorkerExited("n/0.1", 3))
     bench.run_for(0.1)
     assert bench.record.phase is Phase.FAILED
     assert "exited with code 3" in bench.record.error
@@ -461,18 +473,18 @@ def test_scripts_that_are_not_elastic_restart_as_a_group() -> None:
 def test_a_script_that_is_not_elastic_succeeds_when_all_do() -> None:
     """Exit code 0 of every worker is the end."""
     bench = Bench(slots=2)
-    bench.feed(m.WorkerExited("n/0.0", 0))
+    bench.feed(ev.WorkerExited("n/0.0", 0))
     bench.run_for(100)
     assert bench.record.phase is Phase.RUNNING
-    bench.feed(m.WorkerExited("n/1.0", 0))
-    assert [e.code for e in bench.taken(m.End)] == [ExitCode.SUCCESS]
+    bench.feed(ev.WorkerExited("n/1.0", 0))
+    assert [e.code for e in bench.taken(ev.End)] == [ExitCode.SUCCESS]
 
 
 def test_an_error_at_startup_of_an_elastic_script_fails_the_job() -> None:
     """A worker that ends itself before it entered train() has a broken script: no replacement helps."""
     bench = Bench(slots=2)
     bench.say("n/0.0", Hello(member="n/0.0"))
-    bench.feed(m.WorkerExited("n/1.0", 1))
+    bench.feed(ev.WorkerExited("n/1.0", 1))
     bench.run_for(0.1)
     assert bench.record.phase is Phase.FAILED
 
@@ -480,10 +492,10 @@ def test_an_error_at_startup_of_an_elastic_script_fails_the_job() -> None:
 def test_being_asked_to_stop_ends_the_job() -> None:
     """SIGTERM to the agent: agreed as a failure, reported as an interruption."""
     bench = running(slots=1)
-    bench.feed(m.StopAsked("the agent got SIGTERM"))
+    bench.feed(ev.StopAsked("the agent got SIGTERM"))
     assert bench.record.phase is Phase.FAILED
-    bench.feed(m.WorkerExited("n/0.0", 1))
-    assert [e.code for e in bench.taken(m.End)] == [ExitCode.INTERRUPTED]
+    bench.feed(ev.WorkerExited("n/0.0", 1))
+    assert [e.code for e in bench.taken(ev.End)] == [ExitCode.INTERRUPTED]
 
 
 def test_slots_of_members_are_their_devices() -> None:
@@ -504,7 +516,7 @@ def test_ranks_that_do_not_fit_the_mesh_stand_by() -> None:
     bench.enter()
     bench.run_for(30)
     assert bench.record.generation == 2, "the standby alone makes no other mesh possible"
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(0.1)
     assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0", "n/4.0")
 
@@ -515,12 +527,12 @@ def test_too_few_for_the_mesh_wait_for_replacements() -> None:
     for member in bench.record.members:
         bench.say(member, Hello(member=member, multiple=2))
     bench.enter()
-    bench.taken(m.Spawn)
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.taken(ev.Spawn)
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(0.1)
     assert (bench.record.generation, bench.record.members) == (2, ())
     assert bench.record.phase is Phase.RUNNING
-    assert [e.member for e in bench.taken(m.Spawn)] == ["n/1.1"]
+    assert [e.member for e in bench.taken(ev.Spawn)] == ["n/1.1"]
     bench.say("n/0.0", Hello(member="n/0.0", multiple=2))
     bench.run_for(1)
     assert bench.record.generation == 2
@@ -532,15 +544,15 @@ def test_too_few_for_the_mesh_wait_for_replacements() -> None:
 def test_a_process_that_cannot_be_started_ends_the_job() -> None:
     """Nothing waits for a process that never was, and nobody is told that trying again may help."""
     bench = Bench(slots=1)
-    bench.feed(m.StopAsked("cannot start python", ExitCode.USER_ERROR))
-    bench.feed(m.WorkerExited("n/0.0", 1))
-    assert bench.taken(m.End) == [m.End(ExitCode.USER_ERROR, "cannot start python")]
+    bench.feed(ev.StopAsked("cannot start python", ExitCode.USER_ERROR))
+    bench.feed(ev.WorkerExited("n/0.0", 1))
+    assert bench.taken(ev.End) == [ev.End(ExitCode.USER_ERROR, "cannot start python")]
 
 
 def test_a_late_report_of_a_restore_is_still_logged() -> None:
     """Its generation is over, but its images exist and must stay in the ancestry."""
     bench = running(slots=2)
-    bench.feed(m.WorkerExited("n/1.0", -9))
+    bench.feed(ev.WorkerExited("n/1.0", -9))
     bench.run_for(0.1)
     bench.say("n/0.0", Resumed(generation=1, lineage=1, source=None, text=""))
     bench.say("n/0.0", Resumed(generation=2, lineage=2, source=(1, 5), text=""))
@@ -552,13 +564,83 @@ def test_a_late_report_of_a_restore_is_still_logged() -> None:
 def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
     """Progress is counted from the step that the generation before had resumed, not from the furthest ever."""
     bench = running(slots=5)
-    bench.feed(m.Progress(1, 100))
+    bench.feed(ev.Progress(1, 100))
     for lost, resumed, stalls in ((3, 90, 1), (2, 50, 1), (1, 60, 2)):
-        bench.feed(m.WorkerExited(f"n/{lost}.0", -9))
+        bench.feed(ev.WorkerExited(f"n/{lost}.0", -9))
         bench.run_for(0.1)
         assert bench.record.stalls == stalls
         bench.enter()
         resume(bench, resumed)
-    bench.feed(m.WorkerExited("n/0.0", -9))
+    bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
     assert (bench.record.best_step, bench.record.stalled_at, bench.record.stalls) == (100, 60, 1)
+
+
+def test_a_hung_worker_is_a_loss_before_its_process_ends() -> None:
+    """The others go on at once, and the record says why; its end changes nothing, but frees its slot."""
+    bench = Bench()
+    bench.start()
+    bench.enter()
+    bench.feed(ev.Hung("n/1.0", "hung: rank 1 sleeps"))
+    bench.run_for(1.0)
+    assert bench.record.generation == 2
+    assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0")
+    assert bench.record.reason == "lost rank 1 (hung: rank 1 sleeps)"
+    bench.say("n/1.0", Hello(member="n/1.0"))
+    bench.enter()
+    bench.run_for(10.0)
+    assert bench.record.generation == 2, "who hangs is not taken back in"
+    bench.feed(ev.WorkerExited("n/1.0", -9))
+    assert bench.record.generation == 2
+    bench.run_for(2.0)
+    assert bench.state.worker("n/1.1") is not None
+
+
+def test_deadlocked_ranks_form_again_a_few_times() -> None:
+    """The same members, in a new generation; at the same step again and again it ends the job."""
+    bench = Bench()
+    bench.start()
+    members = bench.record.members
+    for _ in range(2):
+        bench.enter()
+        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
+        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
+        bench.run_for(1.0)
+        assert bench.record.members == members
+        assert bench.record.reason == "hung: all wait; all form again"
+    assert bench.record.generation == 3
+    bench.feed(ev.Deadlocked(2, "hung: of a generation before"))
+    bench.run_for(1.0)
+    assert bench.record.generation == 3
+    bench.enter()
+    bench.feed(ev.Deadlocked(3, "hung: all wait"))
+    bench.run_for(1.0)
+    assert bench.record.phase is Phase.FAILED
+    assert bench.record.exit_code == ExitCode.NO_PROGRESS
+    assert "the last: hung: all wait" in bench.record.error
+
+
+def test_announced_operations_are_told_to_all() -> None:
+    """A rank's long operation stands in its node's announcement until it is over."""
+    bench = Bench()
+    bench.start()
+    bench.say("n/2.0", Busy(name="evaluate"))
+    assert bench.state.view.workers()["n/2.0"].busy == "evaluate"
+    bench.say("n/2.0", Busy(name=""))
+    assert bench.state.view.workers()["n/2.0"].busy == ""
+
+
+def test_a_failed_collective_that_nobody_explains_has_all_form_again() -> None:
+    """The same members, a new generation; if that helps nobody, the job ends and says what failed."""
+    bench = running(slots=2)
+    for generation in (1, 2, 3):
+        bench.say("n/1.0", Troubled(generation=generation - 1, text="of a generation before"))
+        bench.run_for(1.0)
+        assert bench.record.generation == generation
+        bench.say("n/1.0", Troubled(generation=generation, text="rank 1 could not communicate"))
+        bench.run_for(1.0)
+        if bench.record.phase is Phase.RUNNING:
+            assert bench.record.members == ("n/0.0", "n/1.0")
+            bench.enter()
+    assert bench.record.phase is Phase.FAILED
+    assert "rank 1 could not communicate" in bench.record.error

@@ -63,6 +63,7 @@ class Keeper:
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
+        self.board: Board | None = None
 
     def allocate(self, size: int, ahead: int = 0) -> tuple[int, Slot]:
         fd = create_memory("test", size)
@@ -83,7 +84,7 @@ class Host:
         self.keeper = Keeper()
         self.slots = Slots(self.keeper)  # type: ignore[arg-type]
         fd = Board.create(1)
-        self.board = Board(fd)
+        self.board = self.keeper.board = Board(fd)
         os.close(fd)
 
 

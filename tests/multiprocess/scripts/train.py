@@ -9,6 +9,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -40,8 +41,15 @@ parser.add_argument("--width", type=int, default=30)
 parser.add_argument("--hidden", type=int, default=50)
 parser.add_argument("--raise-at", type=int, default=-1)
 parser.add_argument("--abort-at", type=int, default=-1)
+parser.add_argument("--stop-file", type=Path, help="says, from some time on, after how many steps to end")
+parser.add_argument("--parameters", action="store_true", help="write down the parameters at the end")
 parser.add_argument("--exit-rank", type=int, default=1)
+parser.add_argument("--pause", type=float, default=0.0, help="seconds that an announced operation takes")
 parser.add_argument("--kill-self-at", type=int, default=-1)
+parser.add_argument("--hang", choices=("sleep", "spin", "gil", "skip", "announced", "overdue"))
+parser.add_argument("--hang-at", type=int, default=-1)
+parser.add_argument("--hang-always", action="store_true")
+parser.add_argument("--slow-start", type=float, default=0.0, help="seconds that rank 1 takes for its first step")
 args = parser.parse_args()
 
 
@@ -72,6 +80,12 @@ def digest(model, optim):
     return total % 2**64
 
 
+def whole(parameter):
+    """All of a parameter's values."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def write(world, **fields):
     if args.record is None:
         return
@@ -89,6 +103,25 @@ def write(world, **fields):
             )
             + "\n"
         )
+
+
+def hang(world):
+    """Never come back; or, announced, after a while."""
+    write(world, hang=args.hang)
+    if args.hang == "sleep":
+        while True:
+            time.sleep(0.1)
+    if args.hang == "spin":
+        while True:
+            pass
+    if args.hang == "gil":
+        re.match(r"(a+)+$", "a" * 60 + "b")
+    if args.hang == "announced":
+        with world.long_operation("evaluate", seconds=600), world.long_operation("part of it"):
+            time.sleep(args.pause)
+    if args.hang == "overdue":
+        with world.long_operation("evaluate", seconds=1.5):
+            time.sleep(600)
 
 
 def usage():
@@ -124,17 +157,27 @@ def train(world):
     every = int(args.persist_every) if args.persist_every.isdigit() else args.persist_every
     state = rt.State(model=model, optim=optim, schedule=schedule)
     ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every, snapshot_every=args.snapshot_every)
-    first = True
+    first = first_step = True
     write(world, usage=usage())
     for step in ckpt.steps(args.steps):
         if first:
             write(world, restored=step, digest=digest(model, optim))
             first = False
+        if args.stop_file and args.stop_file.exists() and step >= int(args.stop_file.read_text()):
+            break
         if step == args.raise_at and world.rank == args.exit_rank:
             raise ValueError(f"a bug at step {step}")
         if step == args.abort_at and world.rank == args.exit_rank:
             os.abort()
+        if first_step and args.slow_start and world.rank == args.exit_rank:
+            time.sleep(args.slow_start)
+        first_step = False
         once = args.record / "killed" if args.record else None
+        if step == args.hang_at and (args.hang_always or world.generation == 1):
+            if world.rank == args.exit_rank:
+                hang(world)
+            elif args.hang == "skip":
+                dist.barrier()
         if step == args.kill_self_at and world.rank == args.exit_rank and once and not once.exists():
             once.parent.mkdir(parents=True, exist_ok=True)
             once.touch()
@@ -158,7 +201,10 @@ def train(world):
                 model(samples[:4])
         if world.rank == 0:
             print(f"step {step} size {world.size} generation {world.generation}", flush=True)
-    write(world, final=True, digest=digest(model, optim))
+    more = (
+        {"parameters": [v for p in model.parameters() for v in whole(p).view(-1).tolist()]} if args.parameters else {}
+    )
+    write(world, final=True, digest=digest(model, optim), **more)
     return world.size
 
 

@@ -1,0 +1,117 @@
+"""This node among the others: the store that keeps the record, what it says of them, and the lines to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from resilient_train.agent.links import Links
+from resilient_train.agent.loop import Loop
+from resilient_train.agent.neighbours import BEATS, Neighbours
+from resilient_train.agent.store_line import StoreLine
+from resilient_train.control.store import ControlStore, News
+from resilient_train.plan import events as ev
+from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.world import WorldRecord
+
+
+class Cluster:
+    """Feeds the agent's machine with what the store and the other nodes say."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        store: ControlStore,
+        links: Links | None,
+        info: NodeInfo,
+        within: float,
+        say: Callable[[str], None],
+        feed: Callable[[ev.Event], None],
+    ) -> None:
+        """Args:
+        loop: the agent's.
+        store: the agreed record.
+        links: lines to the other agents; None on a job's only node, which announces nothing.
+        info: this node.
+        within: seconds of silence after which a node is a suspect.
+        say: prints a line for people.
+        feed: hands an event to the agent's machine.
+        """
+        self._loop = loop
+        self._links = links
+        self._within = within
+        self._say = say
+        self._feed = feed
+        self._info = info
+        self._line = StoreLine(store, loop.post, self._silent)
+        self._neighbours = Neighbours(info, within, loop.clock, loop.at, feed)
+        self._answers = True
+        self._announcing = False
+        self._unsaid: NodeInfo | None = None
+
+    def begin(self) -> None:
+        """Take part."""
+        if self._links is None:
+            self._line.ask(lambda store: store.look().record, lambda record: self._feed(ev.RecordSeen(record)))
+            return
+        self.announce(self._info)
+        self._neighbours.begin(self._links)
+        self._loop.every(self._within / BEATS, self._show_life)
+        self._line.listen(self._news)
+
+    def heard(self, node: str) -> None:
+        """A line brought a sign of life."""
+        self._neighbours.heard(node)
+
+    def refused(self, node: str) -> None:
+        """Nobody listens where a node's agent did."""
+        self._neighbours.refused(node)
+
+    def swap(self, record: WorldRecord) -> None:
+        """Try to make this the next version of the record, and report what stands."""
+        self._line.ask(lambda store: store.swap(record), lambda stands: self._feed(ev.RecordSeen(stands)))
+
+    def announce(self, info: NodeInfo) -> None:
+        """Announce this node, once for all that changes until the store is free for it."""
+        self._info = info
+        self._neighbours.own(info)
+        if self._links is None or self._announcing:
+            return
+        self._announcing = True
+
+        def begun(_: object) -> None:
+            self._announcing = False
+            info = self._unsaid = self._info
+            self._line.ask(lambda store: store.announce(info), lambda _: said(info))
+
+        def said(info: NodeInfo) -> None:
+            if self._unsaid is info:
+                self._unsaid = None
+
+        self._line.ask(lambda _: None, begun)
+
+    def close(self, timeout: float) -> None:
+        """Take leave; waits up to ``timeout`` seconds for the store to hear of it."""
+        if self._links is not None:
+            self._neighbours.close()
+            self._line.ask(lambda store: store.withdraw())
+        self._line.close(timeout)
+
+    def _show_life(self) -> None:
+        """A beat; or again the announcement that the store did not take."""
+        if self._unsaid is not None:
+            self.announce(self._info)
+        else:
+            self._line.ask(lambda store: store.beat())
+
+    def _news(self, news: News) -> None:
+        if not self._answers:
+            self._answers = True
+            self._say("the control store answers again")
+        self._feed(ev.RecordSeen(news.record))
+        self._neighbours.announced(news.nodes)
+
+    def _silent(self, text: str) -> None:
+        if self._answers:
+            self._answers = False
+            self._say(f"{text}; training goes on, changes of the world wait")
+        self._feed(ev.StoreSilent(text, self._line.lasting))

@@ -1,0 +1,204 @@
+"""Calls to an etcd cluster: every one bounded, tried on one member after the other.
+
+A member that refuses, is frozen or has no leader costs one try; the next calls go straight to the member that answered.
+So every request must be harmless when it arrives twice, or late: the store compares revisions in each of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from resilient_train.clock import Clock, MonotonicClock
+from resilient_train.control import etcd_messages as messages
+from resilient_train.control.endpoint import EtcdAccess
+from resilient_train.errors import ConfigError, StoreLost
+
+_OPTIONS = [
+    # A connection of its own for each client: a watch does not wait behind calls.
+    ("grpc.use_local_subchannel_pool", 1),
+    # etcd stands in the cluster; a proxy for the world outside has nothing to do with it.
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 250),
+    # The announcements of thousands of nodes are more than the 4 MiB of the default.
+    ("grpc.max_receive_message_length", -1),
+]
+_PAUSE = 0.05
+"""Seconds between two rounds through the members."""
+_SHORT = 0.2
+"""Seconds that a member gets at first: what a leader took with it is never answered, and must be asked again."""
+_OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
+_REFUSALS = {
+    "authentication failed": "etcd at {endpoints} does not know the user {user!r} with this password",
+    "user name is empty": "etcd at {endpoints} asks for a user and a password",
+    "authentication is not enabled": "etcd at {endpoints} knows no users, but the user {user!r} was given",
+    "permission denied": "etcd at {endpoints} does not let the user {user!r} use keys under /resilient_train/",
+}
+"""What etcd says, and what it means; the same on all members."""
+
+
+class EtcdClient:
+    """Calls to one cluster; every method may be called from any thread."""
+
+    def __init__(self, access: EtcdAccess, patience: float, clock: Clock | None = None) -> None:
+        """Args:
+            access: where the cluster is.
+            patience: seconds that one member gets to answer, in the end.
+            clock: for deadlines.
+
+        Raises:
+            ConfigError: if a file of certificates cannot be read.
+        """
+        self.patience = patience
+        """Seconds that one member gets to answer, in the end."""
+        self._access = access
+        self._clock = clock or MonotonicClock()
+        self._credentials = _credentials(access)
+        self._lock = threading.Lock()
+        self._current = 0
+        self._channel: Any = None
+        self._token = ""
+        self._closed = threading.Event()
+
+    def call(self, method: str, timeout: float, *, excuses: tuple[str, ...] = (), **fields: Any) -> Any:
+        """A call, tried on every member again and again for ``timeout`` seconds.
+
+        Args:
+            method: its name.
+            timeout: seconds.
+            excuses: names of statuses that are answers and not failures; the call returns None for them.
+            fields: of the request.
+
+        Raises:
+            StoreLost: if no member answers in time.
+            ConfigError: if etcd refuses this user, and would refuse the next try too.
+        """
+        request = messages.request(method, **fields)
+        start = self._clock.now()
+        deadline = start + timeout
+        while True:
+            reasons = []
+            for _ in self._access.endpoints:
+                channel, endpoint = self._connected()
+                now = self._clock.now()
+                left = min(max(_SHORT, (now - start) / 4), self.patience, deadline - now)
+                try:
+                    return self._attempt(channel, method, request, max(0.01, left))
+                except grpc.RpcError as error:
+                    if error.code().name in excuses:
+                        return None
+                    self._complain(error)
+                    self.leave(channel)
+                    reasons.append(f"{endpoint}: {error.code().name}: {error.details()}")
+                except ValueError as error:
+                    # Another thread has left this member.
+                    reasons.append(f"{endpoint}: {error}")
+                if self._clock.now() >= deadline or self._closed.is_set():
+                    raise StoreLost(f"etcd at {self._access} does not answer ({'; '.join(reasons)})")
+            self._closed.wait(min(_PAUSE, max(0.0, deadline - self._clock.now())))
+
+    def answers(self) -> bool:
+        """Whether the next member in turn knows what the majority knows; one try."""
+        channel, _ = self._connected()
+        try:
+            self._attempt(channel, "Range", messages.request("Range", key=b"/"), self.patience)
+        except (grpc.RpcError, ValueError):
+            self.leave(channel)
+            return False
+        return True
+
+    def watch(self, key: bytes, range_end: bytes, after: int) -> tuple[Any, Any]:
+        """The changes of a range of keys after a revision, as they happen on the member that answered last.
+
+        Returns an iterator of answers, with a method `cancel`, and the member for `leave`.  The iterator raises
+        `grpc.RpcError` when the member is gone or loses its leader.
+        """
+        channel, _ = self._connected()
+        create = messages.message("WatchCreateRequest", key=key, range_end=range_end, start_revision=after + 1)
+        answers = messages.response("Watch").FromString
+        # One request is all there is to say; etcd goes on answering.
+        stream = channel.unary_stream(messages.METHODS["Watch"], _encoded, answers)
+        return stream(messages.request("Watch", create_request=create), metadata=self._metadata()), channel
+
+    def leave(self, member: Any) -> None:
+        """Go on to the next member, unless that has happened already."""
+        with self._lock:
+            if member is None or member is not self._channel:
+                return
+            self._channel = None
+            self._current = (self._current + 1) % len(self._access.endpoints)
+        member.close()
+
+    def close(self) -> None:
+        """End all calls, from now on too."""
+        self._closed.set()
+        self.leave(self._channel)
+
+    def _attempt(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+        try:
+            return self._authenticated(channel, method, request, timeout)
+        except grpc.RpcError as error:
+            if not any(text in (error.details() or "") for text in _OLD_TOKEN):
+                raise
+        self._token = ""
+        return self._authenticated(channel, method, request, timeout)
+
+    def _authenticated(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+        if self._access.user and not self._token:
+            login = messages.request("Authenticate", name=self._access.user, password=self._access.password)
+            self._token = self._once(channel, "Authenticate", login, timeout).token
+        return self._once(channel, method, request, timeout)
+
+    def _once(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+        # A refreshed lease is a stream on paper; with one request and one answer it looks the same on the wire.
+        call = channel.unary_unary(messages.METHODS[method], _encoded, messages.response(method).FromString)
+        return call(request, timeout=timeout, metadata=self._metadata())
+
+    def _metadata(self) -> list[tuple[str, str]]:
+        # A member that knows no leader says so at once, and ends its watches, instead of letting us wait.
+        return [("hasleader", "true"), *([("token", self._token)] if self._token else [])]
+
+    def _connected(self) -> tuple[Any, str]:
+        with self._lock:
+            if self._closed.is_set():
+                raise StoreLost(f"the connection to etcd at {self._access} was closed")
+            endpoint = self._access.endpoints[self._current]
+            if self._channel is None:
+                self._channel = (
+                    grpc.insecure_channel(endpoint, _OPTIONS)
+                    if self._credentials is None
+                    else grpc.secure_channel(endpoint, self._credentials, _OPTIONS)
+                )
+            return self._channel, endpoint
+
+    def _complain(self, error: Any) -> None:
+        """Raise what no other member would answer differently."""
+        text = error.details() or ""
+        for known, advice in _REFUSALS.items():
+            if known in text:
+                raise ConfigError(advice.format(endpoints=self._access, user=self._access.user)) from error
+
+
+def _encoded(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _credentials(access: EtcdAccess) -> Any:
+    if not (access.tls or access.ca or access.cert):
+        return None
+    if bool(access.cert) != bool(access.key):
+        raise ConfigError("etcd: a client's certificate and its key belong together; one of them is missing")
+
+    def read(file: str) -> bytes | None:
+        try:
+            return Path(file).read_bytes() if file else None
+        except OSError as error:
+            raise ConfigError(f"etcd: {file} cannot be read: {error.strerror}") from error
+
+    return grpc.ssl_channel_credentials(read(access.ca), read(access.key), read(access.cert))

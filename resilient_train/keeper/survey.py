@@ -1,0 +1,98 @@
+"""What the keepers of all nodes hold: asked for when a state is to be found again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from resilient_train.errors import LinkLost
+from resilient_train.spec.messages import Peers
+from resilient_train.spec.world import Key
+from resilient_train.storage.peer import HeldImage, ask_held
+
+_TIMEOUT = 2.0
+"""Seconds for a keeper to answer."""
+_FORMER_TIMEOUT = 0.3
+"""The same for a keeper whose node has left; it may be gone, with nobody to say so."""
+_REMEMBERED = 90.0
+"""Seconds that such a keeper is asked along; none lives longer."""
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What the others hold."""
+
+    images: Mapping[str, list[HeldImage]] = field(default_factory=dict)
+    """Endpoint -> its images, of those that answered."""
+    chosen: Mapping[str, Key | None] = field(default_factory=dict)
+    """Endpoint -> the state that it makes durable at the end of the job."""
+
+
+class Survey:
+    """Asks the keepers of other nodes, one round at a time; whoever asks during a round is answered by the next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._current: dict[str, str] = {}
+        self._former: dict[str, float] = {}
+        self._secret = b""
+        self._waiting: list[Callable[[Finding], None]] = []
+        self._running = False
+
+    def follow(self, peers: Peers, own: str, secret: bytes) -> None:
+        """The keepers are these now; ``own`` is where this one serves."""
+        now = time.monotonic()
+        current = {endpoint: node for node, endpoint in [*peers.keepers, *peers.others] if endpoint and endpoint != own}
+        with self._lock:
+            for endpoint in self._current.keys() - current.keys():
+                self._former[endpoint] = now
+            for endpoint in current.keys() & self._former.keys():
+                del self._former[endpoint]
+            self._current, self._secret = current, secret
+
+    def ask(self, answer: Callable[[Finding], None]) -> None:
+        """Have ``answer`` called, from another thread, with what the others hold from now on."""
+        with self._lock:
+            self._waiting.append(answer)
+            if self._running:
+                return
+            self._running = True
+        threading.Thread(target=self._run, name="survey", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                waiting, self._waiting = self._waiting, []
+                if not waiting:
+                    self._running = False
+                    return
+                since = time.monotonic() - _REMEMBERED
+                self._former = {endpoint: at for endpoint, at in self._former.items() if at > since}
+                targets = [(endpoint, _TIMEOUT) for endpoint in self._current]
+                targets += [(endpoint, _FORMER_TIMEOUT) for endpoint in self._former]
+                secret = self._secret
+            finding = _asked(targets, secret)
+            for answer in waiting:
+                answer(finding)
+
+
+def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:
+    def ask(target: tuple[str, float]) -> tuple[list[HeldImage], Key | None] | None:
+        try:
+            return ask_held(target[0], secret, target[1])
+        except LinkLost:
+            return None
+
+    if not targets:
+        return Finding()
+    with ThreadPoolExecutor(min(len(targets), _AT_ONCE), "ask") as pool:
+        answers = dict(zip([endpoint for endpoint, _ in targets], pool.map(ask, targets), strict=True))
+    there = {endpoint: answer for endpoint, answer in answers.items() if answer is not None}
+    return Finding(
+        images={endpoint: images for endpoint, (images, _) in there.items()},
+        chosen={endpoint: chosen for endpoint, (_, chosen) in there.items()},
+    )

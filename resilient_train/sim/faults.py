@@ -1,0 +1,290 @@
+"""What goes wrong, when, and with whom: schedules drawn from a seed, written and read as text, and made smaller.
+
+A scenario is a job and its faults::
+
+    job nodes=3 slots=2 min_nodes=1 max_nodes=3 standby=0 steps=40 seed=7
+    at 6.250 kill-agent n1
+    at 7.000 cut n0 n2 store for 3.000
+
+so a failing one can be pasted into a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from random import Random
+
+from resilient_train.errors import FormatError
+from resilient_train.plan.events import LeaveAsked
+from resilient_train.sim.cluster import Cluster, Job
+from resilient_train.sim.network import STORE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that goes wrong."""
+
+    at: float
+    """When, in seconds from the beginning."""
+    what: str
+    """A verb of `VERBS`."""
+    whom: tuple[str, ...] = ()
+    """Nodes (``n1``), places (``n1/0``) or ``store``."""
+    seconds: float = 0.0
+    """How long, where it ends by itself."""
+
+    def __str__(self) -> str:
+        words = [f"at {self.at:.3f}", self.what, *self.whom]
+        return " ".join(words) + (f" for {self.seconds:.3f}" if self.seconds else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A job and what happens to it."""
+
+    job: Job
+    """What is run."""
+    faults: tuple[Fault, ...] = ()
+    """What goes wrong."""
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{f.name}={getattr(self.job, f.name)}" for f in fields(self.job))
+        return "\n".join([f"job {settings}", *map(str, self.faults)])
+
+    @property
+    def over_at(self) -> float:
+        """When the last fault has ended."""
+        return max((fault.at + fault.seconds for fault in self.faults), default=0.0)
+
+
+def parse(text: str) -> Scenario:
+    """A scenario from its text; empty lines and what follows a ``#`` are left out.
+
+    Raises:
+        FormatError: if a line says nothing known.
+    """
+    job, faults = Job(), []
+    for line in text.splitlines():
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            if words[0] == "job":
+                job = _job(words[1:])
+            else:
+                faults.append(_fault(words))
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise FormatError(f"not a line of a scenario: {line!r}") from error
+    return Scenario(job=job, faults=tuple(faults))
+
+
+def _job(words: list[str]) -> Job:
+    settings = dict(word.split("=") for word in words)
+    within = float(settings.pop("within", Job().within))
+    return Job(within=within, **{name: int(value) for name, value in settings.items()})
+
+
+def _fault(words: list[str]) -> Fault:
+    if words[0] != "at" or words[2] not in VERBS:
+        raise ValueError
+    seconds = 0.0
+    if len(words) > 4 and words[-2] == "for":
+        seconds, words = float(words[-1]), words[:-2]
+    return Fault(at=float(words[1]), what=words[2], whom=tuple(words[3:]), seconds=seconds)
+
+
+# ---- what each does -------------------------------------------------------------------------------------------------
+
+
+def _kill_worker(cluster: Cluster, fault: Fault) -> None:
+    worker = cluster.worker(fault.whom[0])
+    if worker is not None:
+        worker.end(-9)
+
+
+def _stop_worker(cluster: Cluster, fault: Fault) -> None:
+    worker = cluster.worker(fault.whom[0])
+    if worker is not None:
+        worker.stop()
+        cluster.engine.after(fault.seconds, worker.resume)
+
+
+def _busy_worker(cluster: Cluster, fault: Fault) -> None:
+    worker = cluster.worker(fault.whom[0])
+    if worker is not None:
+        worker.busy_until = cluster.engine.now + fault.seconds
+
+
+def _kill_agent(cluster: Cluster, fault: Fault) -> None:
+    node = cluster.node(fault.whom[0])
+    if node is not None:
+        node.die()
+
+
+def _kill_host(cluster: Cluster, fault: Fault) -> None:
+    cluster.kill_host(fault.whom[0])
+
+
+def _stop_agent(cluster: Cluster, fault: Fault) -> None:
+    node = cluster.node(fault.whom[0])
+    if node is not None:
+        node.agent.stop()
+        cluster.engine.after(fault.seconds, node.agent.resume)
+
+
+def _drain(cluster: Cluster, fault: Fault) -> None:
+    node = cluster.node(fault.whom[0])
+    if node is not None:
+        node.agent.feed(LeaveAsked("drained"))
+
+
+def _start_node(cluster: Cluster, fault: Fault) -> None:
+    del fault
+    cluster.start_node()
+
+
+def _cut(cluster: Cluster, fault: Fault) -> None:
+    """Nothing passes between the first and the others; ``cut-to``: nothing from the first."""
+    one, others = fault.whom[0], fault.whom[1:]
+    ways = [(one, other) for other in others]
+    if fault.what == "cut":
+        ways += [(other, one) for other in others]
+    for way in ways:
+        cluster.network.cut(*way)
+        cluster.engine.after(fault.seconds, lambda way=way: cluster.network.heal(*way))  # type: ignore[misc]
+
+
+def _freeze_store(cluster: Cluster, fault: Fault) -> None:
+    cluster.server.freeze()
+    losing = fault.what == "freeze-store-losing-leases"
+    cluster.engine.after(fault.seconds, lambda: cluster.server.thaw(losing))
+
+
+def _down_store(cluster: Cluster, fault: Fault) -> None:
+    cluster.server.fall()
+    cluster.engine.after(fault.seconds, cluster.server.rise)
+
+
+def _lose_answer(cluster: Cluster, fault: Fault) -> None:
+    del fault
+    cluster.server.trouble.lost_answers += 1
+
+
+def _slow_store(cluster: Cluster, fault: Fault) -> None:
+    late = float(fault.whom[0])
+    cluster.server.trouble.slow += late
+
+    def fast() -> None:
+        cluster.server.trouble.slow = max(0.0, cluster.server.trouble.slow - late)
+
+    cluster.engine.after(fault.seconds, fast)
+
+
+VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
+    "kill-worker": _kill_worker,
+    "stop-worker": _stop_worker,
+    "busy-worker": _busy_worker,
+    "kill-agent": _kill_agent,
+    "kill-host": _kill_host,
+    "stop-agent": _stop_agent,
+    "drain": _drain,
+    "start-node": _start_node,
+    "cut": _cut,
+    "cut-to": _cut,
+    "freeze-store": _freeze_store,
+    "freeze-store-losing-leases": _freeze_store,
+    "down-store": _down_store,
+    "lose-answer": _lose_answer,
+    "slow-store": _slow_store,
+}
+"""What can go wrong, by name."""
+OF_STORE = frozenset({"freeze-store", "freeze-store-losing-leases", "down-store", "lose-answer", "slow-store"})
+"""Troubles of the store alone; they change no world."""
+_WEIGHTS = {
+    "kill-worker": 4,
+    "stop-worker": 1,
+    "busy-worker": 2,
+    "kill-agent": 4,
+    "kill-host": 4,
+    "stop-agent": 4,
+    "drain": 2,
+    "start-node": 2,
+    "cut": 5,
+    "cut-to": 3,
+    "freeze-store": 2,
+    "freeze-store-losing-leases": 2,
+    "down-store": 2,
+    "lose-answer": 2,
+    "slow-store": 1,
+}
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed: some faults, and nodes started again so that enough are left for the job."""
+    random = Random(seed)
+    nodes = random.choice((2, 3, 3, 4, 5))
+    least = random.randint(1, max(1, nodes - 1))
+    job = Job(
+        nodes=nodes,
+        slots=random.choice((1, 1, 2)),
+        min_nodes=least,
+        max_nodes=random.choice((nodes, nodes, nodes, max(least, nodes - 1))),
+        standby=random.choice((0, 0, 0, 1)),
+        steps=random.choice((30, 60, 100)),
+        seed=seed,
+    )
+    count = random.choice((1, 1, 2, 2, 3, 4, 5))
+    times = sorted(round(random.uniform(0.5, 13.0), 3) for _ in range(count))
+    only_store = random.random() < 0.1
+    verbs = [verb for verb in _WEIGHTS if not only_store or verb in OF_STORE]
+    faults = []
+    for at in times:
+        verb = random.choices(verbs, [_WEIGHTS[verb] for verb in verbs])[0]
+        faults.append(_drawn(random, job, at, verb))
+        if verb in ("kill-agent", "kill-host", "drain") and random.random() < 0.5:
+            faults.append(Fault(at=round(at + random.uniform(0.5, 6.0), 3), what="start-node"))
+    gone = {fault.whom[0] for fault in faults if fault.what in ("kill-agent", "kill-host", "drain")}
+    come = sum(fault.what == "start-node" for fault in faults)
+    for missing in range(least - (nodes - len(gone) + come)):
+        faults.append(Fault(at=round(15.0 + missing, 3), what="start-node"))
+    return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
+def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
+    names = [f"n{order}" for order in range(job.nodes)]
+    node = random.choice(names)
+    seconds = round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 12.0))), 3)
+    if verb.endswith("-worker"):
+        place = f"{node}/{random.randrange(job.slots)}"
+        return Fault(at=at, what=verb, whom=(place,), seconds=0.0 if verb == "kill-worker" else seconds)
+    if verb in ("kill-agent", "kill-host", "drain"):
+        return Fault(at=at, what=verb, whom=(node,))
+    if verb == "stop-agent":
+        return Fault(at=at, what=verb, whom=(node,), seconds=seconds)
+    if verb in ("cut", "cut-to"):
+        others = [name for name in names if name != node]
+        if random.random() < 0.5:
+            others = random.sample(others, random.randint(1, len(others)))
+        if random.random() < 0.5:
+            others.append(STORE)
+        return Fault(at=at, what=verb, whom=(node, *others), seconds=seconds)
+    if verb == "slow-store":
+        return Fault(at=at, what=verb, whom=(f"{random.uniform(0.05, 2.0):.2f}",), seconds=seconds)
+    return Fault(at=at, what=verb, seconds=0.0 if verb in ("lose-answer", "start-node") else seconds)
+
+
+def shrink(scenario: Scenario, fails: Callable[[Scenario], bool]) -> Scenario:
+    """The same with every fault left out that is not needed for it to fail."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for index in range(len(scenario.faults)):
+            without = replace(scenario, faults=scenario.faults[:index] + scenario.faults[index + 1 :])
+            if fails(without):
+                scenario, smaller = without, True
+                break
+    return scenario

@@ -1,0 +1,125 @@
+"""What keepers of different nodes, and workers that restore, say to a keeper over TCP.
+
+A message is one JSON object; the bytes of images travel behind `Read`'s answer and `Put`, raw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from resilient_train.errors import FormatError
+from resilient_train.spec.messages import Message, message
+from resilient_train.spec.world import Key
+
+MAX_HEAD = 16 << 20
+"""Longest message in bytes, without the bytes of images."""
+
+
+@message
+class ListHeld(Message):
+    """Answered by `Held`."""
+
+
+@message
+class Held(Message):
+    """Every complete image in memory: [slot, lineage, step, rank, world size, bytes, replica or not]."""
+
+    images: list[list[Any]]
+    chosen: list[int] | None
+    """The state that this keeper makes durable at the end of the job, once it has been asked to."""
+
+
+@message
+class Read(Message):
+    """A range of the image of one state in a slot; answered by `Range` and its bytes, or `Declined`."""
+
+    slot: int
+    lineage: int
+    step: int
+    offset: int
+    size: int
+
+
+@message
+class Range(Message):
+    """So many bytes follow."""
+
+    size: int
+
+
+@message
+class Put(Message):
+    """Keep a copy of an image; answered by `Ready`, or `Declined`.  Behind `Ready` its bytes follow."""
+
+    source: str
+    """Whose image: node/slot."""
+    lineage: int
+    step: int
+    rank: int
+    world: int
+    size: int
+    keep: list[int] | None
+    """The newest state that is copied everywhere: its copies must stay."""
+
+
+@message
+class Ready(Message):
+    """There is room; send the bytes."""
+
+
+@message
+class Stored(Message):
+    """The copy is complete, verified and listed."""
+
+
+@message
+class Declined(Message):
+    """Why not."""
+
+    reason: str
+
+
+@message
+class Report(Message):
+    """How far a node is; see `resilient_train.plan.replication`.  `Orders` come whenever they change."""
+
+    node: str
+    generation: int
+    lineage: int
+    slowest: int
+    furthest: int
+    every: int
+    done: list[int] | None
+    missed: list[int] | None
+    moved: int
+    kept: list[int] | None
+    saving: bool
+
+
+@message
+class Orders(Message):
+    """Which states every node copies and keeps, and which step it makes durable."""
+
+    generation: int
+    pending: list[int] | None
+    """The state to copy once it exists."""
+    kept: list[int] | None
+    """The newest state that is copied everywhere; None: unknown."""
+    persist_at: int
+    """0: none."""
+
+
+TYPES = {kind.__name__: kind for kind in (ListHeld, Held, Read, Range, Put, Ready, Stored, Declined, Report, Orders)}
+
+
+def key_or_none(value: list[int] | None) -> Key | None:
+    """A key from its JSON form.
+
+    Raises:
+        FormatError: if it is anything else.
+    """
+    if value is None:
+        return None
+    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)):
+        raise FormatError(f"{value!r:.50} is no key")
+    return Key(*value)

@@ -1,0 +1,181 @@
+"""Images in the memory of other nodes: what their keepers hold, ranges of it, and copies for them to keep."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from resilient_train.errors import CheckpointDamaged, FormatError, LinkLost, OutsideError
+from resilient_train.spec.peers import Declined, Held, ListHeld, Put, Range, Read, Ready, Stored, key_or_none
+from resilient_train.spec.world import Key
+from resilient_train.storage.wire import Wire, connect
+
+CONNECTIONS = 4
+"""Connections to one keeper through which one process reads side by side."""
+CONNECT_TIMEOUT = 2.0
+"""Seconds for a keeper to answer a connection."""
+READ_TIMEOUT = 10.0
+"""Seconds for 8 MiB to arrive."""
+ROOM_TIMEOUT = 120.0
+"""Seconds for memory for a copy to be made."""
+
+
+class PeerDeclined(OutsideError):
+    """The other node's keeper will not keep the copy; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldImage:
+    """An image in some keeper's memory."""
+
+    slot: int
+    """That keeper's id of it."""
+    key: Key
+    """Which state it is a part of."""
+    rank: int
+    """Whose part."""
+    world: int
+    """Of how many."""
+    size: int
+    """Bytes."""
+    replica: bool
+    """Whether another node's keeper has, or had, the original."""
+
+
+def held_image(row: Sequence[Any]) -> HeldImage:
+    """An image from a row of `Held` or `Images`.
+
+    Raises:
+        FormatError: if it is none.
+    """
+    if len(row) != 7 or not all(type(n) is int and n >= 0 for n in row):
+        raise FormatError(f"{row!r:.100} describes no image")
+    slot, lineage, step, rank, world, size, replica = row
+    return HeldImage(slot=slot, key=Key(lineage, step), rank=rank, world=world, size=size, replica=bool(replica))
+
+
+def ask_held(endpoint: str, secret: bytes, timeout: float) -> tuple[list[HeldImage], Key | None]:
+    """What the keeper at ``endpoint`` holds, and which state it makes durable at the end.
+
+    Raises:
+        LinkLost: if it does not answer within ``timeout`` seconds for each of a few steps.
+    """
+    wire = connect(endpoint, secret, timeout)
+    try:
+        wire.send(ListHeld())
+        held = wire.expect(Held)
+        return [held_image(row) for row in held.images], key_or_none(held.chosen)
+    except (FormatError, TypeError) as error:
+        raise LinkLost(f"{wire.name} talks nonsense: {error}") from error
+    finally:
+        wire.close()
+
+
+class Peer:
+    """Reads from one keeper, through a few connections; from any thread."""
+
+    def __init__(self, endpoint: str, secret: bytes) -> None:
+        """Connects at the first read."""
+        self.endpoint = endpoint
+        self._secret = secret
+        self._idle: queue.LifoQueue[Wire | None] = queue.LifoQueue()
+        for _ in range(CONNECTIONS):
+            self._idle.put(None)
+
+    def read(self, image: HeldImage, offset: int, length: int) -> bytearray:
+        """Exactly these bytes of an image.
+
+        Raises:
+            LinkLost: if the keeper is gone or silent.
+            CheckpointDamaged: if it does not hold the image any more.
+        """
+        data = bytearray(length)
+        self.read_into(image, offset, [memoryview(data)])
+        return data
+
+    def read_into(self, image: HeldImage, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers with an image's bytes from ``offset`` on.
+
+        Raises:
+            LinkLost: if the keeper is gone or silent.
+            CheckpointDamaged: if it does not hold the image any more.
+        """
+        size = sum(len(buffer) for buffer in buffers)
+        with self._connection() as wire:
+            wire.send(Read(slot=image.slot, lineage=image.key.lineage, step=image.key.step, offset=offset, size=size))
+            answer = wire.receive()
+            if isinstance(answer, Range) and answer.size == size:
+                wire.fill(buffers)
+                return
+            if not isinstance(answer, Declined):
+                raise FormatError(f"{answer!r:.200}")
+        raise CheckpointDamaged(
+            f"the keeper at {self.endpoint} does not have rank {image.rank}'s image of {image.key}: {answer.reason}"
+        )
+
+    @contextmanager
+    def _connection(self) -> Iterator[Wire]:
+        """One for this thread's use; none that anything went wrong with is used again."""
+        wire = self._idle.get()
+        healthy = False
+        try:
+            if wire is None:
+                wire = connect(self.endpoint, self._secret, CONNECT_TIMEOUT)
+                wire.patience(READ_TIMEOUT)
+            yield wire
+            healthy = True
+        except FormatError as error:
+            raise LinkLost(f"{self.endpoint} talks nonsense: {error}") from error
+        finally:
+            if wire is not None and not healthy:
+                wire.close()
+            self._idle.put(wire if healthy else None)
+
+    def close(self) -> None:
+        """Hang up, once nobody reads any more."""
+        for _ in range(CONNECTIONS):
+            wire = self._idle.get()
+            if wire is not None:
+                wire.close()
+
+
+_PUT_PIECE = 8 << 20
+
+
+def put_copy(wire: Wire, request: Put, data: memoryview, moved: Callable[[int], None]) -> None:
+    """Have the keeper at the other end keep a copy of an image.
+
+    Args:
+        wire: to it.
+        request: which image.
+        data: its bytes, which must not change meanwhile.
+        moved: told of bytes as they are sent.
+
+    Raises:
+        LinkLost: if the keeper is gone, silent or nonsensical.
+        PeerDeclined: if it has no room, or what arrived was damaged.
+    """
+    try:
+        wire.patience(ROOM_TIMEOUT)
+        wire.send(request)
+        _agreed(wire, Ready)
+        wire.patience(READ_TIMEOUT)
+        for at in range(0, len(data), _PUT_PIECE):
+            piece = data[at : at + _PUT_PIECE]
+            wire.send_bytes([piece])
+            moved(len(piece))
+        wire.patience(ROOM_TIMEOUT)
+        _agreed(wire, Stored)
+    except FormatError as error:
+        raise LinkLost(f"{wire.name} talks nonsense: {error}") from error
+
+
+def _agreed(wire: Wire, kind: type[Ready] | type[Stored]) -> None:
+    answer = wire.receive()
+    if isinstance(answer, Declined):
+        raise PeerDeclined(answer.reason)
+    if not isinstance(answer, kind):
+        raise LinkLost(f"{wire.name} answered {answer!r:.200}")

@@ -1,0 +1,139 @@
+"""The store over etcd passes the conformance suite on one member and on three; a job ends and leaves nothing behind."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from etcd_cluster import EtcdCluster, running
+
+from resilient_train.control.etcd import EtcdControlStore
+from resilient_train.errors import StoreLost
+from resilient_train.spec.world import Phase
+from resilient_train.testing.control import ControlStoreConformance, node, record, wait_for
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one member", "three members"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[EtcdCluster]:
+    with running(request.param) as cluster:
+        cluster.ready()
+        yield cluster
+
+
+class Stores:
+    """Clients of one cluster, closed at the end."""
+
+    def __init__(self, cluster: EtcdCluster) -> None:
+        self._cluster = cluster
+        self._job = uuid.uuid4().hex
+        self._made: list[EtcdControlStore] = []
+
+    def __call__(self, job: str = "") -> EtcdControlStore:
+        self._made.append(EtcdControlStore(self._cluster.access, job or self._job, 1.0))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for store in self._made:
+            store.close()
+
+
+@pytest.fixture
+def stores(cluster: EtcdCluster) -> Iterator[Stores]:
+    stores = Stores(cluster)
+    yield stores
+    stores.close()
+
+
+class TestEtcdControlStore(ControlStoreConformance):
+    @pytest.fixture(autouse=True)
+    def _stores(self, stores: Stores) -> None:
+        self.store = stores
+
+    def store(self) -> EtcdControlStore:
+        raise NotImplementedError
+
+
+def test_jobs_do_not_see_each_other(stores: Stores) -> None:
+    """Jobs in one etcd have records of their own, also where one's id begins with the other's."""
+    stores("one").swap(record(1))
+    stores("one/two").swap(record(1))
+    stores("one/two").swap(record(2))
+    assert stores("on").look().record is None
+    assert stores("one").look().record == record(1)
+
+
+def test_a_job_that_ended_makes_room_for_the_next(stores: Stores) -> None:
+    """Its record stays for whoever asks how it ended, until a node joins when no other is left; then all is new."""
+    old, late = stores(), stores()
+    old.announce(node(old.join()))
+    late.announce(node(late.join()))
+    old.swap(record(1, phase=Phase.FINISHED))
+    secret = old.secret()
+    old.withdraw()
+    assert stores().join() == 2, "one node is left: the job is not over for it"
+    late.withdraw()
+    ended = stores().look().record
+    assert ended is not None
+    assert ended.phase is Phase.FINISHED
+    new = stores()
+    assert new.join() == 0
+    assert new.look().record is None
+    assert new.secret() != secret
+    with pytest.raises(StoreLost, match="this job is over"):
+        late.announce(node(1))
+    with pytest.raises(StoreLost, match="this job is over"):
+        old.swap(record(1))
+    with pytest.raises(StoreLost, match="this job is over"):
+        old.look()
+
+
+def test_a_job_that_is_running_makes_no_room(stores: Stores) -> None:
+    """Nodes that come back after all were lost find the record."""
+    stores().swap(record(1))
+    again = stores()
+    again.join()
+    assert again.look().record == record(1)
+
+
+def test_a_job_leaves_nothing_behind(cluster: EtcdCluster, stores: Stores) -> None:
+    """Every key is under a lease: of the node, or of the job."""
+    store = stores("traces")
+    store.announce(node(store.join()))
+    store.swap(record(1))
+    store.swap(record(2))
+    answer = cluster.client().call(
+        "Range", 30.0, key=b"/resilient_train/traces/", range_end=b"/resilient_train/traces0"
+    )
+    assert len(answer.kvs) == 4
+    assert all(kv.lease for kv in answer.kvs)
+
+
+def test_a_lost_lease_is_made_anew(cluster: EtcdCluster, stores: Stores) -> None:
+    """Whoever took the lease away, the next beat brings the announcement back as it was said last."""
+    store = stores()
+    info = node(store.join())
+    store.announce(info)
+    store.announce(replace(info, slots=7))
+    cluster.client().call("LeaseRevoke", 30.0, ID=store._lease)
+    wait_for(lambda: store.look().nodes == (), 30.0)
+    store.beat()
+    assert store.look().nodes == (replace(info, slots=7),)
+
+
+def test_a_watch_survives_compaction(cluster: EtcdCluster, stores: Stores) -> None:
+    """History that is gone is not needed: what stands now is read."""
+    store, other = stores(), stores()
+    before = store.look().number
+    other.swap(record(1))
+    other.swap(record(2))
+    cluster.etcdctl("compact", str(other.look().number))
+    news = store.watch(before, 30.0)
+    assert news is not None
+    assert news.record == record(2)
+    other.swap(record(3))
+    while news.record != record(3):
+        heard = store.watch(news.number, 30.0)
+        assert heard is not None
+        news = heard

@@ -1,0 +1,51 @@
+"""Which member of a job's own etcd a process runs, and where its data is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from resilient_train.control.endpoint import OwnEtcd
+from resilient_train.control.own_place import claim, folder_for
+from resilient_train.errors import ConfigError
+
+
+def test_places_are_taken_once() -> None:
+    """Each process takes the first entry of its host that nobody has; a host that is not in the list takes none."""
+    own = OwnEtcd(members=(("203.0.113.1", 1), ("127.0.0.1", 2), ("127.0.0.1", 4)))
+    first, second = claim(own), claim(own)
+    assert first is not None
+    assert second is not None
+    assert (first.index, second.index) == (1, 2)
+    assert claim(own) is None
+    assert first.address == "0.0.0.0", "others do not find a loopback address"
+    first.lock.close()
+    again = claim(own)
+    assert again is not None
+    assert again.index == 1
+    again.lock.close()
+    second.lock.close()
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is the same for the same place, and empty; nobody else may have put something there."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = folder_for("h-1")
+    (folder / "data").touch()
+    assert folder_for("h-1") == folder
+    assert list(folder.iterdir()) == []
+    assert folder.stat().st_mode & 0o077 == 0
+    folder.rmdir()
+    folder.symlink_to("/")
+    with pytest.raises(ConfigError, match="belongs to somebody else"):
+        folder_for("h-1")
+
+
+def test_a_host_that_is_not_known_yet_is_somebody_elses() -> None:
+    """Names of hosts that are not up may not be known."""
+    own = OwnEtcd(members=(("no-such-host.invalid", 1), ("127.0.0.1", 6), ("no-such-host.invalid", 3)))
+    place = claim(own)
+    assert place is not None
+    assert place.index == 1
+    place.lock.close()

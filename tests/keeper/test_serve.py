@@ -1,0 +1,258 @@
+"""A keeper's images, read from other nodes: by who is of the job, as they are, and elsewhere if they are not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from nodes import SECRET, Cluster, Node, rows_of, wait_until
+
+from resilient_train.errors import CheckpointDamaged, LinkLost
+from resilient_train.spec.peers import Held, ListHeld, Put, Range, Read, Ready
+from resilient_train.spec.world import Key
+from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
+from resilient_train.storage.wire import accept, address_of, connect
+from resilient_train.worker.remote import RemoteImage
+from resilient_train.worker.sources import MemorySource
+
+pytestmark = pytest.mark.timeout(180)
+KEY = bytes.fromhex(SECRET)
+ROWS, COLUMNS = 700, 1000
+"""Almost 3 MiB: three blocks."""
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    """A node that serves."""
+    made = Node("a", 2)
+    yield made
+    made.close()
+
+
+def publish(node: Node, step: int = 3) -> None:
+    for rank, worker in enumerate(node.start_workers()):
+        assert worker.publish(Key(1, step), rank, 2, ROWS, COLUMNS)
+
+
+def held(node: Node) -> list[HeldImage]:
+    return sorted(ask_held(node.endpoint, KEY, 5.0)[0], key=lambda image: image.rank)
+
+
+def test_every_image_is_listed_and_read_as_it_is(node: Node) -> None:
+    """In ranges, side by side."""
+    publish(node)
+    images = held(node)
+    assert [(image.key, image.rank, image.world, image.replica) for image in images] == [
+        (Key(1, 3), 0, 2, False),
+        (Key(1, 3), 1, 2, False),
+    ]
+    peer = Peer(node.endpoint, KEY)
+    for rank, image in enumerate(images):
+        reader = RemoteImage(rank, [(peer, image)]).reader
+        (entry,) = reader.entries()
+        assert torch.equal(reader.tensor(entry), rows_of(rank, 2, 3, ROWS, COLUMNS))
+    peer.close()
+
+
+def test_what_is_not_there_is_declined_and_the_connection_goes_on(node: Node) -> None:
+    """Another state, another slot, bytes beyond the end, too many of them."""
+    publish(node)
+    (image, _) = held(node)
+    wire = connect(node.endpoint, KEY, 5.0)
+    for slot, step, offset, size in (
+        (image.slot, 4, 0, 8),
+        (99, 3, 0, 8),
+        (image.slot, 3, image.size - 4, 8),
+        (image.slot, 3, -8, 8),
+        (image.slot, 3, 0, -8),
+        (image.slot, 3, 0, 1 << 40),
+    ):
+        wire.send(Read(slot=slot, lineage=1, step=step, offset=offset, size=size))
+        assert "Declined" in repr(wire.receive())
+    wire.send(Read(slot=image.slot, lineage=1, step=3, offset=0, size=8))
+    assert wire.expect(Range).size == 8
+    wire.close()
+
+
+def test_strangers_and_garbage_do_a_keeper_no_harm(node: Node) -> None:
+    """A wrong secret, noise, nonsense from who knows the secret, more silent connections than there are places."""
+    publish(node)
+    with pytest.raises(LinkLost):
+        ask_held(node.endpoint, b"wrong", 5.0)
+    strangers = [socket.create_connection(address_of(node.endpoint)) for _ in range(40)]
+    for stranger in strangers[:5]:
+        stranger.sendall(os.urandom(10_000))
+    for stranger in strangers:
+        stranger.close()
+    for nonsense in (b"\xff\xff\xff\xff", b"\x02\x00\x00\x00{}", b'\x13\x00\x00\x00{"type":"ListHeld" '):
+        wire = connect(node.endpoint, KEY, 5.0)
+        wire._socket.sendall(nonsense)
+        with pytest.raises(LinkLost):
+            wire.receive()
+        wire.close()
+    for request in (
+        Put(source="b/0", lineage=1, step=3, rank=0, world=1, size=-1, keep=None),
+        Put(source="b/0", lineage=1, step=3, rank=0, world=1, size=1 << 60, keep=None),
+        Put(source="b/0", lineage=1, step=3, rank=0, world=1, size=8192, keep=["x"]),  # type: ignore[list-item]
+        Read(slot="one", lineage=1, step=3, offset=0, size=1),  # type: ignore[arg-type]
+        Held(images=[], chosen=None),
+    ):
+        wire = connect(node.endpoint, KEY, 5.0)
+        wire.send(request)
+        try:
+            assert "Declined" in repr(wire.receive())
+        except LinkLost:
+            pass
+        wire.close()
+    assert len(held(node)) == 2
+    assert node.process.poll() is None
+
+
+def test_a_copy_is_kept_only_if_it_arrives_whole(node: Node) -> None:
+    """Flipped bits, another rank's image, half an image: nothing of it is listed; the whole one is."""
+    publish(node)
+    image = held(node)[0]
+    peer = Peer(node.endpoint, KEY)
+    whole = bytes(peer.read(image, 0, image.size))
+    peer.close()
+
+    def put(data: bytes, rank: int = 0, step: int = 3) -> None:
+        request = Put(source="b/0", lineage=1, step=step, rank=rank, world=2, size=image.size, keep=None)
+        wire = connect(node.endpoint, KEY, 5.0)
+        try:
+            put_copy(wire, request, memoryview(data), lambda nbytes: None)
+        finally:
+            wire.close()
+
+    for at in (5000, len(whole) // 2, len(whole) - 5000):
+        with pytest.raises(PeerDeclined, match="checksum"):
+            put(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(PeerDeclined):
+        put(whole, rank=1)
+    with pytest.raises(PeerDeclined):
+        put(whole, step=4)
+    wire = connect(node.endpoint, KEY, 5.0)
+    wire.send(Put(source="b/0", lineage=1, step=3, rank=0, world=2, size=image.size, keep=None))
+    wire.expect(Ready)
+    wire.send_bytes([memoryview(whole)[: len(whole) // 2]])
+    wire.close()
+    assert not any(other.replica for other in held(node))
+    wait_until(lambda: _tried(lambda: put(whole)), "the slot is free again")
+    (replica,) = [other for other in held(node) if other.replica]
+    assert (replica.key, replica.rank, replica.world, replica.size) == (Key(1, 3), 0, 2, image.size)
+    wait_until(lambda: sum("replica" in owner for _, owner in node.deposits.values()) in (1, 2), "the deposit")
+
+
+def _tried(action: Callable[[], None]) -> bool:
+    try:
+        action()
+    except PeerDeclined:
+        return False
+    return True
+
+
+def test_a_node_without_memory_declines(node: Node) -> None:
+    """And says why; it serves as before."""
+    wire = connect(node.endpoint, KEY, 5.0)
+    wire.send(Put(source="b/0", lineage=1, step=3, rank=0, world=1, size=1 << 45, keep=None))
+    answer = wire.receive()
+    assert "no shared memory" in repr(answer)
+    wire.send(ListHeld())
+    assert wire.expect(Held).images == []
+    wire.close()
+
+
+class Liar:
+    """Serves one real keeper's image with some of its bytes changed, or hangs up in the middle of a range."""
+
+    def __init__(self, truth: Peer, image: HeldImage, damage: range, *, hang_up: bool = False) -> None:
+        self._truth = truth
+        self._image = image
+        self._damage = damage
+        self._hang_up = hang_up
+        self.asked = 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            wire = accept(sock, KEY, 5.0)
+            wire.patience(0.0)
+            while True:
+                request = wire.expect(Read)
+                self.asked += 1
+                data = self._truth.read(self._image, request.offset, request.size)
+                for at in self._damage:
+                    if request.offset <= at < request.offset + request.size:
+                        data[at - request.offset] ^= 0xFF
+                        if self._hang_up:
+                            wire.send(Range(size=request.size), [memoryview(data)[: len(data) // 2]])
+                            return
+                wire.send(Range(size=request.size), [memoryview(data)])
+        except LinkLost:
+            return
+        finally:
+            sock.close()
+
+    def close(self) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+
+
+@pytest.mark.parametrize("hang_up", [False, True])
+@pytest.mark.parametrize("where", ["header", "data", "table"])
+def test_another_holder_is_read_when_one_lies_or_dies(node: Node, where: str, hang_up: bool) -> None:
+    """Wherever the damage is, what is read is what was written; with no other holder it is an error."""
+    publish(node)
+    image = held(node)[1]
+    truth = Peer(node.endpoint, KEY)
+    layout = RemoteImage(1, [(truth, image)]).reader.layout
+    at = {"header": 300, "data": layout.data_start + (1 << 20) + 5, "table": layout.crc_start + 5}[where]
+    liar = Liar(truth, image, range(at, at + 1), hang_up=hang_up)
+    lying = Peer(liar.endpoint, KEY)
+    reader = RemoteImage(1, [(lying, image), (truth, image)]).reader
+    (entry,) = reader.entries()
+    assert torch.equal(reader.tensor(entry), rows_of(1, 2, 3, ROWS, COLUMNS))
+    assert liar.asked > 0
+    with pytest.raises(CheckpointDamaged):
+        RemoteImage(1, [(lying, image)]).reader.tensor(entry)
+    for peer in (lying, truth):
+        peer.close()
+    liar.close()
+
+
+def test_a_keeper_that_dies_while_it_is_read_is_replaced_by_the_next_holder(
+    cluster: Callable[..., Cluster],
+) -> None:
+    """The reader notices nothing; when no holder is left the state counts as damaged."""
+    job = cluster(1, 1, 1)
+    job.introduce()
+    job.start_workers()
+    job.step_until(lambda: all(job.kept()), rows=40_000)
+    first, second, third = job.nodes
+    kept = third.workers[0].link.board.kept()
+    assert kept is not None
+    source = MemorySource(third.workers[0].link)
+    with source.open(kept) as readers:
+        # Rank 0's original is with the first node, its copy with the second; a copy of rank 1's is here.
+        first.kill()
+        for rank, reader in enumerate(readers):
+            (entry,) = reader.entries()
+            assert torch.equal(reader.tensor(entry), rows_of(rank, 3, kept.step, 40_000))
+        second.kill()
+        (entry,) = readers[0].entries()
+        with pytest.raises(CheckpointDamaged, match="rank 0"):
+            readers[0].tensor(entry)

@@ -1,0 +1,115 @@
+"""Real jobs with a rank that hangs: the right one goes, with its stacks in the log, and nobody else."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import records
+
+from resilient_train.spec.world import slot_of
+from resilient_train.testing.job import Job
+
+SCRIPT = Path(__file__).parent / "scripts" / "train.py"
+DETECT_WITHIN = 2.0
+STEPS = 60
+pytestmark = pytest.mark.timeout(300)
+
+
+def job(tmp_path: Path, *args: str) -> Job:
+    return Job(
+        SCRIPT,
+        ["--record", str(tmp_path / "record"), "--steps", str(STEPS), "--step-time", "0.05", *args],
+        flags=["--nproc-per-node=3", f"--detect-within={DETECT_WITHIN:g}"],
+        log_dir=tmp_path / "logs",
+    )
+
+
+def hung_at(tmp_path: Path) -> float:
+    """When the hang began, as the rank wrote it down."""
+    return next(r["at"] for r in records.read(tmp_path / "record") if "hang" in r)
+
+
+def check_only_rank_1_was_lost(tmp_path: Path, running: Job, began: float, before: dict[str, int], why: str) -> None:
+    """Its stacks are in the log, the others keep their processes, and every step of the result was computed."""
+    running.wait_for_line("size 2 generation 2", 60)
+    after = running.workers()
+    (lost,) = [event for event in running.events() if event.kind == "lost"]
+    print(f"hang to eviction: {lost.at - began:.2f} s; the bar is {DETECT_WITHIN + 2:g} s")
+    assert lost.member == "n0/1.0"
+    assert why in lost.text
+    assert {m: p for m, p in after.items() if slot_of(m) != 1} == {m: p for m, p in before.items() if slot_of(m) != 1}
+    assert running.finish(120) == 0, running.output
+    assert "most recent call first" in running.output
+    assert f"lost rank 1 (hung: rank 1 {why}" in running.output
+    log = records.restores(running.events())
+    assert sorted(records.surviving(records.read(tmp_path / "record"), log)) == list(range(STEPS))
+    assert running.leftovers() == []
+
+
+def test_a_stopped_worker(tmp_path: Path) -> None:
+    """SIGSTOP: it wakes up to write its stacks down, and to nothing else."""
+    with job(tmp_path) as running:
+        running.wait_for_line("step 10 size 3", 90)
+        before = running.workers()
+        began = running.kill(1, number=signal.SIGSTOP)
+        check_only_rank_1_was_lost(tmp_path, running, began, before, "has been stopped (SIGSTOP)")
+
+
+@pytest.mark.parametrize(
+    ("how", "why", "where"),
+    [
+        ("sleep", "has not entered operation", "time.sleep"),
+        ("spin", "has not entered operation", "while True"),
+        ("gil", "does not answer", "re.match"),
+        ("overdue", "has not entered operation", "time.sleep(600)"),
+    ],
+)
+def test_a_stuck_training_thread(tmp_path: Path, how: str, why: str, where: str) -> None:
+    """It sleeps, computes for ever, holds Python's lock in native code, or is longer in an operation than announced."""
+    with job(tmp_path, "--hang", how, "--hang-at", "10") as running:
+        running.wait_for_line("step 5 size 3", 90)
+        before = running.workers()
+        running.wait_for_event("lost", 60)
+        check_only_rank_1_was_lost(tmp_path, running, hung_at(tmp_path), before, why)
+        lines = SCRIPT.read_text().splitlines()
+        shown = [line for line in running.output.splitlines() if f"{SCRIPT}" in line and line.endswith("in hang")]
+        assert any(where in lines[int(line.split("line ")[1].split()[0]) - 1] for line in shown) or how == "spin", shown
+
+
+def test_ranks_that_wait_for_each_other(tmp_path: Path) -> None:
+    """A rank left a collective out: the stacks of all are in the log, and the same processes form again and go on."""
+    with job(tmp_path, "--hang", "skip", "--hang-at", "10") as running:
+        running.wait_for_line("step 5 size 3", 90)
+        before = running.workers()
+        running.wait_for_line("size 3 generation 2", 60)
+        assert running.workers() == before
+        (lost,) = [event for event in running.events() if event.kind == "lost"]
+        print(f"hang to decision: {lost.at - hung_at(tmp_path):.2f} s; the bar is {DETECT_WITHIN + 2:g} s")
+        assert running.finish(120) == 0, running.output
+        assert "hung: all ranks wait in communication: rank 1 at train.py" in running.output
+        assert sum("stacks of n0/" in line for _, line in running.lines) == 3
+        assert running.leftovers() == []
+
+
+def test_ranks_that_wait_for_each_other_at_the_same_step_again_and_again(tmp_path: Path) -> None:
+    """A mismatch that comes back ends the job, and says where."""
+    with job(tmp_path, "--hang", "skip", "--hang-at", "10", "--hang-always") as running:
+        assert running.finish(240) == 66, running.output
+        assert "3 losses in a row set the job back to step 10; the last: hung: all ranks wait" in running.output
+        assert running.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [("--hang", "announced", "--hang-at", "10", "--pause", "7"), ("--slow-start", "9")],
+    ids=["announced", "first step"],
+)
+def test_what_is_slow_does_not_hang(tmp_path: Path, args: tuple[str, ...]) -> None:
+    """An evaluation on one rank that was announced, and a first step that was not, both longer than the limit."""
+    with job(tmp_path, *args) as running:
+        assert running.finish(180) == 0, running.output
+        assert "hung" not in running.output
+        assert running.output.count("result 3") == 3
+        assert running.leftovers() == []

@@ -1,0 +1,287 @@
+"""The agent's state machine on one of several nodes: what it makes of the others, every transition by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from resilient_train.errors import ExitCode
+from resilient_train.plan import membership as m
+from resilient_train.plan.proposal import Limits, View
+from resilient_train.spec.messages import Acknowledge, Boundaries, Hello, Promise, Stage
+from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
+from resilient_train.spec.world import Phase, Planned, WorldRecord, member_id, node_of
+
+LIMITS = Limits(min_nodes=1, max_nodes=4)
+
+
+def worker(member: str, generation: int = 1, **changes: object) -> WorkerInfo:
+    """One that trains in a generation."""
+    info = WorkerInfo(member=member, elastic=True, acknowledged=generation, formed=generation, stepping=generation)
+    return replace(info, **changes)
+
+
+def node(order: int, *workers: WorkerInfo, **changes: object) -> NodeInfo:
+    """An announcement."""
+    info = NodeInfo(node=f"n{order}", order=order, endpoint=f"n{order}:0", slots=1, link=f"n{order}:1", workers=workers)
+    return replace(info, **changes)
+
+
+def world(*orders: int, **changes: object) -> WorldRecord:
+    """A world with one member on each of some nodes."""
+    members = tuple(member_id(f"n{order}", 0, 0) for order in orders)
+    record = WorldRecord(revision=1, generation=1, members=members, bootstrap="n0:0", reason="test")
+    return replace(record, **changes)
+
+
+class Bench:
+    """One machine; swaps succeed unless it is told otherwise, and the clock moves by hand."""
+
+    def __init__(self, order: int, limits: Limits = LIMITS) -> None:
+        self.now = 100.0
+        info = node(order)
+        self.state = m.State(view=View(me=info.node, limits=limits, nodes={info.node: info}))
+        self.effects: list[m.Effect] = []
+        self.wakes: list[float] = []
+
+    def feed(self, event: m.Event) -> None:
+        self.state, effects = m.step(self.state, event, self.now)
+        for effect in effects:
+            self.effects.append(effect)
+            if isinstance(effect, m.Swap):
+                self.feed(m.RecordSeen(effect.record))
+            elif isinstance(effect, m.Spawn):
+                self.feed(m.WorkerSpawned(effect.member))
+            elif isinstance(effect, m.Wake):
+                self.wakes.append(effect.at)
+
+    def sees(self, *nodes: NodeInfo, lost: dict[str, str] | None = None, doubted: bool = False) -> None:
+        self.feed(m.NodesSeen(nodes=nodes, lost=lost or {}, doubted=doubted))
+
+    def run_for(self, seconds: float) -> None:
+        end = self.now + seconds
+        while due := [at for at in self.wakes if at <= end]:
+            self.now = max(self.now, min(due))
+            self.wakes = [at for at in self.wakes if at > self.now]
+            self.feed(m.Tick())
+        self.now = end
+
+    def train(self, member: str) -> None:
+        """A local worker says all that it says until it steps."""
+        generation = self.record.generation
+        self.feed(m.WorkerSaid(member, Hello(member=member)))
+        self.feed(m.WorkerSaid(member, Acknowledge(generation=generation, at=self.now)))
+        self.feed(m.WorkerSaid(member, Stage(generation=generation, stage="formed", at=self.now)))
+        self.feed(m.WorkerSaid(member, Boundaries(generation=generation)))
+
+    def taken(self, kind: type) -> list:
+        found = [effect for effect in self.effects if isinstance(effect, kind)]
+        self.effects = [effect for effect in self.effects if not isinstance(effect, kind)]
+        return found
+
+    @property
+    def record(self) -> WorldRecord:
+        assert self.state.view.record is not None
+        return self.state.view.record
+
+
+def training(order: int, *others: int, limits: Limits = LIMITS) -> Bench:
+    """A node that trains with others."""
+    bench = Bench(order, limits)
+    bench.sees(*(node(other, worker(f"n{other}/0.0")) for other in others))
+    bench.feed(m.RecordSeen(world(*sorted((order, *others)))))
+    bench.train(f"n{order}/0.0")
+    bench.effects.clear()
+    return bench
+
+
+def test_nothing_is_proposed_before_the_record_was_read() -> None:
+    """A newcomer does not begin a job that others are in."""
+    bench = Bench(0)
+    bench.sees()
+    bench.run_for(60)
+    assert bench.taken(m.Swap) == []
+    bench.feed(m.RecordSeen(None))
+    bench.run_for(60)
+    assert bench.record.members == ("n0/0.0",)
+
+
+def test_the_first_node_proposes_the_first_world_after_the_last_call() -> None:
+    """Two of at most four are there: they wait a moment for further ones; the second one proposes nothing."""
+    first, second = Bench(0), Bench(1)
+    for bench, other in ((first, 1), (second, 0)):
+        bench.sees(node(other))
+        bench.feed(m.RecordSeen(None))
+        bench.run_for(LIMITS.last_call - 0.1)
+        assert bench.taken(m.Swap) == []
+        bench.run_for(0.2)
+    assert first.record.members == ("n0/0.0", "n1/0.0")
+    assert second.taken(m.Swap) == []
+
+
+def test_a_lost_node_is_left_out_by_the_lowest_survivor_first() -> None:
+    """The others wait their turn, and propose the same if the first does not."""
+    first, second = training(1, 0, 2), training(2, 0, 1)
+    first.sees(node(2, worker("n2/0.0")), lost={"n0": "its agent is gone"})
+    second.sees(node(1, worker("n1/0.0")), lost={"n0": "its agent is gone"})
+    first.run_for(0.021)
+    second.run_for(0.021)
+    assert first.record.members == ("n1/0.0", "n2/0.0")
+    assert first.record.bootstrap == "n1:0"
+    assert "its agent is gone" in first.record.reason
+    assert second.record.generation == 1
+    second.run_for(0.05)
+    assert second.record.members == ("n1/0.0", "n2/0.0")
+
+
+def test_a_node_that_was_never_seen_is_not_lost_at_once() -> None:
+    """The store may have let everybody's announcement expire just before this node came."""
+    bench = Bench(2)
+    bench.feed(m.RecordSeen(world(0, 1, elastic=True)))
+    bench.run_for(1)
+    assert bench.record.generation == 1
+    bench.sees(node(0, worker("n0/0.0")), node(1, worker("n1/0.0")))
+    bench.run_for(60)
+    assert bench.record.generation == 1
+
+
+def test_a_job_that_all_have_left_is_taken_over() -> None:
+    """Nobody whom the record names is ever seen: the newcomer goes on, as soon as its worker is warm."""
+    bench = Bench(2)
+    bench.feed(m.RecordSeen(world(0, 1, elastic=True)))
+    assert [effect.member for effect in bench.taken(m.Spawn)] == ["n2/0.0"]
+    bench.feed(m.WorkerSaid("n2/0.0", Hello(member="n2/0.0")))
+    bench.run_for(30)
+    assert bench.record.members == ("n2/0.0",)
+
+
+def test_that_the_script_is_elastic_is_remembered_by_the_record() -> None:
+    """Those who heard hello may all be gone; without that the newcomer would fail the job as torchrun does."""
+    bench = training(1, 0)
+    bench.sees(lost={"n0": "its agent is gone"})
+    bench.run_for(0.1)
+    assert bench.record.elastic
+
+
+def test_many_nodes_lost_at_once_are_all_known_to_be_lost() -> None:
+    """A switch fails: whom the record names is remembered, however many."""
+    gone = range(1, 200)
+    bench = training(0, *gone, limits=replace(LIMITS, max_nodes=200))
+    bench.sees(lost={f"n{order}": "its agent is gone" for order in gone})
+    bench.sees(lost={"n300": "another"})
+    bench.run_for(0.1)
+    assert bench.record.members == ("n0/0.0",)
+
+
+def test_a_node_lost_before_anybody_said_hello_uses_up_no_restart() -> None:
+    """The group restarts on those that are left; what a script does itself still counts."""
+    bench = Bench(1)
+    bench.sees(node(0, WorkerInfo(member="n0/0.0")), node(2, WorkerInfo(member="n2/0.0")))
+    bench.feed(m.RecordSeen(world(0, 1, 2)))
+    bench.sees(node(2, WorkerInfo(member="n2/0.0")), lost={"n0": "its agent is gone"})
+    bench.run_for(0.1)
+    assert bench.record.members == ("n1/0.1", "n2/0.1")
+    assert (bench.record.restarts, bench.record.phase) == (0, Phase.RUNNING)
+    ended = ExitInfo(member="n2/0.1", code=1, elastic=False, acknowledged=0, done=0)
+    bench.sees(node(2, exits=(ended,)))
+    bench.run_for(0.1)
+    assert bench.record.phase is Phase.FAILED
+    assert "exited with code 1" in bench.record.error
+
+
+def test_too_few_nodes_before_anybody_said_hello_are_waited_for() -> None:
+    """For a bounded time; then the job ends with a code that says that trying again may help."""
+    bench = Bench(1, replace(LIMITS, min_nodes=2))
+    bench.sees(node(0, WorkerInfo(member="n0/0.0")))
+    bench.feed(m.RecordSeen(world(0, 1)))
+    bench.sees(lost={"n0": "its agent is gone"})
+    bench.run_for(LIMITS.patience - 1)
+    assert bench.record.phase is Phase.RUNNING
+    bench.run_for(2)
+    assert (bench.record.phase, bench.record.exit_code) == (Phase.FAILED, ExitCode.PARKED)
+
+
+def test_below_min_the_survivors_are_parked_and_begin_again() -> None:
+    """They let go of their world; when enough are idle again, these form the next."""
+    bench = training(1, 0, limits=replace(LIMITS, min_nodes=2))
+    bench.sees(lost={"n0": "its agent is gone"})
+    bench.run_for(0.1)
+    assert (bench.record.generation, bench.record.members) == (2, ())
+    bench.feed(m.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
+    bench.sees(node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True)))
+    bench.run_for(0.1)
+    assert bench.record.members == ("n1/0.0", "n2/0.0")
+
+
+def test_who_is_doubted_proposes_nothing() -> None:
+    """The others cannot reach this node, and reckon it among those to go."""
+    bench = training(1, 0)
+    bench.sees(lost={"n0": "other nodes cannot reach it"}, doubted=True)
+    bench.run_for(60)
+    assert bench.taken(m.Swap) == []
+
+
+def test_who_comes_back_stays_reachable_for_a_while_before_it_is_taken_in() -> None:
+    """A line that comes and goes does not change the world each time."""
+    bench = training(0, 1)
+    bench.sees(lost={"n1": "nothing was heard from it"})
+    bench.run_for(0.1)
+    bench.train("n0/0.0")
+    bench.feed(m.Progress(2, 7))
+    bench.sees(node(1, WorkerInfo(member="n1/0.0", elastic=True, idle=True)))
+    bench.run_for(1.9)
+    assert bench.record.planned is None
+    bench.run_for(0.3)
+    assert bench.record.planned is not None
+    assert bench.record.planned.members == ("n0/0.0", "n1/0.0")
+
+
+@pytest.mark.parametrize("boundary", [8, None])
+def test_a_leaving_nodes_workers_go_on_up_to_their_boundary(boundary: int | None) -> None:
+    """Ended before it, they would cost the others the steps up to it; where there is none, they end at once."""
+    bench = training(1, 0)
+    bench.feed(m.LeaveAsked("drained"))
+    bench.feed(m.RecordSeen(world(0, revision=5, generation=2, boundary=boundary)))
+    assert [stop.member for stop in bench.taken(m.Stop)] == ([] if boundary else ["n1/0.0"])
+    if boundary:
+        bench.feed(m.WorkerSaid("n1/0.0", Hello(member="n1/0.0")))
+        assert [stop.member for stop in bench.taken(m.Stop)] == ["n1/0.0"]
+
+
+def test_a_leaving_worker_that_does_not_reach_its_boundary_is_ended() -> None:
+    """Nobody waits for ever."""
+    bench = training(1, 0)
+    bench.feed(m.LeaveAsked("drained"))
+    bench.feed(m.RecordSeen(world(0, revision=5, generation=2, boundary=8)))
+    bench.run_for(bench.state.view.timing.acknowledge + 0.1)
+    assert [stop.member for stop in bench.taken(m.Stop)] == ["n1/0.0"]
+
+
+def test_a_boundary_that_cannot_be_reached_is_given_up() -> None:
+    """The leaving node is lost before it: the old world's step never ends, and no member of the new one is lost."""
+    bench = training(0, 1, 2)
+    leaving = node(1, worker("n1/0.0"), leaving="drained")
+    bench.sees(leaving, node(2, worker("n2/0.0")))
+    planned = Planned(number=2, boundary=8, members=("n0/0.0", "n2/0.0"), reason="n1 leaves")
+    bench.feed(m.RecordSeen(world(0, 1, 2, revision=2, planned=planned)))
+    bench.feed(m.WorkerSaid("n0/0.0", Promise(number=2, accepted=True)))
+    bench.feed(m.RecordSeen(world(0, 2, revision=3, generation=2, boundary=8, reason="n1 leaves")))
+    bench.run_for(60)
+    assert bench.record.generation == 2
+    bench.sees(node(2, worker("n2/0.0")), lost={"n1": "nothing was heard from it"})
+    bench.run_for(0.1)
+    assert (bench.record.generation, bench.record.boundary) == (3, None)
+    assert bench.record.members == ("n0/0.0", "n2/0.0")
+
+
+def test_nodes_beyond_the_most_stand_by_and_take_a_lost_ones_place() -> None:
+    """In the same transition, warm as they are."""
+    bench = training(0, 1, limits=Limits(min_nodes=2, max_nodes=2))
+    spare = node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True))
+    bench.sees(node(1, worker("n1/0.0")), spare)
+    bench.run_for(60)
+    assert bench.taken(m.Swap) == []
+    bench.sees(spare, lost={"n1": "its agent is gone"})
+    bench.run_for(0.1)
+    assert {node_of(member) for member in bench.record.members} == {"n0", "n2"}

@@ -1,0 +1,91 @@
+"""What a worker hears from its agent while it waits at a boundary."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from resilient_train.ipc.channel import Channel, Listener
+from resilient_train.spec.messages import Hello, Promise, Welcome, WorldIs
+from resilient_train.spec.world import Planned, WorldRecord
+from resilient_train.worker.link import AgentLink
+
+PATIENCE = 30.0
+BASE = WorldRecord(revision=1, generation=1, members=("n/0.0",), bootstrap="h:1", reason="test")
+
+
+class NoGroups:
+    """There is nothing to free the main thread from."""
+
+    def abort(self, generation: int | None = None) -> int:
+        return 0
+
+
+class Agent:
+    """The other end of the line."""
+
+    def __init__(self) -> None:
+        address = f"test-{uuid.uuid4().hex}"
+        listener = Listener(address)
+        links: list[AgentLink] = []
+        thread = threading.Thread(target=lambda: links.append(AgentLink(address, Hello(member="n/0.0"), NoGroups())))
+        thread.start()
+        channel = None
+        while channel is None:
+            channel = listener.accept()
+        self.channel: Channel = channel
+        assert isinstance(self.heard(), Hello)
+        self.channel.send(Welcome(keeper="k"))
+        thread.join(PATIENCE)
+        self.link = links[0]
+        listener.close()
+
+    def heard(self) -> object:
+        received = self.channel.receive(PATIENCE)
+        assert received is not None
+        return received[0]
+
+    def tell(self, record: WorldRecord) -> None:
+        self.channel.send(WorldIs(record=record.to_json()))
+
+
+def planned(number: int, boundary: int) -> WorldRecord:
+    plan = Planned(number=number, boundary=boundary, members=("n/0.0",), reason="test")
+    return replace(BASE, planned=plan, revision=number)
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    agent = Agent()
+    agent.tell(BASE)
+    agent.link.next_world()
+    agent.link.begin_steps(0, 100)
+    agent.tell(planned(2, 5))
+    assert agent.heard() == Promise(number=2, accepted=True)
+    assert agent.link.reach(5)
+    yield agent
+    agent.channel.close()
+    agent.link._channel.close()
+
+
+@pytest.mark.parametrize(
+    ("news", "leaves"),
+    [
+        (replace(BASE, revision=3), False),
+        (planned(4, 9), False),
+        (replace(BASE, revision=3, generation=2, boundary=5), True),
+    ],
+    ids=["taken back", "another plan", "committed"],
+)
+def test_a_rank_waits_at_its_boundary_for_the_outcome(agent: Agent, news: WorldRecord, leaves: bool) -> None:
+    """That a plan was taken back may be heard of only by the next one, which is for another boundary."""
+    outcome: list[bool] = []
+    thread = threading.Thread(target=lambda: outcome.append(agent.link.wait_at_boundary()))
+    thread.start()
+    agent.tell(news)
+    thread.join(PATIENCE)
+    assert outcome == [leaves]
