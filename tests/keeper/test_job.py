@@ -105,7 +105,7 @@ def test_the_last_state_of_all_nodes_becomes_durable(cluster: Callable[..., Clus
 def test_a_node_that_fails_to_save_removes_nothing_of_the_others(
     cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:
-    """And says so; what the other has written stays until a newer state is complete."""
+    """And says so, as the other does, without whose part it has no checkpoint; what that has written stays."""
     job = cluster(1, 1)
     job.introduce()
     (tmp_path / "blocked").write_text("")
@@ -119,10 +119,8 @@ def test_a_node_that_fails_to_save_removes_nothing_of_the_others(
         node.flush()
     for node in job.nodes:
         wait_until(lambda node=node: node.flushed is not None, "Flushed")
-    good, bad = (node.flushed for node in job.nodes)
-    assert good is not None
-    assert good.text == ""
-    assert bad is not None
-    assert "could not be made durable" in bad.text
+    for node in job.nodes:
+        assert node.flushed is not None
+        assert "could not be made durable" in node.flushed.text
     (folder,) = (tmp_path / "good").iterdir()
     assert any(name.startswith("rank-00000") for name in os.listdir(folder))
