@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: Path) -> None:
-    """Every 0.4 s, on two nodes: what is begun becomes complete; the last state is durable; another number of nodes
+    """Every 0.4 s, on two nodes: a node says durable of what is complete; the last state is; another number of nodes
     resumes it."""
     args = ["--url", str(tmp_path / "url"), "--persist-every", "0.4s", "--step-time", "0.05"]
     flags = ["--nproc-per-node=2", "--nnodes=1:2"]
@@ -26,9 +26,7 @@ def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: P
     with Nodes(SCRIPT, [*args, *record, "--steps", "60"], count=2, flags=both, folder=tmp_path / "a") as running:
         assert running.finish(120) == [0, 0], running.output
         saved = {int(text.split()[1]) for text in _texts(running, "persisted")}
-        begun = {int(text.split()[1]) for text in _texts(running, "persisting") if "as far as" in text}
     assert 60 in saved, running.output
-    assert begun <= saved, running.output
     assert len(saved) >= 3, running.output
     tier = FilesystemTier(str(tmp_path / "url"))
     committed, unfinished = listing(tier)
