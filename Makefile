@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint sanitize soak bench clean
+.PHONY: demo test lint sanitize soak chaos bench clean
 
 demo: $(STAMP)
 	$(PYTHON) examples/demo.py
@@ -37,8 +37,15 @@ soak: $(STAMP)
 	$(PYTHON) -u tests/multiprocess/test_killed_while_saving.py 200
 	$(PYTHON) tests/storage/test_corruption.py 10000
 
+# Random faults of ten kinds on a job of three nodes over a real etcd; the seed is printed.  make chaos FAULTS=200 SEED=1
+FAULTS := 30
+SEED :=
+chaos: $(STAMP)
+	PYTHONPATH=tests/multiprocess:tests/control $(PYTHON) -u tests/multiprocess/chaos.py $(FAULTS) $(SEED)
+
 bench: $(STAMP)
 	$(PYTHON) benchmarks/bench_recovery.py
+	$(PYTHON) benchmarks/bench_nodes.py
 
 # torch comes first and stays pinned: the CPU build is enough here, and a newer one would bring gigabytes of CUDA.
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*) requirements-dev.txt

@@ -19,6 +19,8 @@ from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
 from resilient_train.errors import ConfigError, StoreLost
 
+MASTER_PORT = 29500
+"""torch's, where the user names none."""
 _LEAVE = 10.0
 """Seconds that the node which serves the record waits for the others to have read its end."""
 
@@ -70,7 +72,7 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
                 yield Place(store=alone, order=0, host=launch.local_addr or host, port=number, secret="")
             return
         if not number and args.rdzv_backend == "static" and not args.rdzv_endpoint:
-            number = int(args.master_port)
+            number = int(args.master_port or MASTER_PORT)
         if not number:
             raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
         server = _serve_if_mine(args, host, number)

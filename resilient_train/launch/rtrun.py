@@ -22,7 +22,7 @@ from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
-from resilient_train.launch.meeting import Place, joined
+from resilient_train.launch.meeting import MASTER_PORT, Place, joined
 from resilient_train.plan.view import Limits
 
 _EPILOG = """
@@ -235,8 +235,9 @@ def _launch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
         raise ConfigError(f"--nnodes must be at least 1 and MIN at most MAX, it is {args.nnodes!r}")
     if not 0 <= args.node_rank < max_nodes:
         raise ConfigError(f"--node-rank={args.node_rank} is not one of {max_nodes} nodes")
-    if args.master_port is None:
-        args.master_port = 29500
+    # What the user did not say is to be told from torch's default later.
+    args = argparse.Namespace(**vars(args))
+    args.master_port = args.master_port or MASTER_PORT
     try:
         launch, entrypoint, worker_args = torchrun.config_from_args(args)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:

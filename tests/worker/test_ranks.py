@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SCRIPT = """
-import sys, torch, resilient_train as rt, torch.distributed as dist, torch.multiprocessing as mp
+import os, sys, torch, resilient_train as rt, torch.distributed as dist, torch.multiprocessing as mp
 from resilient_train.errors import ResilientError
+
+def say(text):
+    os.write(1, (text + chr(10)).encode())
 
 def work(rank, ranks, url, meeting, steps, kind):
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
@@ -39,12 +42,12 @@ def work(rank, ranks, url, meeting, steps, kind):
         ckpt.wait()
         ckpt.close()
     except ResilientError as error:
-        print(f"{rank} {type(error).__name__}: {error}".replace(chr(10), " "), flush=True)
+        say(f"{rank} {type(error).__name__}: {error}".replace(chr(10), " "))
         dist.barrier()
         return
     facts = [float(model[0].weight.sum()), float(model[1].running_mean.sum())]
     facts += [float(expert.weight.double().sum())] if kind == "experts" else []
-    print(f"{rank} {steps} {facts}", flush=True)
+    say(f"{rank} {steps} {facts}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -62,7 +65,7 @@ def run(folder: Path, steps: int, kind: str, ranks: int = 2) -> list[str]:
     command = [sys.executable, str(script), str(ranks), str(folder / "run"), str(meeting), str(steps), kind]
     # gloo would ask for the name of this host.
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=env)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=env)
     assert result.returncode == 0, result.stderr
     return sorted(result.stdout.splitlines())
 
