@@ -35,8 +35,8 @@ class VerifiedImage:
         *,
         read_into: ReadInto | None = None,
         address: int = 0,
-        elsewhere: Elsewhere = lambda: False,
         header_crc: int | None = None,
+        elsewhere: Elsewhere = lambda: False,
     ) -> None:
         """Reads and checks the header.
 
@@ -47,8 +47,8 @@ class VerifiedImage:
             read_into: the same, straight into buffers; default: by way of ``read``.
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
-            elsewhere: finds another holder of the same image.
             header_crc: what was committed, if it is known: a header that is another is not looked into.
+            elsewhere: finds another holder of the same image.
 
         Raises:
             CheckpointDamaged: if it is no image, or header or checksum table are damaged.
