@@ -93,8 +93,8 @@ def persist(tier: Tier, job: Job) -> Written:
             list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.  Where
-        # other nodes may be writing to the folder it is left to the next checkpoint that is complete.
-        if len(job.images) == job.world:
+        # other nodes may have written to the folder it is left to the next checkpoint that is complete.
+        if len(job.images) == job.world and len(set(job.origins.values())) == 1:
             with contextlib.suppress(OutsideError):
                 tier.delete(folder_of(job.key))
         raise

@@ -17,7 +17,7 @@ from resilient_train.keeper.persist import Job, Written, look, persist
 from resilient_train.spec.world import Key
 from resilient_train.storage.filesystem import open_tier
 
-_OTHERS = 60.0
+_OTHERS = 30.0
 """Seconds that other nodes may take longer than four times as long as this one."""
 _FIRST_LOOK, _LONGEST = 0.05, 2.0
 """Seconds until the first look at what others have written, and most between two."""

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: Path) -> None:
-    """Every 0.4 s, on two nodes: a node says durable of what is complete; the last state is; another number of nodes
+    """Every 0.4 s, on two nodes: what is begun becomes complete; the last state is durable; another number of nodes
     resumes it."""
     args = ["--url", str(tmp_path / "url"), "--persist-every", "0.4s", "--step-time", "0.05"]
     flags = ["--nproc-per-node=2", "--nnodes=1:2"]
