@@ -88,19 +88,34 @@ class KeeperLink:
             if self._restart is not None:
                 self._restart()
             try:
-                self._channel = connect(self._address, _TIMEOUT if self._restart is None else _START_TIMEOUT)
-                _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
-                break
+                return self._introduce(connect(self._address, _TIMEOUT if self._restart is None else _START_TIMEOUT))
             except LinkLost:
                 # A keeper that is being killed still takes connections until the very end.
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(0.02)
+
+    def _introduce(self, channel: Channel) -> Board:
+        self._channel = channel
+        _, descriptors = self._ask(Attach(member=self._member, slot=self._index), Attached)
         board = Board(descriptors[0])
         os.close(descriptors[0])
         if self._policy is not None:
-            self._channel.send(self._policy)
+            channel.send(self._policy)
         return board
+
+    def _come_back(self) -> bool:
+        """Find the keeper's successor if it is there already; training goes on meanwhile."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+            self.replaced = True
+        try:
+            self.board = self._introduce(connect(self._address, 0.0))
+        except LinkLost:
+            self._channel = None
+            return False
+        return True
 
     def _ask(self, request: Message, kind: type[_M], timeout: float = _TIMEOUT) -> tuple[_M, list[int]]:
         """Send a request and wait for its answer; what the keeper says meanwhile is kept for `news`."""
@@ -177,6 +192,10 @@ class KeeperLink:
 
         If the keeper has died, `replaced` is set and what it had not persisted is not going to be.
         """
+        if self._channel is None and not timeout and not self._come_back():
+            return []
+        if self._channel is None:
+            self.board = self._attach()
         assert self._channel is not None
         try:
             if timeout and not self._news:
@@ -185,7 +204,10 @@ class KeeperLink:
             else:
                 arrived = self._channel.pending()
         except LinkLost:
-            self.board = self._attach()
+            if timeout or self._restart is not None:
+                self.board = self._attach()
+            else:
+                self._come_back()
             arrived = []
         for message, _ in arrived:
             self._hear(message)
