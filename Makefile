@@ -36,6 +36,7 @@ soak: $(STAMP)
 	$(PYTHON) -m resilient_train.sim --seeds 10000
 	$(PYTHON) -u tests/multiprocess/test_killed_while_saving.py 200
 	$(PYTHON) tests/storage/test_corruption.py 10000
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m soak
 
 # Random faults of ten kinds on a job of three nodes over a real etcd; the seed is printed.  make chaos FAULTS=200 SEED=1
 FAULTS := 30

@@ -164,6 +164,7 @@ def test_members_that_are_killed_are_replaced(three: Agents, store: EtcdControlS
     assert store.look().record == record(4)
 
 
+@pytest.mark.soak
 def test_agents_leave_one_after_the_other(three: Agents, store: EtcdControlStore) -> None:
     """The last has a store to the end; no data is left."""
     swapped(store, 1)
@@ -218,6 +219,7 @@ def test_a_minority_founds_nothing(three: Agents) -> None:
     wait_for(lambda: three.voters() == 3, START)
 
 
+@pytest.mark.soak
 def test_a_majority_that_is_lost_is_replaced_by_another(three: Agents, store: EtcdControlStore) -> None:
     """Two agents killed at once take the record with them; their successors found anew, and the third comes over."""
     swapped(store, 1)

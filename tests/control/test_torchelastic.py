@@ -115,6 +115,7 @@ def test_any_node_may_be_killed(job: Job) -> None:
     assert job.said(again)[0] == "formed 1 rank 0", "a job that ended makes room for the next of its id"
 
 
+@pytest.mark.soak
 def test_a_frozen_node_and_a_frozen_etcd(cluster: EtcdCluster, job: Job) -> None:
     """A node that is frozen is left out, and taken back when it resumes; an etcd that freezes changes nothing."""
     for _ in range(2):

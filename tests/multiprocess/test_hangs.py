@@ -61,9 +61,9 @@ def test_a_stopped_worker(tmp_path: Path) -> None:
     ("how", "why", "where"),
     [
         ("sleep", "has not entered operation", "time.sleep"),
-        ("spin", "has not entered operation", "while True"),
+        pytest.param("spin", "has not entered operation", "while True", marks=pytest.mark.soak),
         ("gil", "does not answer", "re.match"),
-        ("overdue", "has not entered operation", "time.sleep(600)"),
+        pytest.param("overdue", "has not entered operation", "time.sleep(600)", marks=pytest.mark.soak),
     ],
 )
 def test_a_stuck_training_thread(tmp_path: Path, how: str, why: str, where: str) -> None:
@@ -93,6 +93,7 @@ def test_ranks_that_wait_for_each_other(tmp_path: Path) -> None:
         assert running.leftovers() == []
 
 
+@pytest.mark.soak
 def test_ranks_that_wait_for_each_other_at_the_same_step_again_and_again(tmp_path: Path) -> None:
     """A mismatch that comes back ends the job, and says where."""
     with job(tmp_path, "--hang", "skip", "--hang-at", "10", "--hang-always") as running:
@@ -103,8 +104,10 @@ def test_ranks_that_wait_for_each_other_at_the_same_step_again_and_again(tmp_pat
 
 @pytest.mark.parametrize(
     "args",
-    [("--hang", "announced", "--hang-at", "10", "--pause", "7"), ("--slow-start", "9")],
-    ids=["announced", "first step"],
+    [
+        pytest.param(("--hang", "announced", "--hang-at", "10", "--pause", "7"), id="announced"),
+        pytest.param(("--slow-start", "9"), id="first step", marks=pytest.mark.soak),
+    ],
 )
 def test_what_is_slow_does_not_hang(tmp_path: Path, args: tuple[str, ...]) -> None:
     """An evaluation on one rank that was announced, and a first step that was not, both longer than the limit."""

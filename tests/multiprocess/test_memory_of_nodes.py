@@ -39,7 +39,7 @@ def check_restored(tmp_path: Path, running: Nodes) -> None:
         assert restored == {restore.source.step: computed[restore.source]}, restore
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_a_node_lost_with_its_keeper_is_restored_from_its_neighbours_memory(tmp_path: Path, parallel: str) -> None:
     """SIGKILL of agent, workers and keeper: the survivors resume a state that is a few steps old, bit for bit."""
     args = ("--steps", "120", "--step-time", "0.05", "--parallel", parallel)
@@ -74,6 +74,7 @@ def test_a_keeper_whose_agent_was_killed_serves_the_survivors(tmp_path: Path) ->
         assert running.jobs[1].leftovers(70.0) == []
 
 
+@pytest.mark.soak
 def test_a_node_that_leaves_is_needed_until_its_images_are_read(tmp_path: Path) -> None:
     """SIGTERM to one agent: the others restore the very boundary at which its ranks left, from its keeper."""
     with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=1:2",)) as running:
