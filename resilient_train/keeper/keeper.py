@@ -474,7 +474,8 @@ class Keeper:
         text = ""
         if policy is not None and behind:
             durable = f"the newest durable one is {persisted}" if persisted else "none of this job is"
-            text = f"the last state ({newest}) could not be made durable in {policy.url}; {durable}"
+            why = f" ({self._saving.why_not})" if self._saving.why_not else ""
+            text = f"the last state ({newest}) could not be made durable in {policy.url}{why}; {durable}"
         images = self.shelf.images()
         if policy is not None and newest is None and not self._job.involved and len({i.stamp.key for i in images}) > 1:
             ranks = sorted({image.stamp.rank for image in images})

@@ -84,6 +84,8 @@ class Saving:
         self._passed: set[Key] = set()
         """States that lacked a rank at the last look, although all ranks had published newer ones."""
         self._awaited: dict[Key, dict[int, Client]] = {}
+        self.why_not = ""
+        """Why the last state that could not be made durable could not."""
         self._running: Progress | None = None
         self._finished: list[Outcome] = []
         self._persister = Persister(self._finish)
@@ -260,6 +262,7 @@ class Saving:
                 self._keeper.notice("persisted", f"{key} is durable in {outcome.job.url}: {outcome.cost}")
                 self._tell(givers, key, "")
             else:
+                self.why_not = outcome.error
                 self._keeper.notice("persist_failed", f"{key} is not durable: {outcome.error}")
                 self._tell(givers, key, outcome.error)
             self._keeper.standing_changed()

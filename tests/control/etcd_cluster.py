@@ -41,6 +41,15 @@ def free_ports(count: int) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children; its threads may end while one looks."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(one) for one in file.read_text().split()]
+    return found
+
+
 class EtcdCluster:
     """Members with the election of `rtrun`'s own: 0.5 s."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from etcd_cluster import free_ports
+from etcd_cluster import children_of, free_ports
 
 from resilient_train.control.endpoint import EtcdAccess, OwnEtcd, parse
 from resilient_train.control.etcd import EtcdControlStore
@@ -74,8 +74,7 @@ class Agents:
         found: list[int] = []
 
         def look() -> bool:
-            children = Path(f"/proc/{self.by_port[port].pid}/task").glob("*/children")
-            found[:] = [int(one) for file in children for one in file.read_text().split()]
+            found[:] = children_of(self.by_port[port].pid)
             return bool(found) and found[0] != other_than
 
         wait_for(look, START)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from etcd_cluster import EtcdCluster, running
+from etcd_cluster import EtcdCluster, children_of, running
 
 SCRIPT = Path(__file__).parent / "scripts" / "meet.py"
 LONG = 100.0
@@ -58,11 +58,7 @@ class Job:
     def signal(self, number: int, which: signal.Signals) -> None:
         """To a node's torchrun and its workers."""
         torchrun = self.torchruns[number]
-        children = [
-            int(one)
-            for file in Path(f"/proc/{torchrun.pid}/task").glob("*/children")
-            for one in file.read_text().split()
-        ]
+        children = children_of(torchrun.pid)
         torchrun.send_signal(which)
         for child in children:
             subprocess.run(["kill", f"-{int(which)}", str(child)], check=False, stderr=subprocess.DEVNULL)

@@ -154,6 +154,7 @@ import os, sys, torch, torch.distributed as dist, resilient_train as rt
 dist.init_process_group("gloo")
 rank, attempt = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
 def run(steps):
+    torch.manual_seed(0)  # What ranks have in common is equal.
     model = torch.nn.Linear(3, 3)
     ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1] or None)
     first = None

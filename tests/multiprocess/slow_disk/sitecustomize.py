@@ -1,13 +1,15 @@
-"""A slow disk: with this folder in PYTHONPATH every flush to the device takes SLOW_FSYNC seconds longer."""
+"""A slow disk: with this folder in PYTHONPATH every flush of a file to the device takes SLOW_FSYNC seconds longer."""
 
 import os
+import stat
 import time
 
 _fsync = os.fsync
 
 
 def _slow(descriptor: int) -> None:
-    time.sleep(float(os.environ["SLOW_FSYNC"]))
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        time.sleep(float(os.environ["SLOW_FSYNC"]))
     _fsync(descriptor)
 
 
