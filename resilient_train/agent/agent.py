@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
 
+from resilient_train.agent.bootstraps import Bootstraps
 from resilient_train.agent.cluster import Cluster
 from resilient_train.agent.hangs import Hangs
 from resilient_train.agent.keeper_process import KeeperProcess
@@ -129,11 +130,13 @@ class Agent:
         """
         self._settings = settings
         self._workers = workers
-        self._new_bootstrap = new_bootstrap
         self._sink = sink
         self._say = say
         self._clock = clock
         self._loop = loop = Loop(clock)
+        self._bootstraps = Bootstraps(
+            new_bootstrap, loop.post, lambda endpoint: self._feed(ev.EndpointReady(endpoint)), say
+        )
         self._timeline = Timeline(sink, settings.node)
         self._listener = Listener(settings.address)
         self._channels: dict[str, Channel] = {}
@@ -242,7 +245,7 @@ class Agent:
                 self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
-                self._loop.at(now, lambda: self._feed(ev.EndpointReady(self._new_bootstrap())))
+                self._bootstraps.renew()
         if before is not None and record.planned is not None and record.planned != before.planned:
             text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
