@@ -49,7 +49,7 @@ from resilient_train.spec.world import Phase, WorldRecord, slot_of
 _LAST_CALLS = 2.0
 """Seconds for the store to take this node's leave."""
 _UNSENT = 0.05
-"""Seconds between attempts to send to a worker that does not read."""
+"""Seconds between attempts to send to a worker or keeper that does not read."""
 _AT_ONCE = 3
 """Signals after which nothing is waited for any more."""
 _EARLY_RETURN = 10
@@ -182,8 +182,8 @@ class Agent:
             return self._wind_up(self._outcome)
 
     def _once(self) -> None:
-        unsent = [channel for channel in self._channels.values() if not channel.push()]
-        self._loop.once(_UNSENT if unsent else None)
+        sent = [self._keeper.push(), *(channel.push() for channel in self._channels.values())]
+        self._loop.once(None if all(sent) else _UNSENT)
 
     def _heard(self, node: str) -> None:
         self._cluster.heard(node)
