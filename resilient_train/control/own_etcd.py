@@ -186,9 +186,10 @@ class _Member:
                 self._stop.wait(_POLL)
         return None
 
-    def _is_ours(self, offer: Offer) -> bool:
+    def _is_ours(self, offer: Offer | None) -> bool:
         """Whether an offer, which anybody may send, is a founding in which this member takes part."""
-        return self._index in offer.members and set(offer.members) <= set(range(len(self._own.members)))
+        places = set(range(len(self._own.members)))
+        return offer is not None and self._index in offer.members and set(offer.members) <= places
 
     @contextmanager
     def _waiting(self) -> Iterator[Waiting]:
