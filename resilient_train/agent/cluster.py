@@ -45,6 +45,7 @@ class Cluster:
         self._line = StoreLine(store, loop.post, self._silent)
         self._neighbours = Neighbours(info, within, loop.clock, loop.at, feed)
         self._silent_since: float | None = None
+        self._unreadable: set[str] = set()
         self._announcing = False
         self._unsaid: NodeInfo | None = None
 
@@ -112,6 +113,9 @@ class Cluster:
         if self._silent_since is not None:
             self._silent_since = None
             self._say("the control store answers again")
+        for text in set(news.unreadable) - self._unreadable:
+            self._say(f"a node announces itself in a way that this version does not understand: {text}")
+        self._unreadable |= set(news.unreadable)
         self._feed(ev.RecordSeen(news.record))
         self._neighbours.announced(news.nodes)
 

@@ -14,7 +14,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
@@ -22,7 +22,8 @@ from torch.distributed import Store, TCPStore
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control.caller import Caller
 from resilient_train.control.store import News
-from resilient_train.errors import FormatError, StoreLost
+from resilient_train.control.stored import announcements, json_object
+from resilient_train.errors import StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
@@ -207,11 +208,12 @@ class TcpControlStore:
             key = self._prefix + f"node/{order}"
             if store.check([key]):
                 if self._alive(order, int(store.add(self._prefix + f"beat/{order}", 0))):
-                    found.append(NodeInfo.from_json(_json(store.get(key))))
+                    found.append(store.get(key))
                 else:
                     expired.add(order)
         self._expired = frozenset(expired)
-        return News(number=number, record=record, nodes=tuple(found))
+        nodes, unreadable = announcements(found)
+        return News(number=number, record=record, nodes=nodes, unreadable=unreadable)
 
     def _alive(self, order: int, beats: int) -> bool:
         now = self._clock.now()
@@ -257,15 +259,5 @@ def _connect(host: str, port: int, timeout: float) -> TCPStore:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
 
 
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise FormatError(f"the control store holds no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError("the control store holds something else than an object")
-    return value
-
-
 def _record(data: bytes) -> WorldRecord:
-    return WorldRecord.from_json(_json(data))
+    return WorldRecord.from_json(json_object(data))
