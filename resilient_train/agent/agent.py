@@ -262,11 +262,19 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(ev.StopAsked(str(error), ExitCode.USER_ERROR))
+            self._unfit(str(error))
             self._feed(ev.WorkerExited(member, 1))
             return
         self._loop.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
         self._feed(ev.WorkerSpawned(member))
+
+    def _unfit(self, text: str) -> None:
+        """This node cannot do its part: it leaves the job, which ends only if it has no other."""
+        if self._several and self._state.view.elastic():
+            self._say(text)
+            self._feed(ev.LeaveAsked(text))
+        else:
+            self._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
 
     def _exited(self, member: str, pidfd: int) -> None:
         at = self._clock.now()
@@ -459,7 +467,7 @@ class _Surroundings:
         self._agent._feed(ev.KeeperServes(endpoint))
 
     def no_keeper(self, text: str) -> None:
-        self._agent._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
+        self._agent._unfit(text)
 
 
 def print_line(text: str) -> None:
