@@ -467,6 +467,7 @@ class _Surroundings:
         self._agent._feed(ev.KeeperServes(endpoint))
 
     def no_keeper(self, text: str) -> None:
+        self.serves("")  # Nobody is to wait for its answers.
         self._agent._unfit(text)
 
 
