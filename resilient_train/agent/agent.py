@@ -50,6 +50,9 @@ _LAST_CALLS = 2.0
 """Seconds for the store to take this node's leave."""
 _UNSENT = 0.05
 """Seconds between attempts to send to a worker or keeper that does not read."""
+_VERDICT = (6.0, 10.0)
+"""How long a failed collective waits to hear who was lost: times ``within`` (a silent node is out after one), at least
+so many seconds (the agreement takes its time, too)."""
 _AT_ONCE = 3
 """Signals after which nothing is waited for any more."""
 _EARLY_RETURN = 10
@@ -324,7 +327,7 @@ class Agent:
                 self._channels[message.member] = channel
                 self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
-                    channel.post(Welcome(keeper=self._keeper.address))
+                    channel.post(Welcome(keeper=self._keeper.address, verdict=self._verdict()))
             member = next((name for name, known in self._channels.items() if known is channel), "")
             if not member:
                 continue
@@ -333,6 +336,10 @@ class Agent:
                 self._say(line)
             self._hangs.heard(member, message)
             self._feed(ev.WorkerSaid(member, message))
+
+    def _verdict(self) -> float:
+        times, least = _VERDICT
+        return max(least, times * self._settings.within)
 
     def _status(self) -> Status:
         now, record = self._clock.now(), self._state.view.record
