@@ -6,7 +6,10 @@ The agent and the workers of a node stamp events with the node's monotonic clock
 
 from __future__ import annotations
 
+import contextlib
 import json
+import queue
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +17,10 @@ from typing import Any, Protocol
 
 STAGES = ("detected", "agreed", "aborted", "formed", "restored", "first_step")
 """The stages of an incident in order; ``fault`` itself is known only to whoever caused it."""
+_MOST_WAITING = 10_000
+"""Events that wait to be written; further ones are left out."""
+_LAST_WRITES = 5.0
+"""Seconds to write them at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +50,30 @@ class Sink(Protocol):
 
 
 class JsonLinesSink:
-    """Appends one JSON object a line to a file."""
+    """Appends one JSON object a line to a file, from a thread: the file may be on a disk that is full, or hangs."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._waiting: queue.Queue[Event | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._write, name="events", daemon=True)
+        self._thread.start()
 
     def put(self, event: Event) -> None:
-        # A full disk must not end the job for the sake of its diary.
-        try:
-            self._file.write(json.dumps(asdict(event)) + "\n")
-        except OSError:
-            return
+        with contextlib.suppress(queue.Full):  # The job must not end, or wait, for the sake of its diary.
+            self._waiting.put_nowait(event)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Write what waits, for a few seconds at the most."""
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=_LAST_WRITES)
+        self._thread.join(_LAST_WRITES)
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError), self._file:
+            while (event := self._waiting.get()) is not None:
+                with contextlib.suppress(OSError):
+                    self._file.write(json.dumps(asdict(event)) + "\n")
 
 
 class ListSink:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType
 
+from resilient_train.agent.bootstraps import Bootstraps
 from resilient_train.agent.cluster import Cluster
 from resilient_train.agent.hangs import Hangs
 from resilient_train.agent.keeper_process import KeeperProcess
@@ -48,7 +49,10 @@ from resilient_train.spec.world import Phase, WorldRecord, slot_of
 _LAST_CALLS = 2.0
 """Seconds for the store to take this node's leave."""
 _UNSENT = 0.05
-"""Seconds between attempts to send to a worker that does not read."""
+"""Seconds between attempts to send to a worker or keeper that does not read."""
+_VERDICT = (6.0, 10.0)
+"""How long a failed collective waits to hear who was lost: times ``within`` (a silent node is out after one), at least
+so many seconds (the agreement takes its time, too)."""
 _AT_ONCE = 3
 """Signals after which nothing is waited for any more."""
 _EARLY_RETURN = 10
@@ -129,11 +133,13 @@ class Agent:
         """
         self._settings = settings
         self._workers = workers
-        self._new_bootstrap = new_bootstrap
         self._sink = sink
         self._say = say
         self._clock = clock
         self._loop = loop = Loop(clock)
+        self._bootstraps = Bootstraps(
+            new_bootstrap, loop.post, lambda endpoint: self._feed(ev.EndpointReady(endpoint)), say
+        )
         self._timeline = Timeline(sink, settings.node)
         self._listener = Listener(settings.address)
         self._channels: dict[str, Channel] = {}
@@ -179,8 +185,8 @@ class Agent:
             return self._wind_up(self._outcome)
 
     def _once(self) -> None:
-        unsent = [channel for channel in self._channels.values() if not channel.push()]
-        self._loop.once(_UNSENT if unsent else None)
+        sent = [self._keeper.push(), *(channel.push() for channel in self._channels.values())]
+        self._loop.once(None if all(sent) else _UNSENT)
 
     def _heard(self, node: str) -> None:
         self._cluster.heard(node)
@@ -242,7 +248,7 @@ class Agent:
                 self._say(f"generation {record.generation}: {record.reason}; {count_ranks(record.size)}")
             if record.bootstrap == self._state.info.endpoint:
                 # Every generation meets in a store that no other has ever written to.
-                self._loop.at(now, lambda: self._feed(ev.EndpointReady(self._new_bootstrap())))
+                self._bootstraps.renew()
         if before is not None and record.planned is not None and record.planned != before.planned:
             text = f"{record.planned.reason} at the boundary of step {record.planned.boundary}"
             self._sink.put(LogEvent(at=now, kind="planned", generation=record.generation, text=text))
@@ -259,11 +265,19 @@ class Agent:
         try:
             worker = self._workers.spawn(member, record)
         except OutsideError as error:
-            self._feed(ev.StopAsked(str(error), ExitCode.USER_ERROR))
+            self._unfit(str(error))
             self._feed(ev.WorkerExited(member, 1))
             return
         self._loop.selector.register(worker.pidfd, selectors.EVENT_READ, lambda: self._exited(member, worker.pidfd))
         self._feed(ev.WorkerSpawned(member))
+
+    def _unfit(self, text: str) -> None:
+        """This node cannot do its part: it leaves the job, which ends only if it has no other."""
+        if self._several and self._state.view.elastic():
+            self._say(text)
+            self._feed(ev.LeaveAsked(text))
+        else:
+            self._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
 
     def _exited(self, member: str, pidfd: int) -> None:
         at = self._clock.now()
@@ -313,7 +327,7 @@ class Agent:
                 self._channels[message.member] = channel
                 self._sink.put(LogEvent(at=self._clock.now(), kind="ready", member=message.member))
                 with contextlib.suppress(LinkLost):  # It may be dead already; its pidfd tells the rest.
-                    channel.post(Welcome(keeper=self._keeper.address))
+                    channel.post(Welcome(keeper=self._keeper.address, verdict=self._verdict()))
             member = next((name for name, known in self._channels.items() if known is channel), "")
             if not member:
                 continue
@@ -322,6 +336,10 @@ class Agent:
                 self._say(line)
             self._hangs.heard(member, message)
             self._feed(ev.WorkerSaid(member, message))
+
+    def _verdict(self) -> float:
+        times, least = _VERDICT
+        return max(least, times * self._settings.within)
 
     def _status(self) -> Status:
         now, record = self._clock.now(), self._state.view.record
@@ -456,7 +474,8 @@ class _Surroundings:
         self._agent._feed(ev.KeeperServes(endpoint))
 
     def no_keeper(self, text: str) -> None:
-        self._agent._feed(ev.StopAsked(text, ExitCode.USER_ERROR))
+        self.serves("")  # Nobody is to wait for its answers.
+        self._agent._unfit(text)
 
 
 def print_line(text: str) -> None:

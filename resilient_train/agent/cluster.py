@@ -44,7 +44,8 @@ class Cluster:
         self._info = info
         self._line = StoreLine(store, loop.post, self._silent)
         self._neighbours = Neighbours(info, within, loop.clock, loop.at, feed)
-        self._answers = True
+        self._silent_since: float | None = None
+        self._unreadable: set[str] = set()
         self._announcing = False
         self._unsaid: NodeInfo | None = None
 
@@ -105,18 +106,23 @@ class Cluster:
 
     def _alive(self) -> None:
         """After an outage in which nothing has changed no news come by themselves."""
-        if not self._answers:
+        if self._silent_since is not None:
             self._line.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: News) -> None:
-        if not self._answers:
-            self._answers = True
+        if self._silent_since is not None:
+            self._silent_since = None
             self._say("the control store answers again")
+        for text in set(news.unreadable) - self._unreadable:
+            self._say(f"a node announces itself in a way that this version does not understand: {text}")
+        self._unreadable |= set(news.unreadable)
         self._feed(ev.RecordSeen(news.record))
         self._neighbours.announced(news.nodes)
 
     def _silent(self, text: str) -> None:
-        if self._answers:
-            self._answers = False
+        now = self._loop.clock.now()
+        if self._silent_since is None:
+            self._silent_since = now
             self._say(f"{text}; training goes on, changes of the world wait")
-        self._feed(ev.StoreSilent(text, self._line.lasting))
+        # A store that ends with its host may have lost a single call.
+        self._feed(ev.StoreSilent(text, self._line.lasting or now < self._silent_since + self._within))

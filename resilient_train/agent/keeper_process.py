@@ -91,14 +91,24 @@ class KeeperProcess:
             self.tell(peers)
 
     def tell(self, message: Message, descriptors: Sequence[int] = ()) -> bool:
-        """Say something to it; whether it could be said."""
+        """Say something to it; whether it could be said.
+
+        Only what has descriptors may wait for it to read; that is said to a keeper that has just begun.
+        """
         try:
             if self.channel is None:
                 return False
-            self.channel.send(message, descriptors)
+            if descriptors:
+                self.channel.send(message, descriptors)
+            else:
+                self.channel.post(message)
         except LinkLost:
             return False
         return True
+
+    def push(self) -> bool:
+        """Say what it did not take before; whether nothing is left."""
+        return self.channel is None or self.channel.push()
 
     def owners(self) -> set[str]:
         """The workers whose slots the agent holds."""

@@ -24,6 +24,8 @@ _PROOF = 32
 _BEAT = b"."
 _PATIENCE = 5
 """Beats after which a line on which nothing comes is given up: across a mended network a new one is faster."""
+_STRANGERS = 64
+"""Callers that may be about to prove themselves; the oldest makes room for the next."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class _Line:
     greeting: bytes = b""
     node: str = ""
     quiet: int = 0
-    """Beats of ours since something came."""
+    """Beats of ours since something came; until the other end has proved itself, since the line began."""
 
 
 class Links:
@@ -76,7 +78,8 @@ class Links:
         self._refusing: set[str] = set()
         self._listener = socket.create_server((host, 0), backlog=128)
         self._listener.setblocking(False)
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._accepting = False
+        self._listen()
         self.address = f"{host}:{self._listener.getsockname()[1]}"
 
     def want(self, nodes: Mapping[str, str]) -> None:
@@ -89,6 +92,7 @@ class Links:
     def beat(self) -> None:
         """Say that this agent lives, and call again whoever has no line."""
         self._refusing.clear()
+        self._listen()
         for line in list(self._lines):
             line.quiet += 1
             if line.quiet > _PATIENCE:
@@ -102,7 +106,7 @@ class Links:
         self._wanted = {}
         for line in list(self._lines):
             self._drop(line)
-        self._selector.unregister(self._listener)
+        self._pause()
         self._listener.close()
 
     # ---- calling ----------------------------------------------------------------------------------------------------
@@ -115,7 +119,11 @@ class Links:
 
     def _call(self, node: str, address: str) -> None:
         host, _, port = address.rpartition(":")
-        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        except OSError:
+            self._refusing.add(node)  # Too many files are open; perhaps fewer at the next beat.
+            return
         sock.setblocking(False)
         line = _Line(sock, node)
         self._lines.append(line)
@@ -149,13 +157,29 @@ class Links:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._pause()  # The caller waits in the queue; without this the loop would turn for nothing but it.
             return
+        strangers = [line for line in self._lines if not line.called and not line.node]
+        for line in strangers[: max(0, len(strangers) - _STRANGERS + 1)]:
+            self._drop(line)
         sock.setblocking(False)
         line = _Line(sock, "")
         self._lines.append(line)
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._read(line))
         self._begin(line, registered=True)
+
+    def _listen(self) -> None:
+        if not self._accepting:
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            self._accepting = True
+
+    def _pause(self) -> None:
+        """Take no calls before the next beat."""
+        if self._accepting:
+            self._selector.unregister(self._listener)
+            self._accepting = False
 
     def _begin(self, line: _Line, registered: bool = False) -> None:
         if not registered:
@@ -186,8 +210,8 @@ class Links:
         if not data:
             self._broke(line)
             return
-        line.quiet = 0
         if line.node:
+            line.quiet = 0
             self._heard(line.node)
             return
         line.received += data
@@ -210,7 +234,7 @@ class Links:
                 if called:
                     self._refused(called)
                 return
-            line.node = node
+            line.node, line.quiet = node, 0
             self._heard(node)
 
     def _proof(self, nonce: bytes, name: bytes, *, caller: bool) -> bytes:

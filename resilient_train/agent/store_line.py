@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from resilient_train.control.store import ControlStore, News
-from resilient_train.errors import FormatError, StoreLost
+from resilient_train.errors import ResilientError, StoreLost
 
 _WATCH = 3600.0
 """Seconds after which a watch is asked anew."""
@@ -19,7 +19,10 @@ _RETRY = 0.5
 
 
 class StoreLine:
-    """Store calls that never hold up the agent."""
+    """Store calls that never hold up the agent.
+
+    Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.
+    """
 
     def __init__(self, store: ControlStore, post: Callable[[Callable[[], None]], None], silent: Callable[[str], None]):
         """Args:
@@ -42,7 +45,7 @@ class StoreLine:
         def work() -> None:
             try:
                 result = call(self._store)
-            except (StoreLost, FormatError) as error:
+            except ResilientError as error:
                 self._post(functools.partial(self._silent, str(error)))
                 return
             if then is not None:
@@ -65,7 +68,7 @@ class StoreLine:
             while not self._closed.is_set():
                 try:
                     return store.look()
-                except (StoreLost, FormatError) as error:
+                except ResilientError as error:
                     self._post(functools.partial(self._silent, str(error)))
                     self._closed.wait(_RETRY)
             raise StoreLost("this line is closed")
@@ -89,7 +92,7 @@ class StoreLine:
         while not self._closed.is_set():
             try:
                 news = self._store.watch(number, _WATCH)
-            except (StoreLost, FormatError) as error:
+            except ResilientError as error:
                 self._post(functools.partial(self._silent, str(error)))
                 self._closed.wait(_RETRY)
                 continue

@@ -27,7 +27,8 @@ from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.etcd_mirror import EtcdMirror, read
 from resilient_train.control.store import News
-from resilient_train.errors import FormatError, StoreLost
+from resilient_train.control.stored import announcements, json_object
+from resilient_train.errors import StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord
 
@@ -113,7 +114,7 @@ class EtcdControlStore:
         newest = messages.found(answer)
         if newest is None:
             raise StoreLost(f"etcd at {self._access} holds no record of the job")
-        return WorldRecord.from_json(_json(newest.value))
+        return WorldRecord.from_json(json_object(newest.value))
 
     def announce(self, info: NodeInfo) -> None:
         with self._lock:
@@ -227,7 +228,10 @@ class EtcdControlStore:
         """Make room, if the job under this id ended and has no nodes any more."""
         answer = read(self._client, self._prefix, self._timeout)
         for kv in answer.kvs:
-            if kv.key == self._key("record") and WorldRecord.from_json(_json(kv.value)).phase is not Phase.RUNNING:
+            if (
+                kv.key == self._key("record")
+                and WorldRecord.from_json(json_object(kv.value)).phase is not Phase.RUNNING
+            ):
                 nodes = self._key("nodes/")
                 none_left = messages.absent(nodes, messages.prefix_end(nodes))
                 everything = messages.delete(self._prefix, messages.prefix_end(self._prefix))
@@ -239,18 +243,10 @@ class EtcdControlStore:
         self._recognize(values.get(self._key("secret")))
         record = values.get(self._key("record"))
         nodes = (kv for key, kv in sorted(values.items()) if key.startswith(self._key("nodes/")))
+        found, unreadable = announcements(kv.value for kv in nodes)
         return News(
             number=number,
-            record=None if record is None else WorldRecord.from_json(_json(record.value)),
-            nodes=tuple(NodeInfo.from_json(_json(kv.value)) for kv in nodes),
+            record=None if record is None else WorldRecord.from_json(json_object(record.value)),
+            nodes=found,
+            unreadable=unreadable,
         )
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise FormatError(f"etcd holds no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError("etcd holds something else than an object")
-    return value

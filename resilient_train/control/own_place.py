@@ -26,6 +26,11 @@ class Place:
     """Keeps the place as long as it is open, and no longer than this process lives."""
 
 
+def all_known(own: OwnEtcd) -> bool:
+    """Whether every host of the list has an address by now; one that has none may turn out to be this one."""
+    return all(_resolved(host) for host, _ in own.members)
+
+
 def claim(own: OwnEtcd) -> Place | None:
     """The first place in the list that is on this host and that no other process has."""
     loopback = all(_is_loopback(_resolved(host)) for host, _ in own.members)

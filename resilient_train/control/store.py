@@ -19,6 +19,8 @@ class News:
     """The newest version of the record; None before the first."""
     nodes: tuple[NodeInfo, ...]
     """The announcements that have neither expired nor been withdrawn, by `NodeInfo.order`."""
+    unreadable: tuple[str, ...] = ()
+    """What is wrong with announcements that cannot be read."""
 
 
 class ControlStore(Protocol):

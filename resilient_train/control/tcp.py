@@ -14,14 +14,16 @@ import secrets
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore
 
 from resilient_train.clock import Clock, MonotonicClock
+from resilient_train.control.caller import Caller
 from resilient_train.control.store import News
-from resilient_train.errors import FormatError, StoreLost
+from resilient_train.control.stored import announcements, json_object
+from resilient_train.errors import StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
@@ -51,14 +53,14 @@ class TcpControlStore:
     def __init__(
         self, host: str, port: int, job: str, ttl: float = 5.0, timeout: float = 30.0, clock: Clock | None = None
     ) -> None:
-        """Connects to a server.
+        """Connects to a server.  Later calls fail after about twice ``ttl``.
 
         Args:
             host: where it listens.
             port: its port.
             job: the job's id; jobs with different ids do not see each other.
             ttl: seconds without a sign of life after which a node's announcement has expired.
-            timeout: seconds to wait for the server.
+            timeout: seconds to wait for the server to come up.
             clock: the observer's; clocks of different nodes are never compared.
 
         Raises:
@@ -67,12 +69,13 @@ class TcpControlStore:
         self._prefix = f"resilient_train/{job}/"
         self._where = (host, port)
         self._ttl = ttl
-        self._timeout = timeout
+        self._timeout = max(2.0, 2 * ttl)
         self._clock = clock or MonotonicClock()
         self._order = -1
         self._seen: dict[int, tuple[int, float]] = {}
         self._expired: frozenset[int] = frozenset()
         self._seeing = threading.Lock()
+        self._caller = Caller("store calls")
         self._calls: TCPStore | None = _connect(host, port, timeout)
         self._watching: TCPStore | None = _connect(host, port, timeout)
 
@@ -98,8 +101,11 @@ class TcpControlStore:
                 return newest
             won = store.compare_set(key, "", text)
             if won == text.encode():
-                store.set(self._prefix + "head", str(record.revision))
-                store.delete_key(self._key(record.revision - _KEPT_VERSIONS))
+                if self._advance(store, record.revision) >= record.revision + _KEPT_VERSIONS:
+                    # Free again because what stood there is so old that it was deleted.
+                    store.delete_key(key)
+                    return self._load(store) or record
+                self._trim(store, record.revision - _KEPT_VERSIONS)
                 self._tell(store)
             return _record(won)
 
@@ -141,7 +147,7 @@ class TcpControlStore:
     def watch(self, number: int, timeout: float) -> News | None:
         def watch() -> News | None:
             if self._watching is None:
-                self._watching = _connect(*self._where, self._timeout)
+                self._watching = _connect(*self._where, self._timeout / 4)
             try:
                 self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=timeout))
             except dist.DistStoreError as error:
@@ -158,15 +164,35 @@ class TcpControlStore:
         if self._watching is not None:
             with contextlib.suppress(StoreLost):
                 self._mapped(lambda: self._tell(self._store()))
+        self._caller.close()
         self._calls = None
 
     def _store(self) -> TCPStore:
         if self._calls is None:
-            self._calls = _connect(*self._where, self._timeout)
+            self._calls = _connect(*self._where, self._timeout / 4)
         return self._calls
 
     def _key(self, revision: int) -> str:
         return self._prefix + f"record/{revision}"
+
+    def _advance(self, store: Store, revision: int) -> int:
+        """Have newcomers begin to read here, unless they read further on already; where they began before."""
+        head = self._prefix + "head"
+        before = int(store.get(head)) if store.check([head]) else 0
+        while before < revision:
+            now = int(store.compare_set(head, str(before or ""), str(revision)))
+            if now == revision:
+                break
+            before = now
+        return before
+
+    def _trim(self, store: Store, revision: int) -> None:
+        """Delete this version and those before it, the oldest first: whoever is killed over it leaves no gap."""
+        first = revision
+        while store.check([self._key(first)]):
+            first -= 1
+        for old in range(first + 1, revision + 1):
+            store.delete_key(self._key(old))
 
     def _load(self, store: Store) -> WorldRecord | None:
         head = self._prefix + "head"
@@ -182,11 +208,12 @@ class TcpControlStore:
             key = self._prefix + f"node/{order}"
             if store.check([key]):
                 if self._alive(order, int(store.add(self._prefix + f"beat/{order}", 0))):
-                    found.append(NodeInfo.from_json(_json(store.get(key))))
+                    found.append(store.get(key))
                 else:
                     expired.add(order)
         self._expired = frozenset(expired)
-        return News(number=number, record=record, nodes=tuple(found))
+        nodes, unreadable = announcements(found)
+        return News(number=number, record=record, nodes=nodes, unreadable=unreadable)
 
     def _alive(self, order: int, beats: int) -> bool:
         now = self._clock.now()
@@ -203,7 +230,15 @@ class TcpControlStore:
         store.delete_key(self._prefix + f"news/{number - _KEPT_NEWS}")
 
     def _mapped(self, call: Callable[[], _T], watching: bool = False) -> _T:
-        """A store call with torch's errors turned into ours; the connection of one that failed is given up."""
+        """A store call with torch's errors turned into ours, in bounded time unless it is ``watching``."""
+        try:
+            # torch's client waits for the answer of a host that is gone for as long as TCP does.
+            return self._tried(call, True) if watching else self._caller.call(lambda: self._tried(call), self._timeout)
+        except TimeoutError:
+            raise self._lost(f"nothing for {self._timeout:g} s") from None
+
+    def _tried(self, call: Callable[[], _T], watching: bool = False) -> _T:
+        """The connection of a call that failed is given up."""
         try:
             return call()
         except (dist.DistError, RuntimeError) as error:
@@ -211,9 +246,10 @@ class TcpControlStore:
                 self._watching = None
             else:
                 self._calls = None
-            raise StoreLost(
-                f"the control store at {self._where[0]}:{self._where[1]} does not answer: {error}"
-            ) from error
+            raise self._lost(str(error)) from error
+
+    def _lost(self, why: str) -> StoreLost:
+        return StoreLost(f"the control store at {self._where[0]}:{self._where[1]} does not answer: {why}")
 
 
 def _connect(host: str, port: int, timeout: float) -> TCPStore:
@@ -223,15 +259,5 @@ def _connect(host: str, port: int, timeout: float) -> TCPStore:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
 
 
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise FormatError(f"the control store holds no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError("the control store holds something else than an object")
-    return value
-
-
 def _record(data: bytes) -> WorldRecord:
-    return WorldRecord.from_json(_json(data))
+    return WorldRecord.from_json(json_object(data))

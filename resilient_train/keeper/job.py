@@ -175,7 +175,7 @@ class JobWide:
             ]
             self._loop.post(lambda: answer(rows, self._secret))
 
-        self._survey.ask(found)
+        self._survey.ask(found, patient=True)
 
     # ---- the last state ---------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Serve this node's images to other nodes, from threads of its own.
 
-A connection that has not proved that it is of this job gets a short time and one of a few places; whatever it sends
-ends it at most.  A range is sent straight from shared memory, under the slot's lock.
+A connection that has not proved that it is of this job gets a short time and one of a few places, which it loses to
+the next that comes; whatever it sends ends it at most.  A range is sent straight from shared memory, under the
+slot's lock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from resilient_train.errors import FormatError, LinkLost, OutsideError
 from resilient_train.keeper.conduct import Conductor
@@ -61,7 +62,8 @@ class PeerServer:
         self._replicas = replicas
         self._conductor = conductor
         self._chosen = chosen
-        self._places = threading.Semaphore(_STRANGERS)
+        self._strangers: list[socket.socket] = []
+        self._lock = threading.Lock()
         self.asked_at = 0.0
         """When a peer asked for something last, on the monotonic clock."""
         self._listener = _listen(host)
@@ -71,10 +73,7 @@ class PeerServer:
 
     def close(self) -> None:
         """Take no more connections."""
-        try:
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # It was not listening any more.
+        _hang_up(self._listener)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -87,9 +86,10 @@ class PeerServer:
                 logger.warning("a connection could not be taken: %s", error)
                 time.sleep(0.1)  # Too many files are open, for instance.
                 continue
-            if not self._places.acquire(blocking=False):
-                sock.close()
-                continue
+            with self._lock:
+                self._strangers.append(sock)
+                if len(self._strangers) > _STRANGERS:
+                    _hang_up(self._strangers.pop(0))  # Its thread closes it.
             threading.Thread(target=self._serve, args=(sock,), name="peer", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -100,7 +100,8 @@ class PeerServer:
             sock.close()
             return
         finally:
-            self._places.release()
+            with self._lock, suppress(ValueError):
+                self._strangers.remove(sock)
         try:
             self._answer(wire)
         except (LinkLost, FormatError, OutsideError, OSError, TypeError, ValueError) as error:
@@ -168,6 +169,11 @@ class _Window:
         self._view = None
         self._of = None
         self._stack.close()
+
+
+def _hang_up(sock: socket.socket) -> None:
+    with suppress(OSError):  # It was not connected, or not listening, any more.
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _listen(host: str) -> socket.socket:

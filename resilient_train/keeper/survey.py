@@ -19,6 +19,9 @@ _FORMER_TIMEOUT = 0.3
 """The same for a keeper whose node has left; it may be gone, with nobody to say so."""
 _REMEMBERED = 90.0
 """Seconds that such a keeper is asked along; none lives longer."""
+_PATIENCE = 8.0
+"""Seconds for a living node's keeper that was lost to be replaced, or for its node to count as lost."""
+_ASK_AGAIN = 0.1
 _AT_ONCE = 32
 
 
@@ -40,7 +43,7 @@ class Survey:
         self._current: dict[str, str] = {}
         self._former: dict[str, float] = {}
         self._secret = b""
-        self._waiting: list[Callable[[Finding], None]] = []
+        self._waiting: list[tuple[Callable[[Finding], None], bool]] = []
         self._running = False
 
     def follow(self, peers: Peers, own: str, secret: bytes) -> None:
@@ -54,10 +57,13 @@ class Survey:
                 del self._former[endpoint]
             self._current, self._secret = current, secret
 
-    def ask(self, answer: Callable[[Finding], None]) -> None:
-        """Have ``answer`` called, from another thread, with what the others hold from now on."""
+    def ask(self, answer: Callable[[Finding], None], *, patient: bool = False) -> None:
+        """Have ``answer`` called, from another thread, with what the others hold from now on.
+
+        With ``patient`` the keepers of nodes that are there are asked again, for some seconds, until all have answered.
+        """
         with self._lock:
-            self._waiting.append(answer)
+            self._waiting.append((answer, patient))
             if self._running:
                 return
             self._running = True
@@ -76,8 +82,22 @@ class Survey:
                 targets += [(endpoint, _FORMER_TIMEOUT) for endpoint in self._former]
                 secret = self._secret
             finding = _asked(targets, secret)
-            for answer in waiting:
+            if any(patient for _, patient in waiting):
+                finding = self._completed(finding, secret)
+            for answer, _ in waiting:
                 answer(finding)
+
+    def _completed(self, finding: Finding, secret: bytes) -> Finding:
+        """Ask those who did not answer again: to leave out what a living node holds would lose steps, or all."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            with self._lock:
+                silent = self._current.keys() - finding.images.keys()
+            if not silent or time.monotonic() >= deadline:
+                return finding
+            time.sleep(_ASK_AGAIN)
+            more = _asked([(endpoint, _TIMEOUT) for endpoint in silent], secret)
+            finding = Finding(images={**finding.images, **more.images}, chosen={**finding.chosen, **more.chosen})
 
 
 def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:

@@ -63,7 +63,7 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
                 raise ConfigError(
                     "an etcd serves many jobs: give this one a name with --rdzv-id, the same on all nodes"
                 )
-            yield _placed(store, launch.local_addr or address_towards(*_first_host(args, conf)))
+            yield _placed(store, _own_host(launch) or address_towards(*_first_host(args, conf)))
             return
         host, number = _endpoint(args)
         if launch.max_nodes == 1:
@@ -77,7 +77,7 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
             raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
         server = _serve_if_mine(args, host, number)
         with closing(TcpControlStore(host, number, launch.run_id, args.detect_within, timeout)) as store:
-            yield _placed(store, launch.local_addr or address_towards(host, number))
+            yield _placed(store, _own_host(launch) or address_towards(host, number))
             if server is not None:
                 _wait_for_others(store)
 
@@ -89,6 +89,16 @@ def _first_host(args: argparse.Namespace, conf: dict[str, Any]) -> tuple[str, in
     access = found.access if isinstance(found, OwnEtcd) else found
     host, _, port = access.endpoints[0].rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _own_host(launch: Any) -> str:
+    """The address that ``--local-addr`` names, looked up once: agents must not wait for a name server later."""
+    if not launch.local_addr:
+        return ""
+    try:
+        return str(socket.getaddrinfo(launch.local_addr, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise ConfigError(f"--local-addr={launch.local_addr} is not known: {error}") from error
 
 
 def _placed(store: ControlStore, host: str) -> Place:

@@ -29,7 +29,7 @@ _EPILOG = """
 rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are
 not restarted when a worker dies: the others go on in their processes, and a replacement joins at a step boundary.
 --max-restarts counts restarts of the whole group and concerns other scripts. With --log-dir DIR, everything that
-happened to the job is written to DIR/events.jsonl.
+happened to the job is written to DIR/events.jsonl, or DIR/events-NODE.jsonl by each of several nodes.
 
 With several nodes, start the same command on each. --rdzv-endpoint=HOST:PORT names the node that keeps the job's
 record; without that node the job cannot change any more. --rdzv-backend=etcd lets the job outlive every node.
@@ -177,7 +177,10 @@ def _take_part(
         signals=_signals(getattr(launch, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP")),
     )
     workers = Workers(spec, address)
-    sink: Sink = JsonLinesSink(Path(args.log_dir) / "events.jsonl") if write_events else ListSink()
+    # Nodes may share the folder, and none knows what time it is on another's clock.
+    name = f"events-{settings.node}.jsonl" if place.secret else "events.jsonl"
+    diary = JsonLinesSink(Path(args.log_dir) / name) if write_events else None
+    sink: Sink = diary or ListSink()
     agent = Agent(
         settings,
         workers,
@@ -188,7 +191,11 @@ def _take_part(
         print_line,
         MonotonicClock(),
     )
-    outcome = agent.run()
+    try:
+        outcome = agent.run()
+    finally:
+        if diary is not None:
+            diary.close()
     _report(outcome, workers, args.training_script, keeps_logs=write_events)
     if outcome.unsaved and outcome.code is ExitCode.SUCCESS:
         # The training succeeded and its result is lost: nobody may take that for a success.

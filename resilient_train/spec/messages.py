@@ -140,6 +140,8 @@ class Welcome(Message):
     """Answer to `Hello`."""
 
     keeper: str
+    verdict: float = 30.0
+    """Seconds that a failed collective waits for the agents to say who was lost."""
 
 
 @message

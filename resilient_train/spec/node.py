@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from resilient_train.errors import FormatError
+from resilient_train.spec.fields import known_fields
 from resilient_train.spec.rank import RankReport
 
 
@@ -116,18 +117,18 @@ class NodeInfo:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """From what `to_json` made.
+        """From what `to_json` made, perhaps that of a newer version, whose further fields are left out.
 
         Raises:
             FormatError: if a field is missing or malformed.
         """
         try:
-            fields = dict(data)
-            workers = tuple(WorkerInfo(**item) for item in fields.pop("workers"))
-            exits = tuple(ExitInfo(**item) for item in fields.pop("exits"))
+            fields = known_fields(cls, data)
+            workers = tuple(WorkerInfo(**known_fields(WorkerInfo, item)) for item in fields.pop("workers"))
+            exits = tuple(ExitInfo(**known_fields(ExitInfo, item)) for item in fields.pop("exits"))
             generation, step = fields.pop("progress")
             fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses")})
             fields["stuck"] = tuple(RankReport.from_json(item) for item in fields["stuck"])
             return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a node's announcement: {error}") from error

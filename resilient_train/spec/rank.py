@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 from resilient_train.errors import FormatError
+from resilient_train.spec.fields import known_fields
 
 
 class Where(StrEnum):
@@ -60,9 +61,9 @@ class RankReport:
             FormatError: if a field is missing or malformed.
         """
         try:
-            fields = dict(data)
+            fields = known_fields(cls, data)
             fields["where"] = Where(fields["where"])
             fields["counts"] = tuple((str(name), int(count)) for name, count in fields["counts"])
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a rank's report: {error}") from error

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
 from resilient_train.errors import FormatError
+from resilient_train.spec.fields import known_fields
 
 _STEP_BITS = 40
 MAX_STEP = (1 << _STEP_BITS) - 1
@@ -134,21 +135,21 @@ class WorldRecord:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """From what `to_json` made.
+        """From what `to_json` made, perhaps that of a newer version, whose further fields are left out.
 
         Raises:
             FormatError: if a field is missing or malformed.
         """
         try:
-            fields = dict(data)
+            fields = known_fields(cls, data)
             planned = fields.pop("planned")
             restores = tuple(restore_from_json(item) for item in fields.pop("restores"))
             fields.update({name: tuple(fields[name]) for name in ("members", "leave")})
             fields["phase"] = Phase(fields["phase"])
             if planned is not None:
-                planned = Planned(**{**planned, "members": tuple(planned["members"])})
+                planned = Planned(**{**known_fields(Planned, planned), "members": tuple(planned["members"])})
             return cls(planned=planned, restores=restores, **fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a world record: {error}") from error
 
 

@@ -12,6 +12,7 @@ import hmac
 import os
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -147,12 +148,14 @@ def connect(endpoint: str, secret: bytes, timeout: float) -> Wire:
         raise LinkLost(f"no keeper at {endpoint}: {error}") from error
     try:
         _prepare(sock, timeout)
+        deadline = time.monotonic() + timeout
         mine = os.urandom(_NONCE)
         _send(sock, _MAGIC + mine, endpoint)
-        theirs = _receive(sock, _NONCE, endpoint)
+        theirs = _receive(sock, _NONCE, endpoint, deadline)
         _send(sock, _proof(secret, b"client", mine, theirs), endpoint)
-        if not hmac.compare_digest(_receive(sock, _PROOF, endpoint), _proof(secret, b"server", mine, theirs)):
+        if not hmac.compare_digest(_receive(sock, _PROOF, endpoint, deadline), _proof(secret, b"server", mine, theirs)):
             raise LinkLost(f"{endpoint} does not know this job's secret")
+        _patience(sock, timeout)
     except BaseException:
         sock.close()
         raise
@@ -160,19 +163,21 @@ def connect(endpoint: str, secret: bytes, timeout: float) -> Wire:
 
 
 def accept(sock: socket.socket, secret: bytes, timeout: float) -> Wire:
-    """The other end's part of `connect`.
+    """The other end's part of `connect`; takes ``timeout`` seconds at the most, however slowly the client talks.
 
     Raises:
         LinkLost: if the client is gone, or is none of this job.
     """
     name = "a client"
     _prepare(sock, timeout)
-    if _receive(sock, len(_MAGIC), name) != _MAGIC:
+    deadline = time.monotonic() + timeout
+    if _receive(sock, len(_MAGIC), name, deadline) != _MAGIC:
         raise LinkLost(f"{name} speaks another language")
-    theirs, mine = _receive(sock, _NONCE, name), os.urandom(_NONCE)
+    theirs, mine = _receive(sock, _NONCE, name, deadline), os.urandom(_NONCE)
     _send(sock, mine, name)
-    if not hmac.compare_digest(_receive(sock, _PROOF, name), _proof(secret, b"client", theirs, mine)):
+    if not hmac.compare_digest(_receive(sock, _PROOF, name, deadline), _proof(secret, b"client", theirs, mine)):
         raise LinkLost(f"{name} does not know this job's secret")
+    _patience(sock, timeout)
     _send(sock, _proof(secret, b"server", theirs, mine), name)
     return Wire(sock, name)
 
@@ -215,10 +220,23 @@ def _send(sock: socket.socket, data: bytes, name: str) -> None:
         raise LinkLost(f"{name} is gone: {error}") from error
 
 
-def _receive(sock: socket.socket, size: int, name: str) -> bytes:
-    data = bytearray(size)
-    _fill(sock, [memoryview(data)], name)
-    return bytes(data)
+def _receive(sock: socket.socket, size: int, name: str, deadline: float) -> bytes:
+    data = b""
+    try:
+        while len(data) < size:
+            left = deadline - time.monotonic()
+            if left < 0.001:
+                raise LinkLost(f"{name} is silent")
+            _patience(sock, left)
+            more = sock.recv(size - len(data))
+            if not more:
+                raise LinkLost(f"{name} hung up")
+            data += more
+    except BlockingIOError as error:
+        raise LinkLost(f"{name} is silent") from error
+    except OSError as error:
+        raise LinkLost(f"{name} is gone: {error}") from error
+    return data
 
 
 def _fill(sock: socket.socket, buffers: Sequence[memoryview], name: str) -> None:

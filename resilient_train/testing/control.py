@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from resilient_train.control.store import ControlStore, News
 from resilient_train.spec.node import NodeInfo
@@ -20,6 +21,20 @@ def record(revision: int, **changes: object) -> WorldRecord:
     for name, value in fields.items():
         object.__setattr__(base, name, value)
     return base
+
+
+class _Newer(NodeInfo):
+    """What an agent of a later version might announce."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "mood": "good"}
+
+
+class _Broken(NodeInfo):
+    """What nobody can read."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"node": self.node}
 
 
 class ControlStoreConformance(ABC):
@@ -50,6 +65,17 @@ class ControlStoreConformance(ABC):
         assert one.swap(record(1, reason="mine")).reason == "mine"
         assert other.swap(record(1, reason="theirs")).reason == "mine"
         assert one.look().record == record(1, reason="mine")
+
+    def test_an_announcement_that_nobody_understands_is_skipped(self) -> None:
+        """The others' and the record are news all the same; fields of a newer version are left out."""
+        one, other = self.store(), self.store()
+        one.swap(record(1))
+        one.announce(_Newer(node="a", order=one.join(), endpoint="h:1", slots=1))
+        other.announce(_Broken(node="b", order=other.join(), endpoint="h:1", slots=1))
+        news = one.look()
+        assert news.record == record(1)
+        assert [node.node for node in news.nodes] == ["a"]
+        assert len(news.unreadable) == 1
 
     def test_of_many_proposers_one_wins(self) -> None:
         """All see the same winner."""

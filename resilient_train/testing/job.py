@@ -28,7 +28,7 @@ class Job:
         script: the training script.
         args: its arguments.
         flags: flags for ``rtrun``.
-        log_dir: where logs and ``events.jsonl`` go.
+        log_dir: where logs and the files of events go.
         env: further environment variables.
         launcher: another launcher's command instead of ``rtrun``, for comparisons.
         prefix: what to put before the command, such as one that runs it in a network namespace.
@@ -84,11 +84,11 @@ class Job:
 
     def events(self) -> list[Event]:
         """What the agent recorded so far."""
-        path = self.log_dir / "events.jsonl"
+        paths = sorted(self.log_dir.glob("events*.jsonl"))
         # Only a file that has grown is read again: this is asked in loops beside a job that needs the processor.
-        size = path.stat().st_size if path.exists() else 0
+        size = sum(path.stat().st_size for path in paths)
         if size != self._events[0]:
-            self._events = (size, read_events(path))
+            self._events = (size, [event for path in paths for event in read_events(path)])
         return list(self._events[1])
 
     def workers(self) -> dict[str, int]:

@@ -56,7 +56,7 @@ class AgentLink:
         received = self._channel.receive(_CONNECT_TIMEOUT)
         if received is None or not isinstance(received[0], Welcome):
             raise LinkLost("the agent did not welcome this worker")
-        self.keeper = received[0].keeper
+        self.keeper, self.verdict = received[0].keeper, received[0].verdict
         threading.Thread(target=self._listen, name="resilient_train monitor", daemon=True).start()
 
     def send(self, message: Message) -> None:

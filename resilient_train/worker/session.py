@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = 1800.0
 """Seconds after which a collective fails by itself: torch's own default, and the last resort if an abort is missed."""
-VERDICT_TIMEOUT = 30.0
-"""Seconds that a failed collective waits for the agents to say who was lost."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -236,7 +234,7 @@ class Session:
             raise error
         rank = record.members.index(self.link.member)
         if is_communication_error(error) or isinstance(error, PeerFailed):
-            verdict = self.link.wait_for_verdict(VERDICT_TIMEOUT)
+            verdict = self.link.wait_for_verdict(self.link.verdict)
             if verdict is None:
                 # Nobody was lost as far as the agents know. All form again, for as long as that helps.
                 logger.warning("communication failed, and nobody was lost", exc_info=error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import secrets
 import selectors
 import socket
@@ -138,3 +140,43 @@ def _closed(sock: socket.socket) -> bool:
     except OSError:
         return True
     return True
+
+
+def test_strangers_hold_no_places(ends: dict[str, End]) -> None:
+    """Many that say a byte now and then: only some are kept, none for longer than some beats; others are heard."""
+    a, b = ends["a"], ends["b"]
+    host, _, port = a.links.address.rpartition(":")
+    strangers = [socket.create_connection((host, int(port))) for _ in range(100)]
+    try:
+        until(lambda: any(_closed(one) for one in strangers), a)
+        assert len(a.links._lines) <= 64
+        b.links.want({"a": a.links.address})
+        until(lambda: b.heard and a.heard, a, b)
+        for _ in range(6):
+            for one in strangers:
+                with contextlib.suppress(OSError):
+                    one.send(b"x")
+            until(lambda: True, a, b)
+            a.links.beat()
+            b.links.beat()
+        until(lambda: all(_closed(one) for one in strangers), a, b)
+    finally:
+        for one in strangers:
+            one.close()
+    assert set(a.heard) == {"b"}
+
+
+def test_without_descriptors_calls_wait_for_the_next_beat(ends: dict[str, End]) -> None:
+    """The loop does not turn for a caller who cannot be taken; a call of our own that cannot be made is no error."""
+    a, b = ends["a"], ends["b"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    b.links.want({"a": a.links.address})
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        until(lambda: not a.links._accepting, a)
+        assert not a.selector.select(0.0)
+        a.links.want({"c": "127.0.0.1:1"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    a.links.beat()
+    until(lambda: a.heard and b.heard, a, b)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from etcd_cluster import children_of, free_ports
 from resilient_train.control.endpoint import EtcdAccess, OwnEtcd, parse
 from resilient_train.control.etcd import EtcdControlStore
 from resilient_train.control.etcd_client import EtcdClient
+from resilient_train.control.own_founding import Offer, waits
 from resilient_train.errors import StoreLost
 from resilient_train.testing.control import record, wait_for
 
@@ -239,3 +241,15 @@ def test_a_port_that_is_taken(alone: Agents) -> None:
     with socket.create_server(("127.0.0.1", alone.ports[0] + 1)):
         (said,) = alone.start(timeout=2.0)
     assert "address already in use" in said
+
+
+def test_a_founding_that_is_nonsense_is_ignored(alone: Agents) -> None:
+    """Anybody may send one, before there is a cluster; the member is founded all the same."""
+    (port,) = alone.ports
+    said: list[str] = []
+    starter = threading.Thread(target=lambda: said.extend(alone.start()))
+    starter.start()
+    while not said and not waits(("127.0.0.1", port), Offer(token="x", members=(7,))):
+        starter.join(0.001)
+    starter.join()
+    assert said == [f"ready {port}\n"]

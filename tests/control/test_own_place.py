@@ -6,9 +6,25 @@ from pathlib import Path
 
 import pytest
 
+from resilient_train.control import own_etcd, own_place
 from resilient_train.control.endpoint import OwnEtcd
 from resilient_train.control.own_place import claim, folder_for
 from resilient_train.errors import ConfigError
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be this host's own: a place is claimed again until every name is known."""
+    own = OwnEtcd(members=(("203.0.113.1", 1), ("late", 2), ("203.0.113.2", 4)))
+    asked: list[str] = []
+
+    def resolved(host: str) -> str:
+        asked.append(host)
+        return ("" if asked.count("late") < 8 else "203.0.113.3") if host == "late" else host
+
+    monkeypatch.setattr(own_place, "_resolved", resolved)
+    with own_etcd.member(own, 30.0) as nearest:
+        assert nearest is own
+    assert asked.count("late") >= 8
 
 
 def test_places_are_taken_once() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
 import pytest
 
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
 from resilient_train.errors import StoreLost
-from resilient_train.testing.control import ControlStoreConformance, record
+from resilient_train.testing.control import ControlStoreConformance, record, wait_for
 
 
 class TestTcpControlStore(ControlStoreConformance):
@@ -31,3 +37,51 @@ def test_a_missing_server_is_an_error_with_its_address() -> None:
     del server
     with pytest.raises(StoreLost, match=str(port)):
         TcpControlStore("127.0.0.1", port, "job", timeout=1.0)
+
+
+def test_a_version_that_was_deleted_long_ago_is_not_won() -> None:
+    """Whoever wins a revision may die before it deletes an old one; an agent that slept meanwhile wins nothing."""
+    server = serve("127.0.0.1", 0)
+    store, sleeper = (TcpControlStore("127.0.0.1", server.port, "job") for _ in range(2))
+    for revision in range(1, 19):
+        store.swap(record(revision))
+    # What the winner of 19 does before it is killed.
+    server.compare_set("resilient_train/job/record/19", "", json.dumps(record(19).to_json()))
+    server.set("resilient_train/job/record/3", json.dumps(record(3).to_json()))
+    for revision in range(20, 24):
+        store.swap(record(revision))
+    assert not server.check(["resilient_train/job/record/3"])
+    server.set("resilient_train/job/record/3", json.dumps(record(3).to_json()))
+    assert sleeper.swap(record(4, reason="late")) == record(23)
+    assert sleeper.look().record == record(23)
+    assert TcpControlStore("127.0.0.1", server.port, "job").look().record == record(23)
+    assert store.swap(record(24)) == record(24)
+
+
+def test_a_server_that_is_stopped_is_lost_soon_and_found_again() -> None:
+    """A call ends after about twice the ttl; those behind it too; when the server goes on, so do the calls."""
+    code = (
+        "from resilient_train.control.tcp import serve as s; x = s('127.0.0.1', 0); print(x.port, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        store = TcpControlStore("127.0.0.1", int(process.stdout.readline()), "job", ttl=0.5)
+        assert store.join() == 0
+        process.send_signal(signal.SIGSTOP)
+        for _ in range(2):
+            with pytest.raises(StoreLost, match="nothing for 2 s"):
+                store.swap(record(1))
+        process.send_signal(signal.SIGCONT)
+        wait_for(lambda: answers(lambda: store.swap(record(1)) == record(1)), 30.0)
+        process.kill()
+        with pytest.raises(StoreLost):
+            store.look()
+
+
+def answers(call: Callable[[], bool]) -> bool:
+    """What a call returns; False if the store does not answer."""
+    try:
+        return call()
+    except StoreLost:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -110,6 +111,41 @@ def test_strangers_and_garbage_do_a_keeper_no_harm(node: Node) -> None:
         wire.close()
     assert len(held(node)) == 2
     assert node.process.poll() is None
+
+
+def test_silent_strangers_keep_nobody_out(node: Node) -> None:
+    """More than there are places for, and they stay: the oldest makes room."""
+    publish(node)
+    strangers = [socket.create_connection(address_of(node.endpoint)) for _ in range(40)]
+    try:
+        assert len(held(node)) == 2
+    finally:
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_a_stranger_that_talks_slowly_is_soon_gone() -> None:
+    """There is one time for all of the handshake, however many bytes come one by one."""
+    ended = threading.Event()
+
+    def talk() -> None:
+        while not ended.wait(0.05):
+            with contextlib.suppress(OSError):
+                slow.send(b"r")
+
+    talker = threading.Thread(target=talk)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as slow,
+        server.accept()[0] as taken,
+    ):
+        talker.start()
+        try:
+            with pytest.raises(LinkLost, match="silent"):
+                accept(taken, KEY, 0.5)
+        finally:
+            ended.set()
+            talker.join()
 
 
 def test_a_copy_is_kept_only_if_it_arrives_whole(node: Node) -> None:

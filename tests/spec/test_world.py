@@ -68,6 +68,17 @@ def test_the_record_survives_json() -> None:
         WorldRecord.from_json({"revision": 1})
 
 
+def test_fields_of_a_later_version_are_left_out() -> None:
+    """At every level: one agent of a newer image must not deafen the others."""
+    planned = Planned(number=4, boundary=9, members=("a/0.0",), reason="x")
+    record = WorldRecord(revision=4, generation=2, members=(), bootstrap="", reason="", planned=planned)
+    data = record.to_json()
+    assert WorldRecord.from_json({**data, "new": 1, "planned": {**data["planned"], "new": 2}}) == record
+    info = NodeInfo(node="a", order=0, endpoint="h:1", slots=2, workers=(WorkerInfo(member="a/0.0"),))
+    told = info.to_json()
+    assert NodeInfo.from_json({**told, "new": 1, "workers": [{**told["workers"][0], "new": 2}]}) == info
+
+
 def test_member_ids_take_apart() -> None:
     """node, slot and incarnation come back, whatever the node is called."""
     member = member_id("rack/7.node", 12, 3)

@@ -39,7 +39,7 @@ class Agent:
             channel = listener.accept()
         self.channel: Channel = channel
         assert isinstance(self.heard(), Hello)
-        self.channel.send(Welcome(keeper="k"))
+        self.channel.send(Welcome(keeper="k", verdict=7.0))
         thread.join(PATIENCE)
         self.link = links[0]
         listener.close()
@@ -70,6 +70,11 @@ def agent() -> Iterator[Agent]:
     yield agent
     agent.channel.close()
     agent.link._channel.close()
+
+
+def test_the_agent_says_how_long_to_wait_for_a_verdict(agent: Agent) -> None:
+    """It follows from how soon losses are to be noticed, which workers do not know."""
+    assert (agent.link.keeper, agent.link.verdict) == ("k", 7.0)
 
 
 @pytest.mark.parametrize(
