@@ -150,13 +150,16 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
 def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[State, Effect]:
     """Put a change to the store, or wait for a store that does not answer, in the end in vain."""
     silence, since = state.silence, state.silent_since
-    if silence is None or since is None or (not isinstance(event, StoreSilent) and now >= since + STORE_RETRY):
+    if silence is None or since is None:
+        return replace(state, swapping=True), Swap(record)
+    failed = isinstance(event, StoreSilent)
+    if now < since + state.view.limits.patience and (silence.lasting or not failed):
+        if failed or now < since + STORE_RETRY:
+            return state, Wake(now + STORE_RETRY)
         return replace(state, swapping=True), Swap(record)
     text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
     if not silence.lasting:
         text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
-    elif now < since + state.view.limits.patience:
-        return state, Wake(now + STORE_RETRY)
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
 
 

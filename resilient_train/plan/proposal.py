@@ -201,9 +201,9 @@ def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Pro
     resumed, stalls = _stalls(record)
     if stalls >= view.limits.crashes_at_step:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
-        return Proposal(record=_failure(view, record, error, "", ExitCode.NO_PROGRESS))
+        return waits.proposal(_failure(view, record, error, "", ExitCode.NO_PROGRESS))
     after = _regroup(view, record, set(record.members), f"{reason}; all form again", None)
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed))
+    return waits.proposal(replace(after, stalls=stalls, stalled_at=resumed))
 
 
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
@@ -225,7 +225,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
     if stalls >= limit:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {text}"
-        return Proposal(record=_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
+        return waits.proposal(_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
     # Who is idle and warm takes a lost rank's place in the same transition.
     survivors = {m for m in record.members if m in alive}
     members = view.fitting(survivors | view.idle(), survivors)
@@ -238,7 +238,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     after = _regroup(view, record, members, text, None)
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
     best = max([record.best_step, *steps])
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
+    return waits.proposal(replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
 
 
 def _cause(view: View, lost: Sequence[str], ended: Sequence[ExitInfo]) -> str:
@@ -286,7 +286,7 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
     if ended and record.restarts >= view.limits.max_restarts:
         if ended[0].killed and not view.elastic():
             what += "; nobody had called an elastic function yet, and until then only --max-restarts helps"
-        return Proposal(record=_failure(view, record, what, ended[0].member))
+        return waits.proposal(_failure(view, record, what, ended[0].member))
     newest: dict[tuple[str, int], int] = {}
     for member in [*view.workers(), *view.exits(), *record.members]:
         place = (node_of(member), slot_of(member))
