@@ -220,7 +220,8 @@ def _is_mine(state: State, member: str) -> bool:
 
 def _nodes_seen(state: State, event: NodesSeen) -> State:
     nodes = {**{node.node: node for node in event.nodes}, state.view.me: state.info}
-    view = replace(state.view, nodes=nodes, lost=state.view.all_lost(event.lost), doubted=event.doubted)
+    lost = state.view.all_lost(event.lost)
+    view = replace(state.view, nodes=nodes, lost=lost, doubted=event.doubted, fading=event.fading)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
 

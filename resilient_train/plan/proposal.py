@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan.suspicion import AGENT_GONE
 from resilient_train.plan.view import View
 from resilient_train.spec.node import ExitInfo, WorkerInfo
 from resilient_train.spec.world import (
@@ -198,7 +199,7 @@ def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Pro
     waits = _Waits(view, now)
     if not waits.over(f"hang in {record.generation}", view.timing.coalesce + _turn(view, record, view.workers())):
         return waits.proposal()
-    resumed, stalls = _stalls(record)
+    resumed, stalls = _stalls(record, counts=True)
     if stalls >= view.limits.crashes_at_step:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
         return waits.proposal(_failure(view, record, error, "", ExitCode.NO_PROGRESS))
@@ -215,15 +216,20 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         wait += view.timing.unseen
     if not waits.over(f"lost in {record.generation}", wait):
         return waits.proposal()
+    if _more_fall_silent(view, record, lost) and not waits.over(
+        f"more fall silent in {record.generation}", view.timing.fellows
+    ):
+        return waits.proposal()
     ended = [exits[m] for m in lost if m in exits]
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
     broken = [e for e in ended if not e.elastic and not e.killed]
     if broken or not view.elastic():
         return _restart_group(view, record, lost, broken or ended, waits)
     text = f"lost {_names(lost, record)}{_cause(view, lost, ended)}"
-    resumed, stalls = _stalls(record)
+    counts = _counts(record, ended, alive)
+    resumed, stalls = _stalls(record, counts)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
-    if stalls >= limit:
+    if counts and stalls >= limit:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {text}"
         return waits.proposal(_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
     # Who is idle and warm takes a lost rank's place in the same transition.
@@ -262,16 +268,39 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
 
-def _stalls(record: WorldRecord) -> tuple[int, int]:
-    """(step that the lost generation had resumed, losses in a row without a later one), this loss included.
+def _more_fall_silent(view: View, record: WorldRecord, lost: Sequence[str]) -> bool:
+    """Whether what was lost fell silent, and further nodes of the world are about to be lost the same way.
+
+    A rack without power is one event: its nodes' announcements expire one after the other within a few beats.
+    """
+    if any(m in view.exits() or view.lost.get(node_of(m), AGENT_GONE) == AGENT_GONE for m in lost):
+        return False
+    return bool(view.fading & {node_of(m) for m in record.members if node_of(m) in view.nodes})
+
+
+def _counts(record: WorldRecord, ended: Sequence[ExitInfo], alive: Mapping[str, WorkerInfo]) -> bool:
+    """Whether a loss tells something about the script, so that it may not come again and again.
+
+    Members that went together with their node do not.  Nor do those that were killed before their world had formed:
+    what takes several of them one after the other is one event; unless nobody is left of it, for then it begins anew.
+    """
+    if not ended:
+        return False
+    left = [alive[m] for m in record.members if m in alive]
+    began = record.resumed() is not None or not left or any(w.formed == record.generation for w in left)
+    return began or not all(e.killed for e in ended)
+
+
+def _stalls(record: WorldRecord, counts: bool) -> tuple[int, int]:
+    """(step that the lost generation had resumed, losses in a row without a later one), this one if it ``counts``.
 
     What a generation computed and lost again is no progress: what counts is from where the next one could go on.
     """
     logged = record.resumed()
     if logged is None:
-        return record.stalled_at, record.stalls + 1
+        return record.stalled_at, record.stalls + counts
     step = logged.source.step if logged.source else 0
-    return step, 1 if step > record.stalled_at else record.stalls + 1
+    return step, (0 if step > record.stalled_at else record.stalls) + counts
 
 
 def _names(members: list[str], record: WorldRecord) -> str:

@@ -27,6 +27,10 @@ _FEW = 8
 """So many expired announcements every agent looks into; more at once say something about the store."""
 _PROBE = 0.2
 """Share of ``within`` after which a node without a line and without an announcement is given up."""
+_FAINT = 0.4
+"""Share of ``within`` of silence, two beats, after which a node may be on its way to be lost."""
+AGENT_GONE = "its agent is gone"
+"""Why a node is lost where nobody listens any more; it is known at once, and of each for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,8 @@ class Verdict:
     """This node itself is the one that most others cannot reach."""
     wake_at: float | None
     """When to look again although nothing happened."""
+    fading: frozenset[str]
+    """Nodes that take part, and of which nothing is heard; they may be about to be lost."""
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
@@ -128,7 +134,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
             del peers[name]
         elif (name in verdict.wanted) != (peer.wanted_at is not None):
             peers[name] = replace(peer, wanted_at=now if name in verdict.wanted else None, heard_at=None)
-    verdict = replace(verdict, wake_at=_next_look(state, now))
+    verdict = replace(verdict, wake_at=_next_look(state, now), fading=_fading(state, verdict.alive, now))
     # Who was just forgotten is in this verdict, and not in the next.
     return replace(state, last=verdict if verdict.lost.keys() <= peers.keys() else None), verdict
 
@@ -139,7 +145,9 @@ def _says_nothing_new(state: State, event: Event, now: float) -> bool:
         return False
     if state.last.wake_at is not None and now >= state.last.wake_at:
         return False
-    return isinstance(event, Looked) or (isinstance(event, Heard) and not event.nodes & state.last.suspects)
+    return isinstance(event, Looked) or (
+        isinstance(event, Heard) and not event.nodes & (state.last.suspects | state.last.fading)
+    )
 
 
 def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:
@@ -193,13 +201,33 @@ def _is_suspect(state: State, peer: Peer, now: float) -> bool:
     return peer.refused or (silent_at is not None and now >= silent_at)
 
 
+def _faint_at(state: State, peer: Peer) -> float | None:
+    """When so little has been heard of a node that it may be about to be lost; None if nobody listens for it here."""
+    since = peer.wanted_at if peer.heard_at is None else peer.heard_at
+    return None if since is None or peer.wanted_at is None else since + _FAINT * state.within
+
+
+def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[str]:
+    found = set()
+    for info in alive:
+        peer = state.peers[info.node]
+        faint_at = _faint_at(state, peer)
+        if peer.announced:
+            faint = faint_at is not None and now >= faint_at
+        else:
+            faint = peer.heard_at is None or faint_at is None or now >= faint_at
+        if faint:
+            found.add(info.node)
+    return frozenset(found)
+
+
 def _judge(state: State, now: float) -> Verdict:
     suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
     lost = {}
     for name in suspects:
         peer = state.peers[name]
         if peer.refused:
-            lost[name] = "its agent is gone"
+            lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
@@ -217,6 +245,7 @@ def _judge(state: State, now: float) -> Verdict:
         lost=lost,
         doubted=doubted,
         wake_at=None,
+        fading=frozenset(),
     )
 
 
@@ -258,4 +287,5 @@ def _wanted(
 
 def _next_look(state: State, now: float) -> float | None:
     times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
-    return min((at for at in times if at is not None), default=None)
+    times += [_faint_at(state, peer) for peer in state.peers.values()]
+    return min((at for at in times if at is not None and at > now), default=None)

@@ -32,13 +32,21 @@ class Timing:
     """For workers that are starting, once others of their nodes could join: one change instead of several."""
     rejoin: float = 2.0
     """For a node that was lost and is back to stay reachable, before it is taken in again."""
+    fellows: float = 2.5
+    """For nodes that fall silent together with one that is lost: one change instead of several."""
     unseen: float = 6.0
     """For a node that the record names and that was never seen to announce itself, before it counts as lost."""
 
     @classmethod
     def scaled(cls, within: float) -> Timing:
         """The timing of a job that wants to notice a loss within so many seconds."""
-        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within, unseen=1.2 * within)
+        return cls(
+            acknowledge=2 * within,
+            no_boundary=within,
+            rejoin=0.4 * within,
+            fellows=0.5 * within,
+            unseen=1.2 * within,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,8 @@ class View:
     """How long decisions wait."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """Nodes that were announced and are gone, and why."""
+    fading: frozenset[str] = frozenset()
+    """Nodes that take part and of which nothing is heard: they may be about to be lost."""
     wish: Wish | None = None
     """What was wished for at this node."""
     doubted: bool = False

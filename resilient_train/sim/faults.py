@@ -122,8 +122,10 @@ def _kill_agent(cluster: Cluster, fault: Fault) -> None:
         node.die()
 
 
-def _kill_host(cluster: Cluster, fault: Fault) -> None:
-    cluster.kill_host(fault.whom[0])
+def _kill_hosts(cluster: Cluster, fault: Fault) -> None:
+    """A host, or all of a rack."""
+    for name in fault.whom:
+        cluster.kill_host(name)
 
 
 def _stop_agent(cluster: Cluster, fault: Fault) -> None:
@@ -186,7 +188,7 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "stop-worker": _stop_worker,
     "busy-worker": _busy_worker,
     "kill-agent": _kill_agent,
-    "kill-host": _kill_host,
+    "kill-host": _kill_hosts,
     "stop-agent": _stop_agent,
     "drain": _drain,
     "start-node": _start_node,
@@ -218,6 +220,8 @@ _WEIGHTS = {
     "lose-answer": 2,
     "slow-store": 1,
 }
+_RACKS = 20
+"""One seed of so many loses a rack."""
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -226,6 +230,8 @@ _WEIGHTS = {
 def draw(seed: int) -> Scenario:
     """The scenario of a seed: some faults, and nodes started again so that enough are left for the job."""
     random = Random(seed)
+    if seed % _RACKS == _RACKS - 1:
+        return _rack(random, seed)
     nodes = random.choice((2, 3, 3, 4, 5))
     least = random.randint(1, max(1, nodes - 1))
     job = Job(
@@ -252,6 +258,16 @@ def draw(seed: int) -> Scenario:
     for missing in range(least - (nodes - len(gone) + come)):
         faults.append(Fault(at=round(15.0 + missing, 3), what="start-node"))
     return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
+def _rack(random: Random, seed: int) -> Scenario:
+    """Nodes beside each other lose their power at once."""
+    nodes = random.choice((10, 16, 20))
+    job = Job(nodes=nodes, slots=1, min_nodes=1, max_nodes=nodes, steps=150, seed=seed)
+    count = random.randint(2, nodes - 2)
+    first = random.randrange(nodes - count)
+    whom = tuple(f"n{order}" for order in range(first, first + count))
+    return Scenario(job=job, faults=(Fault(at=round(random.uniform(8.0, 14.0), 3), what="kill-host", whom=whom),))
 
 
 def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:

@@ -231,10 +231,13 @@ def test_agents_that_see_the_same_agree() -> None:
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_it_says_when_to_look_again(silent: bool) -> None:
-    """When the next silence would become a suspicion; not for those that are suspects already."""
+    """When the next silence would become a sign, or a suspicion; not for those that are suspects already."""
     bench = Bench(count=2)
     bench.feed(s.Heard(frozenset({"n1"})))
-    assert bench.verdict.wake_at == bench.now + WITHIN
+    assert bench.verdict.wake_at == bench.now + 0.4 * WITHIN
+    bench.now += 0.4 * WITHIN
+    assert bench.feed(s.Looked()).fading == {"n1"}
+    assert bench.verdict.wake_at == pytest.approx(bench.now + 0.6 * WITHIN)
     bench.now += WITHIN if silent else 0.0
     verdict = bench.feed(s.Looked())
     assert verdict.wake_at is None if silent and verdict.suspects else verdict.wake_at is not None
