@@ -106,6 +106,8 @@ class State:
     """How it did not, when last asked."""
     devices: Mapping[str, int] = field(default_factory=dict)
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
+    hurried: bool = False
+    """This node was asked to leave once more, so it waits for nothing."""
     ended: bool = False
     """`End` was said."""
 
@@ -201,15 +203,18 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case LeaveAsked(text):
-            others = {m for m in (state.view.record.members if state.view.record else ()) if not _is_mine(state, m)}
-            if state.view.elastic() and others and state.view.enough(others):
+            if state.info.leaving:
+                return replace(state, hurried=True)
+            if state.view.elastic() and len(state.view.nodes) > 1:
+                # Too few without it, or all of them leave: what is there is parked at a boundary and kept.
                 return _with_info(state, leaving=text)
-            return _with_info(state, failed=text, exit_code=int(ExitCode.INTERRUPTED))
+            return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(ExitCode.INTERRUPTED))
         case Wished(leave, room):
-            wish = Wish(leave=leave, room=room)
+            before = state.view.wish or Wish(leave=(), room=0)
+            wish = Wish(leave=tuple(dict.fromkeys((*before.leave, *leave))), room=room or before.room)
             return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
-            return _with_info(state, failed=text, exit_code=int(exit_code))
+            return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
         case Tick():
             return state
 
@@ -295,7 +300,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
     running = any(node.workers for node in state.view.nodes.values()) or state.spawning
     if not running and _given_up(state) >= set(range(state.info.slots)):
         text = f"no worker of this job runs and none can be started any more; the last one {ended.describe()}"
-        return _with_info(state, failed=text, culprit=member)
+        return _with_info(state, failed=text, culprit=member, failed_in=None)
     return state
 
 
@@ -324,8 +329,9 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
-        case UserFailed(text=text):
-            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case UserFailed(generation=generation, text=text):
+            code = int(ExitCode.USER_ERROR)
+            return _with_info(state, failed=text, culprit=member, failed_in=generation, exit_code=code)
         case Troubled(generation=generation, text=text):
             return replace(state, view=replace(state.view, hang=(generation, text)))
         case Resumed(generation=generation, lineage=lineage, source=source):
@@ -365,7 +371,7 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
         return state, []
     if record.phase is not Phase.RUNNING:
         return _wind_up(state, record, now)
-    if state.info.leaving and not any(_is_mine(state, m) for m in record.members):
+    if state.info.leaving and (state.hurried or not any(_is_mine(state, m) for m in record.members)):
         return _leave(state, record, now)
     state, effects = _stop_outsiders(state, record)
     wanted = [m for m in record.members if node_of(m) == state.view.me and not _known(state, m)]
@@ -383,17 +389,29 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
 def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[Effect]]:
     """The job goes on without this node; what it holds may be needed until the others have resumed."""
     # Who has promised a boundary goes on up to it, and says hello behind it: the others need that state.
-    limit = state.seen_at + state.view.timing.acknowledge if record.boundary is not None else now
+    waits = record.boundary is not None and not state.hurried
+    limit = state.seen_at + state.view.timing.acknowledge if waits else now
     going = [w.member for w in state.info.workers if now >= limit or w.idle or not w.elastic]
     gone = [member for member in going if member not in state.stopping]
     effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
         return state, [*effects, *([Wake(limit)] if now < limit else [])]
-    if record.resumed() is None and record.members and now < state.seen_at + LET_GO:
+    if record.resumed() is None and record.members and now < state.seen_at + LET_GO and not state.hurried:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
-    return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
+    if _goes_on(state, record):
+        return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
+    return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, f"{text}; it waits for nodes to go on")]
+
+
+def _goes_on(state: State, record: WorldRecord) -> bool:
+    """Whether the job does without this node, so that its part is done.
+
+    Where it waits for nodes, only those that were drained by name are not wanted back.
+    """
+    staying = [node for node in state.view.nodes.values() if not node.leaving]
+    return bool(staying) and (bool(record.members) or state.view.me in record.leave)
 
 
 def _known(state: State, member: str) -> bool:

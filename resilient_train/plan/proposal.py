@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from resilient_train.errors import ExitCode
 from resilient_train.plan.suspicion import AGENT_GONE
 from resilient_train.plan.view import View
-from resilient_train.spec.node import ExitInfo, WorkerInfo
+from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
 from resilient_train.spec.world import (
     Phase,
     Planned,
@@ -59,7 +59,7 @@ def _propose(view: View, now: float) -> Proposal:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
-    failed = next((node for node in view.nodes.values() if node.failed), None)
+    failed = next((node for node in view.nodes.values() if _fails_all(node, record)), None)
     if failed is not None:
         return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
     if view.resume is not None and is_new_restore(record, view.resume):
@@ -91,6 +91,13 @@ def _propose(view: View, now: float) -> Proposal:
     elif change is None:
         change = _wished_change(view, record, waits)
     return waits.proposal(change)
+
+
+def _fails_all(node: NodeInfo, record: WorldRecord) -> bool:
+    """Whether an error that a node announces ends the job: not if the world has gone on without the worker."""
+    return node.failed != "" and (
+        node.failed_in is None or node.failed_in == record.generation or node.culprit in record.members
+    )
 
 
 def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
@@ -343,7 +350,7 @@ def _too_few(view: View, record: WorldRecord, waits: _Waits) -> Proposal:
 
 def _misfit(view: View, record: WorldRecord) -> WorldRecord | None:
     """The first world is agreed before the workers can say what their mesh takes."""
-    members = view.fitting(set(record.members))
+    members = view.fitting(set(record.members), room=len(view.nodes))
     if len(members) == record.size or not members:
         return None
     text = f"the mesh takes {len(members)} of {record.size} ranks; the others stand by"
@@ -363,7 +370,12 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     if not waits.over(f"late in {record.generation}", view.timing.acknowledge):
         return None
     text = f"{_names(late, record)} did not come free within {view.timing.acknowledge:g} s"
-    return _regroup(view, record, set(record.members) - set(late), text, None)
+    in_time = set(record.members) - set(late)
+    members = view.fitting(in_time | view.idle(), in_time)
+    if not view.enough(members):
+        members = set()
+        text += "; too few are left, waiting for replacements"
+    return _regroup(view, record, members, text, None)
 
 
 def _never_there(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
@@ -406,8 +418,12 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
         return None
     text = _describe_change(view, record, members)
     if not all(alive[m].stepping == generation for m in record.members):
-        # Without a state to resume, a change would cost everything that was computed so far.
-        if record.resumed() is not None and waits.over(f"no boundary in {generation}", view.timing.no_boundary):
+        # Without a state to resume, a change would cost everything that was computed so far; a node that leaves will
+        # cost that anyway.
+        leaving = len(staying) < record.size
+        if (leaving or record.resumed() is not None) and waits.over(
+            f"no boundary in {generation}", view.timing.no_boundary
+        ):
             return _regroup(view, record, members, text, None)
         return None
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == generation]
