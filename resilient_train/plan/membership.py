@@ -106,6 +106,8 @@ class State:
     """How it did not, when last asked."""
     devices: Mapping[str, int] = field(default_factory=dict)
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
+    deadlocked: bool = False
+    """The view's hang is what the watch over progress found; no worker waits for it to be ended."""
     hurried: bool = False
     """This node was asked to leave once more, so it waits for nothing."""
     ended: bool = False
@@ -193,11 +195,14 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case WorkerSaid(member, message):
             return _worker_said(state, member, message)
         case Progress(generation, finished):
+            if state.deadlocked and state.view.hang[0] == generation:
+                # It goes on after all.
+                state = replace(state, deadlocked=False, view=replace(state.view, hang=(0, "")))
             return _with_info(state, progress=(generation, finished))
         case Hung(member, reason):
             return _with_worker(state, member, hung=reason)
         case Deadlocked(generation, reason):
-            return replace(state, view=replace(state.view, hang=(generation, reason)))
+            return replace(state, deadlocked=True, view=replace(state.view, hang=(generation, reason)))
         case Stuck(reports):
             return _with_info(state, stuck=reports)
         case EndpointReady(endpoint):
@@ -253,7 +258,7 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         state = replace(state, seen_at=now, devices=_devices(state, record))
         lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
         view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
-    elif old.planned is not None and record.planned is None:
+    elif old.planned is not None and record.planned is None and _declined(view, old.planned.number):
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
         state = replace(state, over_at=now)
@@ -266,6 +271,11 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         if worker.member in record.members and worker.idle:
             state = _with_worker(state, worker.member, idle=False)
     return state
+
+
+def _declined(view: View, number: int) -> bool:
+    """Whether somebody had passed a planned boundary already; what expires or is taken back otherwise was not close."""
+    return any(worker.declined >= number for worker in view.workers().values())
 
 
 def _devices(state: State, record: WorldRecord) -> dict[str, int]:
@@ -333,7 +343,7 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             code = int(ExitCode.USER_ERROR)
             return _with_info(state, failed=text, culprit=member, failed_in=generation, exit_code=code)
         case Troubled(generation=generation, text=text):
-            return replace(state, view=replace(state.view, hang=(generation, text)))
+            return replace(state, deadlocked=False, view=replace(state.view, hang=(generation, text)))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)

@@ -54,3 +54,17 @@ def test_a_store_that_answers_in_time_is_asked_again() -> None:
     bench.answers = True
     bench.run_for(1.0)
     assert bench.record.generation == 2
+
+
+def test_a_deadlock_that_was_none_is_forgotten() -> None:
+    """The ranks went on while the store was away: nothing is formed again when it is back."""
+    bench = training(0, 1, 2)
+    bench.answers = False
+    bench.feed(ev.Deadlocked(1, "all wait"))
+    bench.run_for(0.1)
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.feed(ev.Progress(1, 8))
+    bench.answers = True
+    bench.feed(ev.RecordSeen(bench.record))
+    bench.run_for(60)
+    assert bench.record.generation == 1
