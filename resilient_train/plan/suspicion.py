@@ -1,7 +1,8 @@
 """Who is lost: from the links between agents, announcements that expire, and what the other agents find.
 
 Theory of operation.  Every agent keeps a line to the next two of the ring of nodes, so each node is heard by four
-others.  A node whose agent's port refuses a connection is dead now.  One that falls silent is a *suspect*, and
+others.  A node whose agent's port refuses a connection is dead now, if some other node is heard: whom all refuse at
+once has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and
 suspects are announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
@@ -125,6 +126,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
         peers = {name: _excused(peer, now) for name, peer in peers.items()}
+    if isinstance(event, Heard) and event.nodes & peers.keys() and not _refusals_count(state, now):
+        # Who refused while nobody was heard has to do so again.
+        peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
     _take_in(peers, state.me, event, now)
     state = State(me=state.me, within=state.within, peers=peers, at=now)
     verdict = _judge(state, now)
@@ -135,8 +139,11 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
         elif (name in verdict.wanted) != (peer.wanted_at is not None):
             peers[name] = replace(peer, wanted_at=now if name in verdict.wanted else None, heard_at=None)
     verdict = replace(verdict, wake_at=_next_look(state, now), fading=_fading(state, verdict.alive, now))
-    # Who was just forgotten is in this verdict, and not in the next.
-    return replace(state, last=verdict if verdict.lost.keys() <= peers.keys() else None), verdict
+    # Who was just forgotten is in this verdict, and not in the next; refusals may count as soon as somebody is heard.
+    stands = verdict.lost.keys() <= peers.keys() and not any(
+        peer.refused and verdict.lost.get(name) != AGENT_GONE for name, peer in peers.items()
+    )
+    return replace(state, last=verdict if stands else None), verdict
 
 
 def _says_nothing_new(state: State, event: Event, now: float) -> bool:
@@ -212,7 +219,9 @@ def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[
     for info in alive:
         peer = state.peers[info.node]
         faint_at = _faint_at(state, peer)
-        if peer.announced:
+        if peer.refused:
+            faint = True
+        elif peer.announced:
             faint = faint_at is not None and now >= faint_at
         else:
             faint = peer.heard_at is None or faint_at is None or now >= faint_at
@@ -221,12 +230,21 @@ def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[
     return frozenset(found)
 
 
+def _refusals_count(state: State, now: float) -> bool:
+    """Whether refusals tell of the nodes that refuse, rather than of this one's way to them."""
+    if len(state.peers) == 1:
+        return True
+    heard = (peer.heard_at for peer in state.peers.values() if not peer.refused)
+    return any(at is not None and now < at + state.within for at in heard)
+
+
 def _judge(state: State, now: float) -> Verdict:
     suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
+    at_once = _refusals_count(state, now)
     lost = {}
     for name in suspects:
         peer = state.peers[name]
-        if peer.refused:
+        if peer.refused and (at_once or not peer.announced):
             lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"

@@ -150,11 +150,27 @@ def _cut(cluster: Cluster, fault: Fault) -> None:
     """Nothing passes between the first and the others; ``cut-to``: nothing from the first."""
     one, others = fault.whom[0], fault.whom[1:]
     ways = [(one, other) for other in others]
-    if fault.what == "cut":
+    if fault.what != "cut-to":
         ways += [(other, one) for other in others]
     for way in ways:
         cluster.network.cut(*way)
         cluster.engine.after(fault.seconds, lambda way=way: cluster.network.heal(*way))  # type: ignore[misc]
+
+
+def _reject(cluster: Cluster, fault: Fault) -> None:
+    """The first host's own firewall refuses all that it sends to the others."""
+    one, others = fault.whom[0], fault.whom[1:]
+    links = cluster.directory.get(one)
+    for other in others:
+        cluster.network.rejected.add((one, other))
+        if links is not None:
+            links.reject(other)
+
+    def heal() -> None:
+        cluster.network.rejected -= {(one, other) for other in others}
+
+    cluster.engine.after(fault.seconds, heal)
+    _cut(cluster, fault)
 
 
 def _freeze_store(cluster: Cluster, fault: Fault) -> None:
@@ -194,6 +210,7 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "start-node": _start_node,
     "cut": _cut,
     "cut-to": _cut,
+    "reject": _reject,
     "freeze-store": _freeze_store,
     "freeze-store-losing-leases": _freeze_store,
     "down-store": _down_store,

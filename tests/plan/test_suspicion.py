@@ -73,11 +73,40 @@ def test_each_keeps_lines_to_two_on_either_side() -> None:
 def test_a_refusal_is_a_loss_at_once() -> None:
     """Nobody listens where the agent did: no announcement, however young, says otherwise."""
     bench = Bench()
+    bench.run_for(1)
     assert bench.feed(s.Refused("n2")).lost == {"n2": "its agent is gone"}
     assert bench.alive() == ["n1", "n3"]
     assert bench.announced("n2").lost == {"n2": "its agent is gone"}
     assert bench.feed(s.Looked()).lost == {}, "once its announcement has expired, it is forgotten"
     assert bench.alive() == ["n1", "n3"]
+
+
+def test_whom_all_refuse_is_the_one_to_go() -> None:
+    """Its own way out is broken: it takes nobody for dead who is announced, and proposes nothing."""
+    bench = Bench(me=3)
+    bench.run_for(2)
+    bench.hears.clear()
+    for name in ("n0", "n1", "n2"):
+        verdict = bench.feed(s.Refused(name))
+    assert verdict.suspects == {"n0", "n1", "n2"}
+    assert (dict(verdict.lost), verdict.doubted) == ({}, True)
+    assert bench.announced("n0", "n1", "n2").lost.keys() == {"n0", "n1", "n2"}, "they do not reach the store either"
+    assert not bench.verdict.doubted
+
+
+def test_a_refusal_counts_only_while_another_node_is_heard() -> None:
+    """What refused before that has to do so again: a way out that was broken may just be mended."""
+    bench = Bench()
+    bench.feed(s.Refused("n2"))
+    bench.feed(s.Refused("n3"))
+    assert s.AGENT_GONE not in bench.verdict.lost.values()
+    assert bench.feed(s.Heard(frozenset({"n1"}))).lost == {}
+    assert bench.feed(s.Refused("n2")).lost == {"n2": s.AGENT_GONE}
+
+
+def test_of_two_nodes_a_refusal_always_counts() -> None:
+    """There is nobody else to ask."""
+    assert Bench(count=2).feed(s.Refused("n1")).lost == {"n1": s.AGENT_GONE}
 
 
 def test_silence_makes_a_suspect_and_no_more() -> None:
