@@ -231,6 +231,7 @@ _WEIGHTS = {
     "start-node": 2,
     "cut": 5,
     "cut-to": 3,
+    "reject": 2,
     "freeze-store": 2,
     "freeze-store-losing-leases": 2,
     "down-store": 2,
@@ -298,7 +299,7 @@ def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
         return Fault(at=at, what=verb, whom=(node,))
     if verb == "stop-agent":
         return Fault(at=at, what=verb, whom=(node,), seconds=seconds)
-    if verb in ("cut", "cut-to"):
+    if verb in ("cut", "cut-to", "reject"):
         others = [name for name in names if name != node]
         if random.random() < 0.5:
             others = random.sample(others, random.randint(1, len(others)))
