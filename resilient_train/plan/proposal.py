@@ -59,20 +59,25 @@ def _propose(view: View, now: float) -> Proposal:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
+    alive, exits = view.workers(), view.exits()
+    waits = _Waits(view, now)
+    turn = _turn(view, record, alive)
     failed = next((node for node in view.nodes.values() if _fails_all(node, record)), None)
     if failed is not None:
-        return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
+        over = waits.over("failed", 0.0 if failed.node == view.me else turn)
+        after = _failure(view, record, failed.failed, failed.culprit, failed.exit_code)
+        return waits.proposal(after if over else None)
     if view.resume is not None and is_new_restore(record, view.resume):
         return Proposal(record=_with_restore(view, record, view.resume))
     if view.wish is not None and not view.wish.fulfilled(record):
         leave = tuple(dict.fromkeys((*record.leave, *view.wish.leave)))
         room = view.wish.room or record.room
         return Proposal(record=record.successor(leave=leave, room=room, proposer=view.me))
-    alive, exits = view.workers(), view.exits()
     if not record.members:
         return _unpark(view, record, now)
     if all(_is_done(member, record, alive, exits) for member in record.members):
-        return Proposal(record=record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me))
+        after = record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me)
+        return waits.proposal(after if waits.over("finished", turn) else None)
     lost = [member for member in record.members if _is_lost(member, alive, exits)]
     if lost:
         return _after_loss(view, record, lost, now)
@@ -84,8 +89,10 @@ def _propose(view: View, now: float) -> Proposal:
     if left:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
         return Proposal(record=_failure(view, record, text, left[0]))
-    waits = _Waits(view, now)
     change = _misfit(view, record) or _late(view, record, waits) or _never_there(view, record, waits)
+    if change is None and view.silent:
+        # Nothing is wrong; what could be better waits for the store, and is no reason to give up on it.
+        return waits.proposal()
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
@@ -458,8 +465,12 @@ def _planned_change(view: View, record: WorldRecord, planned: Planned, waits: _W
     gone = any(member not in alive for member in planned.members)
     declined = any(alive[m].declined >= planned.number or alive[m].done == record.generation for m in record.members)
     expired = waits.over(f"promises to {planned.number}", view.timing.promise)
-    if not gone and not declined and all(alive[m].promised == planned.number for m in record.members):
+    promised = all(alive[m].promised == planned.number for m in record.members)
+    if not (gone or declined or expired or promised):
+        return None
+    # All agents come to know it at about the same time.
+    if not waits.over(f"all is known of {planned.number}", _turn(view, record, alive)):
+        return None
+    if promised and not gone and not declined:
         return _regroup(view, record, set(planned.members), planned.reason, planned.boundary)
-    if gone or declined or expired:
-        return record.successor(planned=None, proposer=view.me)
-    return None
+    return record.successor(planned=None, proposer=view.me)

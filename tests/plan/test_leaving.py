@@ -9,7 +9,7 @@ import pytest
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan.view import Limits
-from resilient_train.spec.messages import Acknowledge, Hello, Promise, Stage, UserFailed
+from resilient_train.spec.messages import Acknowledge, Done, Hello, Promise, Stage, UserFailed
 from resilient_train.spec.node import WorkerInfo
 from resilient_train.spec.world import Phase
 
@@ -163,3 +163,14 @@ def test_an_error_of_a_member_ends_the_job_whenever_it_happened() -> None:
     bench.feed(ev.RecordSeen(world(0, 1, revision=2, generation=2)))
     bench.feed(ev.WorkerSaid("n0/0.0", UserFailed(generation=1, text="ValueError: x")))
     assert (bench.record.phase, bench.record.error) == (Phase.FAILED, "ValueError: x")
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_end_is_agreed_by_the_first_in_turn_at_once(order: int) -> None:
+    """The others wait, and do it if the first does not: not all nodes write the record at one moment."""
+    bench = training(order, 1 - order)
+    bench.feed(ev.WorkerSaid(f"n{order}/0.0", Done(generation=1)))
+    bench.sees(node(1 - order, worker(f"n{1 - order}/0.0", done=1)))
+    assert (bench.record.phase is Phase.FINISHED) is (order == 0)
+    bench.run_for(0.06)
+    assert bench.record.phase is Phase.FINISHED

@@ -7,8 +7,9 @@ import pytest
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan.view import Limits
+from resilient_train.spec.node import WorkerInfo
 
-from .membership_bench import training
+from .membership_bench import node, training
 
 CALL = 10.0
 """Seconds after which a call to the store fails."""
@@ -68,3 +69,23 @@ def test_a_deadlock_that_was_none_is_forgotten() -> None:
     bench.feed(ev.RecordSeen(bench.record))
     bench.run_for(60)
     assert bench.record.generation == 1
+
+
+def test_a_change_that_is_not_needed_ends_nothing() -> None:
+    """Somebody could join while the store is away: training goes on without, for as long as it takes."""
+    bench = training(0, 1)
+    bench.feed(ev.Progress(1, 7))
+    bench.answers = False
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.sees(
+        *(info for info in bench.state.view.nodes.values() if info.node == "n1"),
+        node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True)),
+    )
+    for _ in range(200):
+        bench.run_for(10)
+        bench.feed(ev.StoreSilent("no answer", lasting=True))
+    assert bench.taken(ev.End) == []
+    bench.answers = True
+    bench.feed(ev.RecordSeen(bench.record))
+    bench.run_for(1)
+    assert bench.record.planned is not None
