@@ -1,8 +1,8 @@
 """Who is lost: from the links between agents, announcements that expire, and what the other agents find.
 
 Theory of operation.  Every agent keeps a line to the next two of the ring of nodes, so each node is heard by four
-others.  A node whose agent's port refuses a connection is dead now, if some other node is heard: whom all refuse at
-once has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and
+others.  A node whose agent's port refuses a connection is dead now, unless all others refuse or are silent: who hears nobody
+has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and
 suspects are announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
@@ -234,8 +234,7 @@ def _refusals_count(state: State, now: float) -> bool:
     """Whether refusals tell of the nodes that refuse, rather than of this one's way to them."""
     if len(state.peers) == 1:
         return True
-    heard = (peer.heard_at for peer in state.peers.values() if not peer.refused)
-    return any(at is not None and now < at + state.within for at in heard)
+    return any(peer.wanted_at is not None and not _is_suspect(state, peer, now) for peer in state.peers.values())
 
 
 def _judge(state: State, now: float) -> Verdict:

@@ -94,11 +94,11 @@ def test_whom_all_refuse_is_the_one_to_go() -> None:
     assert not bench.verdict.doubted
 
 
-def test_a_refusal_counts_only_while_another_node_is_heard() -> None:
-    """What refused before that has to do so again: a way out that was broken may just be mended."""
+def test_who_refused_while_all_did_has_to_do_so_again() -> None:
+    """A way out that was broken may just be mended."""
     bench = Bench()
-    bench.feed(s.Refused("n2"))
-    bench.feed(s.Refused("n3"))
+    for name in ("n1", "n2", "n3"):
+        bench.feed(s.Refused(name))
     assert s.AGENT_GONE not in bench.verdict.lost.values()
     assert bench.feed(s.Heard(frozenset({"n1"}))).lost == {}
     assert bench.feed(s.Refused("n2")).lost == {"n2": s.AGENT_GONE}
