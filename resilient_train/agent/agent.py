@@ -360,6 +360,8 @@ class Agent:
             return Wished(error=f"this job has no node {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         if not self._state.view.elastic() or not self._several:
             return Wished(error="only jobs of several nodes, with an elastic script, can change while they run")
+        if 0 < wish.room < self._settings.limits.min_nodes:
+            return Wished(error=f"this job needs at least {self._settings.limits.min_nodes} nodes (MIN of --nnodes)")
         self._feed(ev.Wished(tuple(wish.leave), wish.room))
         return Wished(error="")
 
@@ -432,7 +434,7 @@ class Agent:
         if self._in_a_hurry():
             for worker in self._workers.running():
                 self._workers.signal(worker.member, signal.SIGKILL)
-        if self._interrupts == 1 and self._several:
+        if self._several:  # Whatever comes after the first concerns this node only.
             self._feed(ev.LeaveAsked(f"its agent got {name}"))
             leaving = bool(self._state.info.leaving)
         else:

@@ -33,6 +33,8 @@ class NodesSeen:
     """Those that this node cannot reach."""
     doubted: bool = False
     """This node itself is the one that the others cannot reach."""
+    fading: frozenset[str] = frozenset()
+    """Those that are alive, and of which nothing is heard."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,9 +212,18 @@ def _look(watch: Watch, look: Look, now: float) -> tuple[Watch, list[Effect]]:
         return _alive(replace(watch, stopped={}), now)
     watch, evictions = _stopped(watch, record, look, now)
     watch, effects = _progress(watch, record, look, now)
-    if evictions or effects or watch.decided:
+    if evictions or effects or watch.decided or _waits_for_record(watch, record, look):
         return watch, [*evictions, *effects]
     return _suspect(watch, record, look, now)
+
+
+def _waits_for_record(watch: Watch, record: WorldRecord, look: Look) -> bool:
+    """Whether the ranks may stand still only because the record does.
+
+    Who has promised a boundary stays there until the planned change is agreed or taken back.
+    """
+    planned = record.planned
+    return look.view.silent or (planned is not None and watch.step >= planned.boundary)
 
 
 def _watched(record: WorldRecord, alive: Mapping[str, WorkerInfo]) -> int:
@@ -268,7 +277,7 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
     compiled = watch.step > min(watch.first.values(), default=watch.step)
     if watch.boundary_at is not None and compiled:
         gaps = (*gaps, now - watch.boundary_at)[-GAPS:]
-    watch, effects = _alive(watch, now, step=furthest, gaps=gaps, boundary_at=now)
+    watch, effects = _alive(watch, now, step=furthest, gaps=gaps, boundary_at=now, decided=watch.decided - {""})
     return watch, effects
 
 

@@ -106,6 +106,10 @@ class State:
     """How it did not, when last asked."""
     devices: Mapping[str, int] = field(default_factory=dict)
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
+    deadlocked: bool = False
+    """The view's hang is what the watch over progress found; no worker waits for it to be ended."""
+    hurried: bool = False
+    """This node was asked to leave once more, so it waits for nothing."""
     ended: bool = False
     """`End` was said."""
 
@@ -150,13 +154,16 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
 def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[State, Effect]:
     """Put a change to the store, or wait for a store that does not answer, in the end in vain."""
     silence, since = state.silence, state.silent_since
-    if silence is None or since is None or (not isinstance(event, StoreSilent) and now >= since + STORE_RETRY):
+    if silence is None or since is None:
+        return replace(state, swapping=True), Swap(record)
+    failed = isinstance(event, StoreSilent)
+    if now < since + state.view.limits.patience and (silence.lasting or not failed):
+        if failed or now < since + STORE_RETRY:
+            return state, Wake(now + STORE_RETRY)
         return replace(state, swapping=True), Swap(record)
     text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
     if not silence.lasting:
         text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
-    elif now < since + state.view.limits.patience:
-        return state, Wake(now + STORE_RETRY)
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
 
 
@@ -188,25 +195,31 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case WorkerSaid(member, message):
             return _worker_said(state, member, message)
         case Progress(generation, finished):
+            if state.deadlocked and state.view.hang[0] == generation:
+                # It goes on after all.
+                state = replace(state, deadlocked=False, view=replace(state.view, hang=(0, "")))
             return _with_info(state, progress=(generation, finished))
         case Hung(member, reason):
             return _with_worker(state, member, hung=reason)
         case Deadlocked(generation, reason):
-            return replace(state, view=replace(state.view, hang=(generation, reason)))
+            return replace(state, deadlocked=True, view=replace(state.view, hang=(generation, reason)))
         case Stuck(reports):
             return _with_info(state, stuck=reports)
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case LeaveAsked(text):
-            others = {m for m in (state.view.record.members if state.view.record else ()) if not _is_mine(state, m)}
-            if state.view.elastic() and others and state.view.enough(others):
+            if state.info.leaving:
+                return replace(state, hurried=True)
+            if state.view.elastic() and len(state.view.nodes) > 1:
+                # Too few without it, or all of them leave: what is there is parked at a boundary and kept.
                 return _with_info(state, leaving=text)
-            return _with_info(state, failed=text, exit_code=int(ExitCode.INTERRUPTED))
+            return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(ExitCode.INTERRUPTED))
         case Wished(leave, room):
-            wish = Wish(leave=leave, room=room)
+            before = state.view.wish or Wish(leave=(), room=0)
+            wish = Wish(leave=tuple(dict.fromkeys((*before.leave, *leave))), room=room or before.room)
             return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
-            return _with_info(state, failed=text, exit_code=int(exit_code))
+            return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
         case Tick():
             return state
 
@@ -217,7 +230,8 @@ def _is_mine(state: State, member: str) -> bool:
 
 def _nodes_seen(state: State, event: NodesSeen) -> State:
     nodes = {**{node.node: node for node in event.nodes}, state.view.me: state.info}
-    view = replace(state.view, nodes=nodes, lost=state.view.all_lost(event.lost), doubted=event.doubted)
+    lost = state.view.all_lost(event.lost)
+    view = replace(state.view, nodes=nodes, lost=lost, doubted=event.doubted, fading=event.fading)
     return _with_info(replace(state, view=view), suspects=tuple(sorted(event.suspects)))
 
 
@@ -244,7 +258,7 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         state = replace(state, seen_at=now, devices=_devices(state, record))
         lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
         view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
-    elif old.planned is not None and record.planned is None:
+    elif old.planned is not None and record.planned is None and _declined(view, old.planned.number):
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
         state = replace(state, over_at=now)
@@ -257,6 +271,11 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         if worker.member in record.members and worker.idle:
             state = _with_worker(state, worker.member, idle=False)
     return state
+
+
+def _declined(view: View, number: int) -> bool:
+    """Whether somebody had passed a planned boundary already; what expires or is taken back otherwise was not close."""
+    return any(worker.declined >= number for worker in view.workers().values())
 
 
 def _devices(state: State, record: WorldRecord) -> dict[str, int]:
@@ -291,7 +310,7 @@ def _worker_exited(state: State, member: str, code: int) -> State:
     running = any(node.workers for node in state.view.nodes.values()) or state.spawning
     if not running and _given_up(state) >= set(range(state.info.slots)):
         text = f"no worker of this job runs and none can be started any more; the last one {ended.describe()}"
-        return _with_info(state, failed=text, culprit=member)
+        return _with_info(state, failed=text, culprit=member, failed_in=None)
     return state
 
 
@@ -320,10 +339,11 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, **({"promised": number} if accepted else {"declined": number}))
         case Done(generation=generation):
             return _with_worker(state, member, done=generation)
-        case UserFailed(text=text):
-            return _with_info(state, failed=text, culprit=member, exit_code=int(ExitCode.USER_ERROR))
+        case UserFailed(generation=generation, text=text):
+            code = int(ExitCode.USER_ERROR)
+            return _with_info(state, failed=text, culprit=member, failed_in=generation, exit_code=code)
         case Troubled(generation=generation, text=text):
-            return replace(state, view=replace(state.view, hang=(generation, text)))
+            return replace(state, deadlocked=False, view=replace(state.view, hang=(generation, text)))
         case Resumed(generation=generation, lineage=lineage, source=source):
             key = None if source is None else Key(*source)
             restore = Restore(generation=generation, lineage=lineage, source=key)
@@ -361,7 +381,7 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
         return state, []
     if record.phase is not Phase.RUNNING:
         return _wind_up(state, record, now)
-    if state.info.leaving and not any(_is_mine(state, m) for m in record.members):
+    if state.info.leaving and (state.hurried or not any(_is_mine(state, m) for m in record.members)):
         return _leave(state, record, now)
     state, effects = _stop_outsiders(state, record)
     wanted = [m for m in record.members if node_of(m) == state.view.me and not _known(state, m)]
@@ -379,17 +399,29 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
 def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[Effect]]:
     """The job goes on without this node; what it holds may be needed until the others have resumed."""
     # Who has promised a boundary goes on up to it, and says hello behind it: the others need that state.
-    limit = state.seen_at + state.view.timing.acknowledge if record.boundary is not None else now
+    waits = record.boundary is not None and not state.hurried
+    limit = state.seen_at + state.view.timing.acknowledge if waits else now
     going = [w.member for w in state.info.workers if now >= limit or w.idle or not w.elastic]
     gone = [member for member in going if member not in state.stopping]
     effects: list[Effect] = [Stop(member, "this node leaves the job") for member in gone]
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
         return state, [*effects, *([Wake(limit)] if now < limit else [])]
-    if record.resumed() is None and record.members and now < state.seen_at + LET_GO:
+    if record.resumed() is None and record.members and now < state.seen_at + LET_GO and not state.hurried:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
-    return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
+    if _goes_on(state, record):
+        return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
+    return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, f"{text}; it waits for nodes to go on")]
+
+
+def _goes_on(state: State, record: WorldRecord) -> bool:
+    """Whether the job does without this node, so that its part is done.
+
+    Where it waits for nodes, only those that were drained by name are not wanted back.
+    """
+    staying = [node for node in state.view.nodes.values() if not node.leaving]
+    return bool(staying) and (bool(record.members) or state.view.me in record.leave)
 
 
 def _known(state: State, member: str) -> bool:

@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan.suspicion import AGENT_GONE
 from resilient_train.plan.view import View
-from resilient_train.spec.node import ExitInfo, WorkerInfo
+from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
 from resilient_train.spec.world import (
     Phase,
     Planned,
@@ -58,20 +59,25 @@ def _propose(view: View, now: float) -> Proposal:
         return _first_world(view, now)
     if record.phase is not Phase.RUNNING:
         return Proposal()
-    failed = next((node for node in view.nodes.values() if node.failed), None)
+    alive, exits = view.workers(), view.exits()
+    waits = _Waits(view, now)
+    turn = _turn(view, record, alive)
+    failed = next((node for node in view.nodes.values() if _fails_all(node, record)), None)
     if failed is not None:
-        return Proposal(record=_failure(view, record, failed.failed, failed.culprit, failed.exit_code))
+        over = waits.over("failed", 0.0 if failed.node == view.me else turn)
+        after = _failure(view, record, failed.failed, failed.culprit, failed.exit_code)
+        return waits.proposal(after if over else None)
     if view.resume is not None and is_new_restore(record, view.resume):
         return Proposal(record=_with_restore(view, record, view.resume))
     if view.wish is not None and not view.wish.fulfilled(record):
         leave = tuple(dict.fromkeys((*record.leave, *view.wish.leave)))
         room = view.wish.room or record.room
         return Proposal(record=record.successor(leave=leave, room=room, proposer=view.me))
-    alive, exits = view.workers(), view.exits()
     if not record.members:
         return _unpark(view, record, now)
     if all(_is_done(member, record, alive, exits) for member in record.members):
-        return Proposal(record=record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me))
+        after = record.successor(phase=Phase.FINISHED, planned=None, proposer=view.me)
+        return waits.proposal(after if waits.over("finished", turn) else None)
     lost = [member for member in record.members if _is_lost(member, alive, exits)]
     if lost:
         return _after_loss(view, record, lost, now)
@@ -83,13 +89,22 @@ def _propose(view: View, now: float) -> Proposal:
     if left:
         text = f"{_names(left, record)} ended without calling the elastic function that others are in"
         return Proposal(record=_failure(view, record, text, left[0]))
-    waits = _Waits(view, now)
     change = _misfit(view, record) or _late(view, record, waits) or _never_there(view, record, waits)
+    if change is None and view.silent:
+        # Nothing is wrong; what could be better waits for the store, and is no reason to give up on it.
+        return waits.proposal()
     if change is None and record.planned is not None:
         change = _planned_change(view, record, record.planned, waits)
     elif change is None:
         change = _wished_change(view, record, waits)
     return waits.proposal(change)
+
+
+def _fails_all(node: NodeInfo, record: WorldRecord) -> bool:
+    """Whether an error that a node announces ends the job: not if the world has gone on without the worker."""
+    return node.failed != "" and (
+        node.failed_in is None or node.failed_in == record.generation or node.culprit in record.members
+    )
 
 
 def _is_lost(member: str, alive: Mapping[str, WorkerInfo], exits: Mapping[str, ExitInfo]) -> bool:
@@ -198,12 +213,12 @@ def _after_hang(view: View, record: WorldRecord, reason: str, now: float) -> Pro
     waits = _Waits(view, now)
     if not waits.over(f"hang in {record.generation}", view.timing.coalesce + _turn(view, record, view.workers())):
         return waits.proposal()
-    resumed, stalls = _stalls(record)
+    resumed, stalls = _stalls(record, counts=True)
     if stalls >= view.limits.crashes_at_step:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {reason}"
-        return Proposal(record=_failure(view, record, error, "", ExitCode.NO_PROGRESS))
+        return waits.proposal(_failure(view, record, error, "", ExitCode.NO_PROGRESS))
     after = _regroup(view, record, set(record.members), f"{reason}; all form again", None)
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed))
+    return waits.proposal(replace(after, stalls=stalls, stalled_at=resumed))
 
 
 def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) -> Proposal:
@@ -215,17 +230,22 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
         wait += view.timing.unseen
     if not waits.over(f"lost in {record.generation}", wait):
         return waits.proposal()
+    if _more_fall_silent(view, record, lost) and not waits.over(
+        f"more fall silent in {record.generation}", view.timing.fellows
+    ):
+        return waits.proposal()
     ended = [exits[m] for m in lost if m in exits]
     # A worker that ends itself before it ever entered an elastic function has a broken script, not a broken machine.
     broken = [e for e in ended if not e.elastic and not e.killed]
     if broken or not view.elastic():
         return _restart_group(view, record, lost, broken or ended, waits)
     text = f"lost {_names(lost, record)}{_cause(view, lost, ended)}"
-    resumed, stalls = _stalls(record)
+    counts = _counts(record, ended, alive)
+    resumed, stalls = _stalls(record, counts)
     limit = view.limits.kills_at_step if all(e.killed for e in ended) else view.limits.crashes_at_step
-    if stalls >= limit:
+    if counts and stalls >= limit:
         error = f"{stalls} losses in a row set the job back to step {max(0, resumed)}; the last: {text}"
-        return Proposal(record=_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
+        return waits.proposal(_failure(view, record, error, lost[0], ExitCode.NO_PROGRESS))
     # Who is idle and warm takes a lost rank's place in the same transition.
     survivors = {m for m in record.members if m in alive}
     members = view.fitting(survivors | view.idle(), survivors)
@@ -238,7 +258,7 @@ def _after_loss(view: View, record: WorldRecord, lost: list[str], now: float) ->
     after = _regroup(view, record, members, text, None)
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == record.generation]
     best = max([record.best_step, *steps])
-    return Proposal(record=replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
+    return waits.proposal(replace(after, stalls=stalls, stalled_at=resumed, best_step=best))
 
 
 def _cause(view: View, lost: Sequence[str], ended: Sequence[ExitInfo]) -> str:
@@ -262,16 +282,39 @@ def _unpark(view: View, record: WorldRecord, now: float) -> Proposal:
     return waits.proposal(_regroup(view, record, members, f"{len(members)} workers are ready again", None))
 
 
-def _stalls(record: WorldRecord) -> tuple[int, int]:
-    """(step that the lost generation had resumed, losses in a row without a later one), this loss included.
+def _more_fall_silent(view: View, record: WorldRecord, lost: Sequence[str]) -> bool:
+    """Whether what was lost fell silent, and further nodes of the world are about to be lost the same way.
+
+    A rack without power is one event: its nodes' announcements expire one after the other within a few beats.
+    """
+    if any(m in view.exits() or view.lost.get(node_of(m), AGENT_GONE) == AGENT_GONE for m in lost):
+        return False
+    return bool(view.fading & {node_of(m) for m in record.members if node_of(m) in view.nodes})
+
+
+def _counts(record: WorldRecord, ended: Sequence[ExitInfo], alive: Mapping[str, WorkerInfo]) -> bool:
+    """Whether a loss tells something about the script, so that it may not come again and again.
+
+    Members that went together with their node do not.  Nor do those that were killed before their world had formed:
+    what takes several of them one after the other is one event; unless nobody is left of it, for then it begins anew.
+    """
+    if not ended:
+        return False
+    left = [alive[m] for m in record.members if m in alive]
+    began = record.resumed() is not None or not left or any(w.formed == record.generation for w in left)
+    return began or not all(e.killed for e in ended)
+
+
+def _stalls(record: WorldRecord, counts: bool) -> tuple[int, int]:
+    """(step that the lost generation had resumed, losses in a row without a later one), this one if it ``counts``.
 
     What a generation computed and lost again is no progress: what counts is from where the next one could go on.
     """
     logged = record.resumed()
     if logged is None:
-        return record.stalled_at, record.stalls + 1
+        return record.stalled_at, record.stalls + counts
     step = logged.source.step if logged.source else 0
-    return step, 1 if step > record.stalled_at else record.stalls + 1
+    return step, (0 if step > record.stalled_at else record.stalls) + counts
 
 
 def _names(members: list[str], record: WorldRecord) -> str:
@@ -286,7 +329,7 @@ def _restart_group(view: View, record: WorldRecord, lost: list[str], ended: list
     if ended and record.restarts >= view.limits.max_restarts:
         if ended[0].killed and not view.elastic():
             what += "; nobody had called an elastic function yet, and until then only --max-restarts helps"
-        return Proposal(record=_failure(view, record, what, ended[0].member))
+        return waits.proposal(_failure(view, record, what, ended[0].member))
     newest: dict[tuple[str, int], int] = {}
     for member in [*view.workers(), *view.exits(), *record.members]:
         place = (node_of(member), slot_of(member))
@@ -314,7 +357,7 @@ def _too_few(view: View, record: WorldRecord, waits: _Waits) -> Proposal:
 
 def _misfit(view: View, record: WorldRecord) -> WorldRecord | None:
     """The first world is agreed before the workers can say what their mesh takes."""
-    members = view.fitting(set(record.members))
+    members = view.fitting(set(record.members), room=len(view.nodes))
     if len(members) == record.size or not members:
         return None
     text = f"the mesh takes {len(members)} of {record.size} ranks; the others stand by"
@@ -334,7 +377,12 @@ def _late(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
     if not waits.over(f"late in {record.generation}", view.timing.acknowledge):
         return None
     text = f"{_names(late, record)} did not come free within {view.timing.acknowledge:g} s"
-    return _regroup(view, record, set(record.members) - set(late), text, None)
+    in_time = set(record.members) - set(late)
+    members = view.fitting(in_time | view.idle(), in_time)
+    if not view.enough(members):
+        members = set()
+        text += "; too few are left, waiting for replacements"
+    return _regroup(view, record, members, text, None)
 
 
 def _never_there(view: View, record: WorldRecord, waits: _Waits) -> WorldRecord | None:
@@ -377,8 +425,12 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
         return None
     text = _describe_change(view, record, members)
     if not all(alive[m].stepping == generation for m in record.members):
-        # Without a state to resume, a change would cost everything that was computed so far.
-        if record.resumed() is not None and waits.over(f"no boundary in {generation}", view.timing.no_boundary):
+        # Without a state to resume, a change would cost everything that was computed so far; a node that leaves will
+        # cost that anyway.
+        leaving = len(staying) < record.size
+        if (leaving or record.resumed() is not None) and waits.over(
+            f"no boundary in {generation}", view.timing.no_boundary
+        ):
             return _regroup(view, record, members, text, None)
         return None
     steps = [step for g, step in (node.progress for node in view.nodes.values()) if g == generation]
@@ -413,8 +465,12 @@ def _planned_change(view: View, record: WorldRecord, planned: Planned, waits: _W
     gone = any(member not in alive for member in planned.members)
     declined = any(alive[m].declined >= planned.number or alive[m].done == record.generation for m in record.members)
     expired = waits.over(f"promises to {planned.number}", view.timing.promise)
-    if not gone and not declined and all(alive[m].promised == planned.number for m in record.members):
+    promised = all(alive[m].promised == planned.number for m in record.members)
+    if not (gone or declined or expired or promised):
+        return None
+    # All agents come to know it at about the same time.
+    if not waits.over(f"all is known of {planned.number}", _turn(view, record, alive)):
+        return None
+    if promised and not gone and not declined:
         return _regroup(view, record, set(planned.members), planned.reason, planned.boundary)
-    if gone or declined or expired:
-        return record.successor(planned=None, proposer=view.me)
-    return None
+    return record.successor(planned=None, proposer=view.me)

@@ -1,7 +1,8 @@
 """Who is lost: from the links between agents, announcements that expire, and what the other agents find.
 
 Theory of operation.  Every agent keeps a line to the next two of the ring of nodes, so each node is heard by four
-others.  A node whose agent's port refuses a connection is dead now.  One that falls silent is a *suspect*, and
+others.  A node whose agent's port refuses a connection is dead now, unless all others refuse or are silent: who hears nobody
+has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and
 suspects are announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
@@ -27,6 +28,10 @@ _FEW = 8
 """So many expired announcements every agent looks into; more at once say something about the store."""
 _PROBE = 0.2
 """Share of ``within`` after which a node without a line and without an announcement is given up."""
+_FAINT = 0.4
+"""Share of ``within`` of silence, two beats, after which a node may be on its way to be lost."""
+AGENT_GONE = "its agent is gone"
+"""Why a node is lost where nobody listens any more; it is known at once, and of each for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +111,8 @@ class Verdict:
     """This node itself is the one that most others cannot reach."""
     wake_at: float | None
     """When to look again although nothing happened."""
+    fading: frozenset[str]
+    """Nodes that take part, and of which nothing is heard; they may be about to be lost."""
 
 
 def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
@@ -119,6 +126,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
         peers = {name: _excused(peer, now) for name, peer in peers.items()}
+    if isinstance(event, Heard) and event.nodes & peers.keys() and not _refusals_count(state, now):
+        # Who refused while nobody was heard has to do so again.
+        peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
     _take_in(peers, state.me, event, now)
     state = State(me=state.me, within=state.within, peers=peers, at=now)
     verdict = _judge(state, now)
@@ -128,9 +138,12 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
             del peers[name]
         elif (name in verdict.wanted) != (peer.wanted_at is not None):
             peers[name] = replace(peer, wanted_at=now if name in verdict.wanted else None, heard_at=None)
-    verdict = replace(verdict, wake_at=_next_look(state, now))
-    # Who was just forgotten is in this verdict, and not in the next.
-    return replace(state, last=verdict if verdict.lost.keys() <= peers.keys() else None), verdict
+    verdict = replace(verdict, wake_at=_next_look(state, now), fading=_fading(state, verdict.alive, now))
+    # Who was just forgotten is in this verdict, and not in the next; refusals may count as soon as somebody is heard.
+    stands = verdict.lost.keys() <= peers.keys() and not any(
+        peer.refused and verdict.lost.get(name) != AGENT_GONE for name, peer in peers.items()
+    )
+    return replace(state, last=verdict if stands else None), verdict
 
 
 def _says_nothing_new(state: State, event: Event, now: float) -> bool:
@@ -139,7 +152,9 @@ def _says_nothing_new(state: State, event: Event, now: float) -> bool:
         return False
     if state.last.wake_at is not None and now >= state.last.wake_at:
         return False
-    return isinstance(event, Looked) or (isinstance(event, Heard) and not event.nodes & state.last.suspects)
+    return isinstance(event, Looked) or (
+        isinstance(event, Heard) and not event.nodes & (state.last.suspects | state.last.fading)
+    )
 
 
 def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:
@@ -193,13 +208,43 @@ def _is_suspect(state: State, peer: Peer, now: float) -> bool:
     return peer.refused or (silent_at is not None and now >= silent_at)
 
 
+def _faint_at(state: State, peer: Peer) -> float | None:
+    """When so little has been heard of a node that it may be about to be lost; None if nobody listens for it here."""
+    since = peer.wanted_at if peer.heard_at is None else peer.heard_at
+    return None if since is None or peer.wanted_at is None else since + _FAINT * state.within
+
+
+def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[str]:
+    found = set()
+    for info in alive:
+        peer = state.peers[info.node]
+        faint_at = _faint_at(state, peer)
+        if peer.refused:
+            faint = True
+        elif peer.announced:
+            faint = faint_at is not None and now >= faint_at
+        else:
+            faint = peer.heard_at is None or faint_at is None or now >= faint_at
+        if faint:
+            found.add(info.node)
+    return frozenset(found)
+
+
+def _refusals_count(state: State, now: float) -> bool:
+    """Whether refusals tell of the nodes that refuse, rather than of this one's way to them."""
+    if len(state.peers) == 1:
+        return True
+    return any(peer.wanted_at is not None and not _is_suspect(state, peer, now) for peer in state.peers.values())
+
+
 def _judge(state: State, now: float) -> Verdict:
     suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
+    at_once = _refusals_count(state, now)
     lost = {}
     for name in suspects:
         peer = state.peers[name]
-        if peer.refused:
-            lost[name] = "its agent is gone"
+        if peer.refused and (at_once or not peer.announced):
+            lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
@@ -217,6 +262,7 @@ def _judge(state: State, now: float) -> Verdict:
         lost=lost,
         doubted=doubted,
         wake_at=None,
+        fading=frozenset(),
     )
 
 
@@ -258,4 +304,5 @@ def _wanted(
 
 def _next_look(state: State, now: float) -> float | None:
     times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
-    return min((at for at in times if at is not None), default=None)
+    times += [_faint_at(state, peer) for peer in state.peers.values()]
+    return min((at for at in times if at is not None and at > now), default=None)

@@ -32,13 +32,21 @@ class Timing:
     """For workers that are starting, once others of their nodes could join: one change instead of several."""
     rejoin: float = 2.0
     """For a node that was lost and is back to stay reachable, before it is taken in again."""
+    fellows: float = 2.5
+    """For nodes that fall silent together with one that is lost: one change instead of several."""
     unseen: float = 6.0
     """For a node that the record names and that was never seen to announce itself, before it counts as lost."""
 
     @classmethod
     def scaled(cls, within: float) -> Timing:
         """The timing of a job that wants to notice a loss within so many seconds."""
-        return cls(acknowledge=2 * within, no_boundary=within, rejoin=0.4 * within, unseen=1.2 * within)
+        return cls(
+            acknowledge=2 * within,
+            no_boundary=within,
+            rejoin=0.4 * within,
+            fellows=0.5 * within,
+            unseen=1.2 * within,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,8 @@ class View:
     """How long decisions wait."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """Nodes that were announced and are gone, and why."""
+    fading: frozenset[str] = frozenset()
+    """Nodes that take part and of which nothing is heard: they may be about to be lost."""
     wish: Wish | None = None
     """What was wished for at this node."""
     doubted: bool = False
@@ -134,25 +144,27 @@ class View:
 
         return tuple(sorted(members, key=place))
 
-    def fitting(self, members: set[str], prefer: Collection[str] = ()) -> set[str]:
-        """As many of ``members`` as there is room and the script's mesh takes, those in ``prefer`` first.
+    def fitting(self, members: set[str], prefer: Collection[str] = (), room: int = 0) -> set[str]:
+        """As many of ``members`` as there is room (on ``room`` nodes, if given) and the script's mesh takes, those in
+        ``prefer`` first.
 
         The others stand by.
         """
         workers = self.workers().values()
         multiple = max((worker.multiple for worker in workers), default=1)
         most = min((worker.most for worker in workers if worker.most), default=len(members))
-        ordered = self._with_room(sorted(self.in_order(members), key=lambda member: member not in prefer))[:most]
+        ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)
+        ordered = self._with_room(ordered, room or self.room())[:most]
         return set(ordered[: len(ordered) - len(ordered) % multiple])
 
-    def _with_room(self, members: Sequence[str]) -> list[str]:
-        """The first of ``members`` for which there is a slot on one of ``max_nodes`` nodes."""
+    def _with_room(self, members: Sequence[str], room: int) -> list[str]:
+        """The first of ``members`` for which there is a slot on one of ``room`` nodes."""
         used: dict[str, int] = {}
         found = []
         for member in members:
             node = node_of(member)
             slots = self.nodes[node].slots if node in self.nodes else 0
-            if used.get(node, 0) < slots and (node in used or len(used) < self.room()):
+            if used.get(node, 0) < slots and (node in used or len(used) < room):
                 used[node] = used.get(node, 0) + 1
                 found.append(member)
         return found

@@ -401,7 +401,13 @@ class Agent:
         if verdict.wake_at is not None and verdict.wake_at < self._wake_at:
             self._wake_at = verdict.wake_at
             self._at(verdict.wake_at, self._wake)
-        seen = ev.NodesSeen(nodes=verdict.alive, lost=verdict.lost, suspects=verdict.suspects, doubted=verdict.doubted)
+        seen = ev.NodesSeen(
+            nodes=verdict.alive,
+            lost=verdict.lost,
+            suspects=verdict.suspects,
+            doubted=verdict.doubted,
+            fading=verdict.fading,
+        )
         if seen != self._seen:
             self._seen = seen
             self.feed(seen)

@@ -262,6 +262,9 @@ class Cluster:
             return "no world"
         if record.phase is Phase.FAILED:
             return f"failed ({ExitCode(record.exit_code).name.lower()}): {record.error}"
+        ends = sorted({node.ended.code.name.lower() for node in self.nodes.values() if node.ended is not None})
+        if record.phase is Phase.RUNNING and ends and self.over():
+            return f"all have left ({', '.join(ends)})"
         return str(record.phase)
 
     def story(self) -> list[str]:

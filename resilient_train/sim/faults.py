@@ -122,8 +122,10 @@ def _kill_agent(cluster: Cluster, fault: Fault) -> None:
         node.die()
 
 
-def _kill_host(cluster: Cluster, fault: Fault) -> None:
-    cluster.kill_host(fault.whom[0])
+def _kill_hosts(cluster: Cluster, fault: Fault) -> None:
+    """A host, or all of a rack."""
+    for name in fault.whom:
+        cluster.kill_host(name)
 
 
 def _stop_agent(cluster: Cluster, fault: Fault) -> None:
@@ -148,11 +150,27 @@ def _cut(cluster: Cluster, fault: Fault) -> None:
     """Nothing passes between the first and the others; ``cut-to``: nothing from the first."""
     one, others = fault.whom[0], fault.whom[1:]
     ways = [(one, other) for other in others]
-    if fault.what == "cut":
+    if fault.what != "cut-to":
         ways += [(other, one) for other in others]
     for way in ways:
         cluster.network.cut(*way)
         cluster.engine.after(fault.seconds, lambda way=way: cluster.network.heal(*way))  # type: ignore[misc]
+
+
+def _reject(cluster: Cluster, fault: Fault) -> None:
+    """The first host's own firewall refuses all that it sends to the others."""
+    one, others = fault.whom[0], fault.whom[1:]
+    links = cluster.directory.get(one)
+    for other in others:
+        cluster.network.rejected.add((one, other))
+        if links is not None:
+            links.reject(other)
+
+    def heal() -> None:
+        cluster.network.rejected -= {(one, other) for other in others}
+
+    cluster.engine.after(fault.seconds, heal)
+    _cut(cluster, fault)
 
 
 def _freeze_store(cluster: Cluster, fault: Fault) -> None:
@@ -186,12 +204,13 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "stop-worker": _stop_worker,
     "busy-worker": _busy_worker,
     "kill-agent": _kill_agent,
-    "kill-host": _kill_host,
+    "kill-host": _kill_hosts,
     "stop-agent": _stop_agent,
     "drain": _drain,
     "start-node": _start_node,
     "cut": _cut,
     "cut-to": _cut,
+    "reject": _reject,
     "freeze-store": _freeze_store,
     "freeze-store-losing-leases": _freeze_store,
     "down-store": _down_store,
@@ -212,12 +231,15 @@ _WEIGHTS = {
     "start-node": 2,
     "cut": 5,
     "cut-to": 3,
+    "reject": 2,
     "freeze-store": 2,
     "freeze-store-losing-leases": 2,
     "down-store": 2,
     "lose-answer": 2,
     "slow-store": 1,
 }
+_RACKS = 20
+"""One seed of so many loses a rack."""
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -226,6 +248,8 @@ _WEIGHTS = {
 def draw(seed: int) -> Scenario:
     """The scenario of a seed: some faults, and nodes started again so that enough are left for the job."""
     random = Random(seed)
+    if seed % _RACKS == _RACKS - 1:
+        return _rack(random, seed)
     nodes = random.choice((2, 3, 3, 4, 5))
     least = random.randint(1, max(1, nodes - 1))
     job = Job(
@@ -254,6 +278,16 @@ def draw(seed: int) -> Scenario:
     return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
 
 
+def _rack(random: Random, seed: int) -> Scenario:
+    """Nodes beside each other lose their power at once."""
+    nodes = random.choice((10, 16, 20))
+    job = Job(nodes=nodes, slots=1, min_nodes=1, max_nodes=nodes, steps=150, seed=seed)
+    count = random.randint(2, nodes - 2)
+    first = random.randrange(nodes - count)
+    whom = tuple(f"n{order}" for order in range(first, first + count))
+    return Scenario(job=job, faults=(Fault(at=round(random.uniform(8.0, 14.0), 3), what="kill-host", whom=whom),))
+
+
 def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
     names = [f"n{order}" for order in range(job.nodes)]
     node = random.choice(names)
@@ -265,7 +299,7 @@ def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
         return Fault(at=at, what=verb, whom=(node,))
     if verb == "stop-agent":
         return Fault(at=at, what=verb, whom=(node,), seconds=seconds)
-    if verb in ("cut", "cut-to"):
+    if verb in ("cut", "cut-to", "reject"):
         others = [name for name in names if name != node]
         if random.random() < 0.5:
             others = random.sample(others, random.randint(1, len(others)))

@@ -71,6 +71,12 @@ class Links:
                 self._say(line, _BEAT)
         self._call_missing()
 
+    def reject(self, node: str) -> None:
+        """The lines to a node break: a firewall refuses what is sent there."""
+        for line in [line for line in self._lines if node in (line.node, line.called)]:
+            self._drop(line)
+        self._call_missing()
+
     def close(self) -> None:
         """Hang up; also what the kernel does for a process that ends."""
         self._wanted = frozenset()
@@ -86,6 +92,9 @@ class Links:
         line = _Line(node)
         self._lines.append(line)
         self._network.packets += 1
+        if (self._me, node) in self._network.rejected:
+            self._network.engine.after(self._network.delay(), lambda: self._guard(lambda: self._failed(line)))
+            return
         self._network.when_reached(self._me, node, lambda: self._knock(line, node))
 
     def _knock(self, line: _Line, node: str) -> None:

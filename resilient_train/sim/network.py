@@ -33,6 +33,8 @@ class Network:
         """Hosts that lost their power: nothing answers there."""
         self.packets = 0
         """Messages that were sent between agents."""
+        self.rejected: set[tuple[str, str]] = set()
+        """(one, other): packets that a firewall of ``one`` refuses instead of sending."""
         self._latency = latency
         self._cuts: dict[tuple[str, str], int] = {}
         self._waiting: dict[tuple[str, str], list[Action]] = {}

@@ -75,6 +75,8 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
         # Until a script is known to be elastic, a killed worker means what it means to torchrun.
         or ("kill-worker" in verbs and "nobody had called an elastic function yet" in record.error)
     )
+    if record is not None and record.phase is Phase.RUNNING and _all_left(cluster, verbs):
+        return
     if record is None or record.phase is Phase.RUNNING:
         checker.wrong(f"the job did not end: {cluster.outcome()}")
     elif record.phase is Phase.FAILED and not meant:
@@ -85,3 +87,10 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
     undisturbed = bool(scenario.faults) and all(f.what in OF_STORE and f.at > began for f in scenario.faults)
     if undisturbed and len(checker.worlds) > 1:
         checker.wrong("the world changed and only the store had troubles")
+
+
+def _all_left(cluster: Cluster, verbs: set[str]) -> bool:
+    """Whether every agent has ended as one that was told to leave, or whose store was lost, and said so."""
+    meant = {ExitCode.INTERRUPTED: "drain", ExitCode.STORE_LOST: "down-store"}
+    ends = [node.ended.code for node in cluster.nodes.values() if node.ended is not None]
+    return cluster.over() and any(meant.get(code) in verbs for code in ends)

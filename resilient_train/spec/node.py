@@ -96,6 +96,8 @@ class NodeInfo:
     """The error that a worker's own code raised, if one did."""
     culprit: str = ""
     """That worker."""
+    failed_in: int | None = None
+    """The generation in which that worker was; None if the error is nobody's, and concerns the job as it is now."""
     exit_code: int = 1
     """How the job is to end because of it."""
     link: str = ""

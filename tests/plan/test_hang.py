@@ -12,7 +12,7 @@ from resilient_train.plan import hang
 from resilient_train.plan.view import Limits, View
 from resilient_train.spec.node import NodeInfo, WorkerInfo
 from resilient_train.spec.rank import RankReport, Where
-from resilient_train.spec.world import WorldRecord, node_of
+from resilient_train.spec.world import Planned, WorldRecord, node_of
 
 Place = Callable[[str], "RankReport | None"]
 
@@ -43,6 +43,7 @@ class Bench:
         self.wakes: dict[str, list[float]] = {name: [] for name in names}
         self.board = dict.fromkeys(members, (1, 0))
         self.stopped: set[str] = set()
+        self.silent = False
         self.effects: list[tuple[float, hang.Effect]] = []
         self.place: Place = lambda member: self.report(member)
         self.late: list[tuple[float, str, hang.Answer]] = []
@@ -69,7 +70,7 @@ class Bench:
                     self.wakes[node].append(at)
 
     def look(self, node: str) -> None:
-        view = View(me=node, limits=Limits(max_nodes=9), nodes=self.infos, record=self.record)
+        view = View(me=node, limits=Limits(max_nodes=9), nodes=self.infos, record=self.record, silent=self.silent)
         board = {m: at for m, at in self.board.items() if node_of(m) == node}
         self.feed(node, hang.Look(view, board, self.stopped & board.keys()))
 
@@ -180,6 +181,31 @@ def test_all_wait_for_each_other() -> None:
     bench.run_for(20)
     assert [(e.generation, type(e)) for _, e in bench.acts()] == [(1, hang.Regroup)] * 2
     assert bench.infos["n0"].stuck
+
+
+def test_ranks_at_a_planned_boundary_wait_for_the_record() -> None:
+    """The store does not answer, so what they have promised is not agreed: no hang, however long it takes."""
+    bench = Bench()
+    bench.train(20, 0.3)
+    planned = Planned(number=2, boundary=20, members=bench.record.members[:2], reason="test")
+    bench.record = replace(bench.record, revision=2, planned=planned)
+    bench.run_for(60)
+    assert bench.acts() == []
+    bench.record = replace(bench.record, revision=3, planned=replace(planned, boundary=22))
+    bench.run_for(20)
+    assert bench.acts() != [], "it lies ahead, and somebody hangs on the way to it"
+
+
+def test_no_verdict_while_the_store_is_silent() -> None:
+    """Nobody could agree on what follows from it; the verdict is made when that is possible."""
+    bench = Bench()
+    bench.train(20, 0.3)
+    bench.silent = True
+    bench.run_for(60)
+    assert bench.acts() == []
+    bench.silent = False
+    bench.run_for(10)
+    assert len(bench.acts()) == 2
 
 
 def test_the_first_steps_of_a_job_take_as_long_as_they_take() -> None:

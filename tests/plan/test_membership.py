@@ -170,9 +170,12 @@ def test_a_promise_that_does_not_come_is_not_waited_for() -> None:
     bench = running()
     lose_and_replace(bench)
     number = bench.record.planned.number
+    boundary = bench.record.planned.boundary
     bench.run_for(2.1)
     assert bench.record.planned is None or bench.record.planned.number > number
     assert bench.record.generation == 2
+    bench.run_for(60)
+    assert bench.record.planned is None or bench.record.planned.boundary == boundary, "it was not too close"
 
 
 def test_a_loss_during_a_planned_change_goes_first() -> None:

@@ -73,11 +73,40 @@ def test_each_keeps_lines_to_two_on_either_side() -> None:
 def test_a_refusal_is_a_loss_at_once() -> None:
     """Nobody listens where the agent did: no announcement, however young, says otherwise."""
     bench = Bench()
+    bench.run_for(1)
     assert bench.feed(s.Refused("n2")).lost == {"n2": "its agent is gone"}
     assert bench.alive() == ["n1", "n3"]
     assert bench.announced("n2").lost == {"n2": "its agent is gone"}
     assert bench.feed(s.Looked()).lost == {}, "once its announcement has expired, it is forgotten"
     assert bench.alive() == ["n1", "n3"]
+
+
+def test_whom_all_refuse_is_the_one_to_go() -> None:
+    """Its own way out is broken: it takes nobody for dead who is announced, and proposes nothing."""
+    bench = Bench(me=3)
+    bench.run_for(2)
+    bench.hears.clear()
+    for name in ("n0", "n1", "n2"):
+        verdict = bench.feed(s.Refused(name))
+    assert verdict.suspects == {"n0", "n1", "n2"}
+    assert (dict(verdict.lost), verdict.doubted) == ({}, True)
+    assert bench.announced("n0", "n1", "n2").lost.keys() == {"n0", "n1", "n2"}, "they do not reach the store either"
+    assert not bench.verdict.doubted
+
+
+def test_who_refused_while_all_did_has_to_do_so_again() -> None:
+    """A way out that was broken may just be mended."""
+    bench = Bench()
+    for name in ("n1", "n2", "n3"):
+        bench.feed(s.Refused(name))
+    assert s.AGENT_GONE not in bench.verdict.lost.values()
+    assert bench.feed(s.Heard(frozenset({"n1"}))).lost == {}
+    assert bench.feed(s.Refused("n2")).lost == {"n2": s.AGENT_GONE}
+
+
+def test_of_two_nodes_a_refusal_always_counts() -> None:
+    """There is nobody else to ask."""
+    assert Bench(count=2).feed(s.Refused("n1")).lost == {"n1": s.AGENT_GONE}
 
 
 def test_silence_makes_a_suspect_and_no_more() -> None:
@@ -231,10 +260,13 @@ def test_agents_that_see_the_same_agree() -> None:
 
 @pytest.mark.parametrize("silent", [True, False])
 def test_it_says_when_to_look_again(silent: bool) -> None:
-    """When the next silence would become a suspicion; not for those that are suspects already."""
+    """When the next silence would become a sign, or a suspicion; not for those that are suspects already."""
     bench = Bench(count=2)
     bench.feed(s.Heard(frozenset({"n1"})))
-    assert bench.verdict.wake_at == bench.now + WITHIN
+    assert bench.verdict.wake_at == bench.now + 0.4 * WITHIN
+    bench.now += 0.4 * WITHIN
+    assert bench.feed(s.Looked()).fading == {"n1"}
+    assert bench.verdict.wake_at == pytest.approx(bench.now + 0.6 * WITHIN)
     bench.now += WITHIN if silent else 0.0
     verdict = bench.feed(s.Looked())
     assert verdict.wake_at is None if silent and verdict.suspects else verdict.wake_at is not None

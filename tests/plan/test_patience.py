@@ -1,0 +1,91 @@
+"""A store that does not answer: how long a change that is needed waits for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from resilient_train.errors import ExitCode
+from resilient_train.plan import events as ev
+from resilient_train.plan.view import Limits
+from resilient_train.spec.node import WorkerInfo
+
+from .membership_bench import node, training
+
+CALL = 10.0
+"""Seconds after which a call to the store fails."""
+
+
+def ask_in_vain(kind: str) -> tuple[float, ev.End]:
+    """Seconds until this node gives up, with a store that answers nothing."""
+    bench = training(0, 1, 2)
+    bench.answers = False
+    began = bench.now
+    if kind == "loss":
+        bench.sees(*(info for info in bench.state.view.nodes.values() if info.node == "n1"), lost={"n2": "silence"})
+    else:
+        bench.feed(ev.Deadlocked(1, "all wait"))
+    while bench.now < began + 10_000:
+        if ends := bench.taken(ev.End):
+            return bench.now - began, ends[0]
+        if bench.taken(ev.Swap):
+            bench.now += CALL
+            bench.feed(ev.StoreSilent("no answer", lasting=True))
+        else:
+            bench.now = min(at for at in bench.wakes if at > bench.now)
+            bench.feed(ev.Tick())
+    raise AssertionError("it never gave up")
+
+
+@pytest.mark.parametrize("kind", ["loss", "hang"])
+def test_a_store_that_is_gone_for_good_ends_the_job(kind: str) -> None:
+    """Within patience and one call, whatever the change is that needs it."""
+    seconds, end = ask_in_vain(kind)
+    assert end.code is ExitCode.STORE_LOST
+    assert Limits().patience <= seconds + CALL
+    assert seconds <= Limits().patience + 2 * CALL
+
+
+def test_a_store_that_answers_in_time_is_asked_again() -> None:
+    """The change is made as soon as it does."""
+    bench = training(0, 1, 2)
+    bench.answers = False
+    bench.feed(ev.Deadlocked(1, "all wait"))
+    bench.run_for(0.1)
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.answers = True
+    bench.run_for(1.0)
+    assert bench.record.generation == 2
+
+
+def test_a_deadlock_that_was_none_is_forgotten() -> None:
+    """The ranks went on while the store was away: nothing is formed again when it is back."""
+    bench = training(0, 1, 2)
+    bench.answers = False
+    bench.feed(ev.Deadlocked(1, "all wait"))
+    bench.run_for(0.1)
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.feed(ev.Progress(1, 8))
+    bench.answers = True
+    bench.feed(ev.RecordSeen(bench.record))
+    bench.run_for(60)
+    assert bench.record.generation == 1
+
+
+def test_a_change_that_is_not_needed_ends_nothing() -> None:
+    """Somebody could join while the store is away: training goes on without, for as long as it takes."""
+    bench = training(0, 1)
+    bench.feed(ev.Progress(1, 7))
+    bench.answers = False
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.sees(
+        *(info for info in bench.state.view.nodes.values() if info.node == "n1"),
+        node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True)),
+    )
+    for _ in range(200):
+        bench.run_for(10)
+        bench.feed(ev.StoreSilent("no answer", lasting=True))
+    assert bench.taken(ev.End) == []
+    bench.answers = True
+    bench.feed(ev.RecordSeen(bench.record))
+    bench.run_for(1)
+    assert bench.record.planned is not None
