@@ -8,6 +8,7 @@ import time
 import pytest
 
 from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import FormatError
 from resilient_train.sim.store import Snapshot, Store
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
@@ -80,7 +81,14 @@ class Facade:
 
 
 def news(snapshot: Snapshot) -> News:
-    return News(number=snapshot.number, record=snapshot.record, nodes=snapshot.nodes)
+    """What a store that keeps text would give."""
+    nodes, unreadable = [], []
+    for node in snapshot.nodes:
+        try:
+            nodes.append(NodeInfo.from_json(node.to_json()))
+        except FormatError as error:
+            unreadable.append(str(error))
+    return News(number=snapshot.number, record=snapshot.record, nodes=tuple(nodes), unreadable=tuple(unreadable))
 
 
 class TestSimulatedStore(ControlStoreConformance):
