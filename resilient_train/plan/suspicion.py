@@ -1,9 +1,9 @@
 """Who is lost: from the links between agents, announcements that expire, and what the other agents find.
 
 Theory of operation.  Every agent keeps a line to the next two of the ring of nodes, so each node is heard by four
-others.  A node whose agent's port refuses a connection is dead now, unless all others refuse or are silent: who hears nobody
-has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and
-suspects are announced.  Silence alone proves little, because either end may be cut off:
+others.  A node whose agent's port refuses a connection is dead now, unless all others refuse or are silent: who hears
+nobody has a broken way out itself, and takes them for silent.  One that falls silent is a *suspect*, and suspects are
+announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
 - among nodes that all reach the store but not each other, whoever most others cannot reach goes (`_most_doubted`).
