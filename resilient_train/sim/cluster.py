@@ -186,6 +186,8 @@ class Cluster:
     def choose(self, group: Group, record: WorldRecord) -> Key | None:
         past = ancestry(record.restores)
         hosts = {node_of(member) for member in group.record.members}
+        # A node that leaves serves its images until the others have resumed.
+        hosts |= {name for name, node in self.nodes.items() if node.alive and node.agent.state.info.leaving}
         found = [Key(*item) for host in hosts for item in self._images.get(host, {}).items()] + self._durable
         source = max((key for key in found if in_ancestry(key, past)), default=None)
         self.checker.resumed(group.record, source)
