@@ -177,6 +177,7 @@ def test_agents_leave_one_after_the_other(three: Agents, store: EtcdControlStore
     assert three.data() == []
 
 
+@pytest.mark.soak
 def test_processes_of_etcd_are_killed(three: Agents, store: EtcdControlStore) -> None:
     """One: it is replaced.  All at once: they go on with their data."""
     swapped(store, 1)

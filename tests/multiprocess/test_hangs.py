@@ -60,7 +60,7 @@ def test_a_stopped_worker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "why", "where"),
     [
-        ("sleep", "has not entered operation", "time.sleep"),
+        pytest.param("sleep", "has not entered operation", "time.sleep", marks=pytest.mark.soak),
         pytest.param("spin", "has not entered operation", "while True", marks=pytest.mark.soak),
         ("gil", "does not answer", "re.match"),
         pytest.param("overdue", "has not entered operation", "time.sleep(600)", marks=pytest.mark.soak),

@@ -28,6 +28,7 @@ def newest(url: Path) -> int:
     return max(int(path.parent.name[5:14]) for path in url.glob("*/manifest.json"))
 
 
+@pytest.mark.soak
 def test_an_evaluation_within_the_step_does_not_disturb_recovery(tmp_path: Path) -> None:
     """A forward without a backward leaves FSDP2's parameters whole; images hold the sharded ones all the same."""
     flags = ["--nproc-per-node=3"]
@@ -72,6 +73,7 @@ def test_a_keeper_killed_at_the_end(tmp_path: Path, when: str) -> None:
     assert newest(tmp_path / "ckpt") == 12
 
 
+@pytest.mark.soak
 def test_three_signals_end_a_flush(tmp_path: Path) -> None:
     """Who insists is obeyed, and is told what that costs."""
     args = ["--url", str(tmp_path / "ckpt"), "--steps", "12"]

@@ -58,6 +58,7 @@ def test_a_node_lost_with_its_keeper_is_restored_from_its_neighbours_memory(tmp_
         assert first.leftovers() == []
 
 
+@pytest.mark.soak
 def test_a_keeper_whose_agent_was_killed_serves_the_survivors(tmp_path: Path) -> None:
     """Only the agent dies, and its workers with it: not even the last finished step is lost."""
     with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=1:2",)) as running:

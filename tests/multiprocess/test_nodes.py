@@ -85,6 +85,7 @@ def test_a_standby_worker_takes_a_lost_ones_place_at_once(tmp_path: Path) -> Non
         check_every_batch_once(tmp_path / "record", running.events(), 150)
 
 
+@pytest.mark.soak
 def test_a_silent_node_is_out_and_comes_back(tmp_path: Path) -> None:
     """An agent and its workers, stopped: out as --detect-within says; continued, they are taken in again."""
     flags = ("--nnodes=1:2", "--detect-within=2")
@@ -107,6 +108,7 @@ def test_a_silent_node_is_out_and_comes_back(tmp_path: Path) -> None:
         check_nothing_left(running)
 
 
+@pytest.mark.soak
 def test_too_few_nodes_wait_and_go_on_when_another_comes(tmp_path: Path) -> None:
     """--nnodes=2:2: one of two lost, the other waits with its processes, and goes on with a new one."""
     with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=2:2",)) as running:

@@ -54,7 +54,7 @@ def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
     assert compared >= 0.6 * (len(log) - 1) > 0, log
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Path, parallel: str) -> None:
     """4 to 3 to 4 ranks: same process ids, nothing lost beyond the running step, every batch used once."""
     steps = 400
@@ -207,6 +207,7 @@ def test_keeper_killed(tmp_path: Path) -> None:
         assert running.leftovers() == []
 
 
+@pytest.mark.soak
 def test_a_rank_and_the_keeper_killed_at_the_same_instant(tmp_path: Path) -> None:
     """The agent's copy of the memory is enough: the survivors resume from it and lose no finished step."""
     with job(tmp_path, "--steps", "120", ranks=3) as running:
@@ -224,6 +225,7 @@ def test_a_rank_and_the_keeper_killed_at_the_same_instant(tmp_path: Path) -> Non
         assert running.leftovers() == []
 
 
+@pytest.mark.soak
 def test_agent_killed_leaves_nothing_behind(tmp_path: Path) -> None:
     """SIGKILL of the launcher: workers end with it, the keeper makes the last state durable and ends too."""
     with job(tmp_path, "--steps", "4000", "--url", str(tmp_path / "ckpt")) as running:
