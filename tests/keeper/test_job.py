@@ -102,6 +102,7 @@ def test_the_last_state_of_all_nodes_becomes_durable(cluster: Callable[..., Clus
     assert len(read_manifest(tier, key).files) == 3
 
 
+@pytest.mark.soak
 def test_a_node_that_fails_to_save_removes_nothing_of_the_others(
     cluster: Callable[..., Cluster], tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def test_a_slow_disk_does_not_cost_the_last_state(tmp_path: Path) -> None:
     assert newest(tmp_path / "ckpt") == 25
 
 
-@pytest.mark.parametrize("when", ["after the training", "while it flushes"])
+@pytest.mark.parametrize("when", [pytest.param("after the training", marks=pytest.mark.soak), "while it flushes"])
 def test_a_keeper_killed_at_the_end(tmp_path: Path, when: str) -> None:
     """The next keeper knows where the last state belongs; success means that it is there."""
     args = ["--url", str(tmp_path / "ckpt"), "--steps", "12"]
