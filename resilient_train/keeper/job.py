@@ -226,7 +226,7 @@ def last_state(shelf: Shelf, finding: Finding, own: str) -> Last:
         for image in images
     ]
     images = mine + theirs
-    found = (Found(key=key, rank=rank, world=world, place="memory") for _, _, key, rank, world, _ in images)
+    found = (Found(key=key, rank=rank, world=world) for _, _, key, rank, world, _ in images)
     chosen = [key for key in finding.chosen.values() if key is not None and key.lineage]
     keys = sorted({*complete_keys(found, {}), *chosen}, reverse=True)
     if not keys:

@@ -17,7 +17,6 @@ from resilient_train.errors import FormatError, LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.backing import Backed, Backing
-from resilient_train.keeper.boxes import read_boxes
 from resilient_train.keeper.clients import Client
 from resilient_train.keeper.job import JobWide, Last
 from resilient_train.keeper.saving import Saving
@@ -44,7 +43,6 @@ from resilient_train.spec.messages import (
     Peers,
     Policy,
     Published,
-    ReadBoxes,
     Refused,
     Serve,
     Standing,
@@ -264,9 +262,6 @@ class Keeper:
             case OpenImages(slots=wanted):
                 there = [slot for slot in wanted if slot in self.shelf][:60]
                 self.answer(client, Opened(slots=there), [self.shelf[slot].memory.fd for slot in there])
-            case ReadBoxes(slot=slot, lineage=lineage, step=step, boxes=boxes):
-                descriptor = self.shelf[slot].memory.fd if slot in self.shelf else -1
-                self.answer(client, read_boxes(descriptor, Key(lineage, step), boxes))
             case Goodbye():
                 client.polite = True
             case Adopt():
@@ -290,7 +285,7 @@ class Keeper:
             self.answer(client, Refused(reason=f"slot {index} of {self.board.lines}"))
             return
         client.index = index
-        self.answer(client, Attached(index=index), [self._board_fd])
+        self.answer(client, Attached(), [self._board_fd])
 
     def _list(self, client: Client, everywhere: bool) -> None:
         if not everywhere or not self._job.involved:
@@ -317,7 +312,7 @@ class Keeper:
                 self._board_fd = descriptors.pop(0)
                 self.board = Board(self._board_fd)
             else:
-                self.answer(client, Deposit(slot=-1, size=self.board.size, owner=""), [self._board_fd])
+                self.answer(client, Deposit(slot=-1, owner=""), [self._board_fd])
         for (slot, owner), fd in zip(message.slots, descriptors, strict=True):
             self.shelf.add(fd, owner, slot)
             os.close(fd)
@@ -358,7 +353,7 @@ class Keeper:
         self.deposit(slot)
         memory = self.shelf[slot].memory
         if client is not None:
-            self.answer(client, Allocated(slot=slot, size=memory.size), [memory.fd])
+            self.answer(client, Allocated(slot=slot), [memory.fd])
         if client not in self._clients:
             self.drop(slot)  # The asker never heard of it.
 
@@ -366,7 +361,7 @@ class Keeper:
         """Leave a slot with the agent as well."""
         if slot in self.shelf:
             kept = self.shelf[slot]
-            self.tell_agent(Deposit(slot=slot, size=kept.memory.size, owner=kept.owner), [kept.memory.fd])
+            self.tell_agent(Deposit(slot=slot, owner=kept.owner), [kept.memory.fd])
 
     def drop(self, slot: int) -> None:
         """Let go of a slot."""
@@ -391,8 +386,7 @@ class Keeper:
     def _newest_complete(self) -> Key | None:
         """The newest state of which every rank's image is on this node."""
         found = [
-            Found(key=image.stamp.key, rank=image.stamp.rank, world=image.stamp.world, place="memory")
-            for image in self.shelf.images()
+            Found(key=image.stamp.key, rank=image.stamp.rank, world=image.stamp.world) for image in self.shelf.images()
         ]
         keys = complete_keys(found, {})
         return keys[0] if keys else None

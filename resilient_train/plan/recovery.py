@@ -26,8 +26,6 @@ class Found:
     """Whose part."""
     world: int
     """Of how many."""
-    place: str
-    """The tier that has it, for people: ``memory``, ``disk``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -277,16 +277,6 @@ class OpenImages(Message):
 
 
 @message
-class ReadBoxes(Message):
-    """Bytes of boxes of one image, gathered by the keeper; answered by `Boxes`."""
-
-    slot: int
-    lineage: int
-    step: int
-    boxes: list[list[Any]]
-
-
-@message
 class Goodbye(Message):
     """The worker ends in good order."""
 
@@ -296,9 +286,7 @@ class Goodbye(Message):
 
 @message
 class Attached(Message):
-    """The board's descriptor comes with it; ``index`` is the worker's line on the board."""
-
-    index: int
+    """The board's descriptor comes with it."""
 
 
 @message
@@ -306,7 +294,6 @@ class Allocated(Message):
     """The slot's descriptor comes with it."""
 
     slot: int
-    size: int
 
 
 @message
@@ -342,14 +329,6 @@ class Opened(Message):
     """Descriptors come with it, for these slots."""
 
     slots: list[int]
-
-
-@message
-class Boxes(Message):
-    """The requested bytes, in order, base64; or an ``error``."""
-
-    data: list[str]
-    error: str
 
 
 # ---- agent <-> keeper -----------------------------------------------------------------------------------------------
@@ -418,7 +397,6 @@ class Deposit(Message):
     """Keeper: hold this slot's descriptor as well, so that the image outlives me (slot -1 is the board)."""
 
     slot: int
-    size: int
     owner: str
 
 

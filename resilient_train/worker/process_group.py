@@ -53,7 +53,6 @@ class ProcessGroups:
         self.before_abort: Callable[[], None] | None = None
         """called before collectives on devices are aborted: what devices compute from there on means nothing"""
         self._generation = 0
-        self._size = 0
         self._knocked: set[int] = set()
         """Listeners that got connections of our own."""
         _observe_new_groups(self)

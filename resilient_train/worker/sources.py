@@ -38,7 +38,7 @@ class MemorySource:
     def _found(self) -> list[Found]:
         here, peers, _ = self._keeper.everywhere()
         images = [*here, *(image for held in peers.values() for image in held)]
-        return [Found(key=image.key, rank=image.rank, world=image.world, place=self.name) for image in images]
+        return [Found(key=image.key, rank=image.rank, world=image.world) for image in images]
 
     @contextmanager
     def open(self, key: Key) -> Iterator[list[ImageReader]]:

@@ -305,7 +305,7 @@ class Host:
         self.board = Board(fd)
         os.close(fd)
 
-    def allocate(self, size: int) -> tuple[int, Slot]:
+    def allocate(self, size: int, ahead: int = 0) -> tuple[int, Slot]:
         fd = create_memory("test", size)
         slot = Slot(fd)
         os.close(fd)

@@ -24,9 +24,9 @@ def test_descriptors_stay_with_their_message() -> None:
     one, other = pair()
     fd = os.memfd_create("test")
     one.send(Withdraw(slot=1))
-    one.send(Deposit(slot=2, size=0, owner="a"), [fd])
+    one.send(Deposit(slot=2, owner="a"), [fd])
     one.send(Withdraw(slot=3))
-    one.send(Deposit(slot=4, size=0, owner="a"), [fd, fd])
+    one.send(Deposit(slot=4, owner="a"), [fd, fd])
     received = other.pending()
     while len(received) < 4:
         received += other.pending()

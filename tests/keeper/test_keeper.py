@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import os
 import subprocess
@@ -13,7 +12,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -24,14 +22,12 @@ from resilient_train.spec.messages import (
     Adopt,
     Attach,
     Attached,
-    Boxes,
     Deposit,
     Flush,
     Flushed,
     Notice,
     Policy,
     Published,
-    ReadBoxes,
     Standing,
 )
 from resilient_train.spec.shard import Entry, plan_image
@@ -98,36 +94,6 @@ def test_images_outlive_their_writers_until_a_newer_state_is_complete(keeper: st
     assert source.keys({}) == [Key(1, 4)]
     one.close()
     three.close()
-
-
-def test_boxes_are_served_gathered(keeper: str) -> None:
-    """A strided block travels as one row-major piece; what is not held or not that state is refused."""
-    link = KeeperLink(keeper, "n/0.0", 0)
-    slot = publish(link, 1, Key(1, 3))
-    channel = connect(keeper, 5.0)
-    request = ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t", [5, 1], [2, 3]]])
-
-    def ask(question: ReadBoxes) -> Boxes:
-        channel.send(question)
-        answer = channel.receive(5.0)
-        assert answer is not None
-        assert isinstance(answer[0], Boxes)
-        return answer[0]
-
-    answer = ask(request)
-    assert answer.error == ""
-    got = np.frombuffer(base64.b64decode(answer.data[0]), dtype=np.float32).reshape(2, 3)
-    assert (got == WHOLE.numpy()[5:7, 1:4]).all()
-    for bad in (
-        ReadBoxes(slot=slot, lineage=1, step=4, boxes=request.boxes),
-        ReadBoxes(slot=99, lineage=1, step=3, boxes=request.boxes),
-        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t", [0, 0], [2, 3]]]),
-        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["other", [0, 0], [2, 3]]]),
-        ReadBoxes(slot=slot, lineage=1, step=3, boxes=[["t"]]),
-    ):
-        assert ask(bad).error != ""
-    channel.close()
-    link.close()
 
 
 def test_a_state_is_persisted_when_all_ranks_handed_it_over(keeper: str, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_images_that_disagree_are_refused() -> None:
 def test_only_complete_states_of_the_past_are_candidates() -> None:
     """A key counts when every rank's image is there and the job's history contains it."""
     found = [
-        Found(key=key, rank=rank, world=world, place="memory")
+        Found(key=key, rank=rank, world=world)
         for key, world, ranks in [
             (Key(1, 5), 2, (0, 1)),
             (Key(1, 6), 2, (0,)),

@@ -29,7 +29,7 @@ class FakeKeeper:
         received = self._channel.receive(30.0)
         assert received is not None
         assert isinstance(received[0], Attach)
-        self._channel.send(Attached(index=0), [self._board])
+        self._channel.send(Attached(), [self._board])
 
     def die(self) -> None:
         self._thread.join(30.0)
