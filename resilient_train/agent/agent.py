@@ -38,6 +38,7 @@ from resilient_train.spec.messages import (
     Gone,
     Hello,
     Message,
+    Save,
     Status,
     Welcome,
     Wish,
@@ -216,6 +217,8 @@ class Agent:
                 self._spawn(member)
             case ev.Stop(member, _):
                 self._stop(member)
+            case ev.Save():
+                self._keeper.tell(Save())
             case ev.Tell(member, message):
                 self._tell(member, message)
             case ev.Say(text):

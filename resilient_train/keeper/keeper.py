@@ -44,6 +44,7 @@ from resilient_train.spec.messages import (
     Policy,
     Published,
     Refused,
+    Save,
     Serve,
     Standing,
     Withdraw,
@@ -272,6 +273,8 @@ class Keeper:
                 self._job.follow(message)
             case Gone(member=member):
                 self._inherited.discard(member)
+            case Save():
+                self._persist_newest()
             case Flush():
                 self._flushing.append(client)
                 self._flush()

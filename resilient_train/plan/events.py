@@ -194,6 +194,11 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Have the newest state made durable."""
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """Print a line for people."""
 
@@ -223,4 +228,4 @@ class End:
     text: str
 
 
-Effect = Swap | Announce | Spawn | Stop | Say | Tell | Wake | End
+Effect = Swap | Announce | Spawn | Stop | Save | Say | Tell | Wake | End

@@ -25,6 +25,7 @@ from resilient_train.plan.events import (
     NodesSeen,
     Progress,
     RecordSeen,
+    Save,
     Say,
     Spawn,
     Stop,
@@ -108,6 +109,8 @@ class State:
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
     deadlocked: bool = False
     """The view's hang is what the watch over progress found; no worker waits for it to be ended."""
+    parked: int = 0
+    """The newest generation without members whose state was saved."""
     hurried: bool = False
     """This node was asked to leave once more, so it waits for nothing."""
     ended: bool = False
@@ -384,6 +387,10 @@ def _local(state: State, now: float) -> tuple[State, list[Effect]]:
     if state.info.leaving and (state.hurried or not any(_is_mine(state, m) for m in record.members)):
         return _leave(state, record, now)
     state, effects = _stop_outsiders(state, record)
+    if not record.members and state.parked != record.generation and all(w.idle for w in state.info.workers):
+        # Nobody knows for how long; and what is in memory only is lost with the memory.
+        state = replace(state, parked=record.generation)
+        effects.append(Save())
     wanted = [m for m in record.members if node_of(m) == state.view.me and not _known(state, m)]
     if any(worker.member in state.stopping for worker in state.info.workers):
         # They may still hold devices, ports and files that their successors need.

@@ -296,7 +296,7 @@ class Agent:
                     self._crew.stop(member)
                 self._store.ask(lambda store: store.withdraw(self.state.info.order), lambda _: self._end(effect))
                 self._at(self._clock.now() + 2.0, lambda: self._end(effect))
-            case ev.Say():
+            case ev.Say() | ev.Save():
                 pass
 
     def _end(self, effect: ev.End) -> None:

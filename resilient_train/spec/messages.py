@@ -415,6 +415,11 @@ class Gone(Message):
 
 
 @message
+class Save(Message):
+    """Agent: make the newest state durable now; the job goes on later, if it does, and nobody waits for this."""
+
+
+@message
 class Flush(Message):
     """Agent, or every worker where there is none: persist the last complete state and say so with `Flushed`."""
 

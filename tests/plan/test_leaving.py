@@ -174,3 +174,13 @@ def test_the_end_is_agreed_by_the_first_in_turn_at_once(order: int) -> None:
     assert (bench.record.phase is Phase.FINISHED) is (order == 0)
     bench.run_for(0.06)
     assert bench.record.phase is Phase.FINISHED
+
+
+def test_a_job_that_waits_for_nodes_saves_its_state_once() -> None:
+    """As soon as the last worker has come free, and not before: until then a newer state may come."""
+    bench = training(0, 1, limits=replace(LIMITS, min_nodes=2))
+    bench.feed(ev.RecordSeen(replace(world(), revision=9, generation=2)))
+    assert bench.taken(ev.Save) == []
+    bench.feed(ev.WorkerSaid("n0/0.0", Hello(member="n0/0.0")))
+    bench.run_for(5.0)
+    assert len(bench.taken(ev.Save)) == 1
