@@ -28,6 +28,7 @@ from resilient_train.spec.messages import (
     Notice,
     Policy,
     Published,
+    Save,
     Standing,
 )
 from resilient_train.spec.shard import Entry, plan_image
@@ -248,6 +249,32 @@ def test_a_second_keeper_takes_over_what_the_first_deposited(tmp_path: Path) -> 
         second.wait()
         for fd in deposits.values():
             os.close(fd)
+
+
+def test_the_newest_state_is_saved_when_the_agent_says_so(tmp_path: Path) -> None:
+    """Nobody has handed it over and nobody waits for it; the keeper goes on serving."""
+    name = f"test-{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "resilient_train.keeper", name, "2", "agent", str(os.getpid())]
+    process = subprocess.Popen(command)
+    try:
+        agent = connect(name, 20.0)
+        agent.send(Adopt(slots=[]))
+        links = [KeeperLink(name, f"n/{rank}.0", rank) for rank in (0, 1)]
+        links[0].set_policy(Policy(url=str(tmp_path), every_steps=1000, every_seconds=0.0, keep_last=3))
+        for rank, link in enumerate(links):
+            publish(link, rank, Key(1, 3))
+        agent.send(Save())
+        deadline = time.monotonic() + 30.0
+        while not list(tmp_path.glob("step-000000003.g1/manifest.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert len(links[1].images()) == 2
+        for channel in (agent, *links):
+            channel.close()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_second_keeper_finishes_what_the_first_was_writing(tmp_path: Path) -> None:
