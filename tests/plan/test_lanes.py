@@ -20,8 +20,8 @@ NUMBERS = st.tuples(st.integers(1, 12), st.integers(1, 6), st.booleans()).map(
 def test_every_unit_is_someones_and_comes_from_a_shard_of_his(
     numbers: tuple[int, int], outer: int, inner: int, step: int
 ) -> None:
-    """On any mesh every unit of a step is computed once, ranks make equally many turns, nobody reads another's shard, and
-    the weights of all are those of a mean."""
+    """On any mesh every unit of a step is computed once, ranks make equally many turns, nobody reads another's shard,
+    and the weights of all are those of a mean."""
     shards, units = numbers
     lanes = count_lanes(shards, units)
     ranks = outer * inner

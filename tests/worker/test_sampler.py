@@ -83,14 +83,14 @@ def plain(training: Training, steps: int) -> torch.Tensor:
     for step in range(steps):
         indices = [sample(step, i, **sizes) for i in range(int(sizes["global_batch"]))]  # type: ignore[arg-type]
         weights = weights.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad((training.x[indices] @ weights - training.y[indices]).square().mean(), weights)
+        (gradient,) = torch.autograd.grad(
+            (training.x[indices] @ weights - training.y[indices]).square().mean(), weights
+        )
         weights = (weights - 0.05 * gradient).detach()
     return weights
 
 
-@given(
-    SCHEDULES, st.integers(1, 40), st.integers(1, 24), st.integers(1, 9), st.integers(0, 1 << 40), st.booleans()
-)
+@given(SCHEDULES, st.integers(1, 40), st.integers(1, 24), st.integers(1, 9), st.integers(0, 1 << 40), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_any_sequence_of_worlds_trains_on_every_sample_once_an_epoch(
     schedule: list[tuple[dict[str, int], int, int]], length: int, batch: int, micro: int, seed: int, shuffle: bool
@@ -147,7 +147,8 @@ def test_a_unit_has_its_random_numbers_on_any_rank() -> None:
 
     def draws(ranks: int, seed: int) -> dict[tuple[int, ...], float]:
         samplers = [
-            ElasticSampler(60, global_batch=24, micro_batch=4, world=rank, seed=seed) for rank in worlds({"data": ranks})
+            ElasticSampler(60, global_batch=24, micro_batch=4, world=rank, seed=seed)
+            for rank in worlds({"data": ranks})
         ]
         return {
             tuple(micro.indices.tolist()): torch.rand(()).item()

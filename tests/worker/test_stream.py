@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_state import saved
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -23,7 +24,6 @@ from resilient_train.worker.shard_reader import Place, decode_place, encode_plac
 from resilient_train.worker.state import State
 from resilient_train.worker.stream import ElasticStream, StreamBatch
 from resilient_train.worker.world import World
-from test_state import saved
 
 # torchdata 0.11 calls what torch 2.13 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
@@ -89,9 +89,7 @@ MESHES = [
     {"tp": 2, "replicate": 2, "shard": 2},
     {"replicate": 3, "shard": 2},
 ]
-SCHEDULES = st.lists(
-    st.tuples(st.sampled_from(MESHES), st.integers(0, 4), st.integers(-1, 2)), min_size=1, max_size=4
-)
+SCHEDULES = st.lists(st.tuples(st.sampled_from(MESHES), st.integers(0, 4), st.integers(-1, 2)), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("open_shard", [Counting, counting_without_state])
@@ -315,7 +313,9 @@ def test_random_numbers_of_a_unit_do_not_depend_on_the_world() -> None:
         return (torch.rand(()).item() for _ in itertools.repeat(None))
 
     def draws(ranks: int) -> set[tuple[int, float, float]]:
-        streams = [ElasticStream(open_shard, shards=4, micro_batches=4, world=r, seed=1) for r in worlds({"data": ranks})]
+        streams = [
+            ElasticStream(open_shard, shards=4, micro_batches=4, world=r, seed=1) for r in worlds({"data": ranks})
+        ]
         return {
             (each.shard, each.batch, torch.rand(()).item())
             for stream in streams

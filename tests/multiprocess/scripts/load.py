@@ -20,8 +20,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import resilient_train as rt
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--data", choices=("sampler", "stream"))
-parser.add_argument("--workers", type=int, default=2)
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--step-time", type=float, default=0.05)
 parser.add_argument("--load-time", type=float, default=0.002, help="seconds that loading a sample takes")
@@ -62,14 +60,7 @@ class Shard(IterableDataset):
 
 
 def open_shard(shard, epoch):
-    return StatefulDataLoader(Shard(shard, epoch), batch_size=4, num_workers=args.workers // 2)
-
-
-def loaded(data, batches, step):
-    """The micro-batches of a step, each with what was loaded for it."""
-    if args.data == "stream":
-        return ((micro, micro.batch) for micro in data.micro_batches(step))
-    return zip(data.micro_batches(step), batches, strict=False)
+    return StatefulDataLoader(Shard(shard, epoch), batch_size=4, num_workers=1)
 
 
 @rt.elastic
@@ -77,28 +68,27 @@ def train(world):
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 1))
     optim = torch.optim.SGD(model.parameters(), lr=1e-12)
-    things = {"model": model, "optim": optim}
-    if args.data == "stream":
-        data = things["stream"] = rt.ElasticStream(open_shard, shards=6, micro_batches=6, world=world, seed=0)
-    else:
-        data = rt.ElasticSampler(501, global_batch=24, micro_batch=4, world=world, seed=0)
-    ckpt = rt.Checkpointer(rt.State(**things), world=world)
+    data = rt.ElasticSampler(501, global_batch=24, micro_batch=4, world=world, seed=0)
+    stream = rt.ElasticStream(open_shard, shards=6, micro_batches=6, world=world, seed=0)
+    ckpt = rt.Checkpointer(rt.State(model=model, optim=optim, stream=stream), world=world)
     batches = None
     for step in ckpt.steps(args.steps):
-        if batches is None and args.data == "sampler":
-            batches = iter(
-                DataLoader(Numbers(), batch_sampler=data.batches_from(step), num_workers=args.workers, prefetch_factor=4)
-            )
-        used = []
-        for micro, batch in loaded(data, batches, step):
+        if batches is None:
+            indices = data.batches_from(step)
+            batches = iter(DataLoader(Numbers(), batch_sampler=indices, num_workers=2, prefetch_factor=4))
+        used, streamed = [], []
+        for micro, batch in zip(data.micro_batches(step), batches, strict=False):
             (model(batch).mean() * micro.weight).backward()
-            if micro.weight:
-                used += [int(number) for number in batch[:, 0]]
+            used += [int(number) for number in batch[:, 0]] if micro.weight else []
+        for micro in stream.micro_batches(step):
+            (model(micro.batch).mean() * micro.weight).backward()
+            streamed += [int(number) for number in micro.batch[:, 0]] if micro.weight else []
         optim.step()
         optim.zero_grad()
         if not (args.record / "hurry").exists():
             time.sleep(args.step_time)
-        line = {"generation": world.generation, "rank": world.rank, "size": world.size, "step": step, "used": used}
+        line = {"generation": world.generation, "rank": world.rank, "size": world.size, "step": step}
+        line |= {"used": used, "streamed": streamed}
         with (args.record / f"{os.getpid()}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if world.rank == 0:
