@@ -44,7 +44,7 @@ class ElasticSampler:
         ConfigError: for sizes below 1.
 
     The loss of a micro-batch must be a *mean* over its samples. Where samples differ in what they count (losses
-    averaged over tokens of sequences of different lengths), multiply with token counts instead of ``weight``.
+    averaged over tokens of sequences of different lengths), sum instead, and call `mean_over_tokens`.
     """
 
     def __init__(

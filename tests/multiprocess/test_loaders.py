@@ -33,13 +33,13 @@ def check_shards(history: dict[int, list[dict]]) -> None:
         assert streamed[shard] == [100000 * (i // 40) + 1000 * shard + i % 40 for i in range(4 * STEPS)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(450)
 def test_a_rank_is_killed_while_its_loaders_and_the_others_load_ahead(tmp_path: Path) -> None:
     """Three ranks, two, three again: every sample of every global batch is used once, so is every sample of every
     shard of a stream of StatefulDataLoaders; the loaders of a world end with it."""
     arguments = ["--record", str(tmp_path / "record"), "--steps", str(STEPS)]
     with Job(SCRIPT, arguments, flags=["--nproc-per-node=3"], log_dir=tmp_path / "logs") as running:
-        running.wait_for_line("step 8 size 3", 90)
+        running.wait_for_line("step 8 size 3", 120)
         before = [one for pid in running.workers().values() for one in children(pid)]
         assert len(before) == 3 * LOADERS
         running.kill(1)
