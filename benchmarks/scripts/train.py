@@ -1,6 +1,7 @@
 """What `bench_recovery.py` runs under every launcher: an FSDP2 model whose finished steps are timed.
 
-Every rank appends ``step size generation pid monotonic-time`` to METRICS/<pid> when a step is finished.
+Every rank appends ``step size generation pid monotonic-time`` to METRICS/<pid> when a step is finished.  A third
+argument is the time in seconds that a step takes besides.
 """
 
 import os
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 import resilient_train as rt
 
 METRICS, STEPS = Path(sys.argv[1]), int(sys.argv[2])
+STEP_TIME = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
 WIDTH, LAYERS = 256, 3
 
 
@@ -44,6 +46,7 @@ def train(world: rt.World) -> None:
     with (METRICS / str(os.getpid())).open("a", buffering=1) as file:
         for step in ckpt.steps(STEPS):
             one_step(model, optim)
+            time.sleep(STEP_TIME)
             file.write(f"{step} {world.size} {world.generation} {os.getpid()} {time.monotonic()}\n")
 
 

@@ -9,7 +9,10 @@ import uuid
 from types import TracebackType
 from typing import Self
 
-_SUBNET = "10.251.0"
+_SUBNETS = "10.251"
+"""Each network takes one of its 256 parts by chance."""
+_HOST = 254
+"""This machine's own place in it."""
 
 
 def may_make_networks() -> bool:
@@ -28,10 +31,12 @@ def _ip(*arguments: str) -> None:
 
 
 class Network:
-    """A context manager: ``count`` namespaces whose packets reach each other, and nobody else."""
+    """A context manager: ``count`` namespaces, at most 253, whose packets reach each other and this machine."""
 
     def __init__(self, count: int) -> None:
-        self._name = f"rt{uuid.uuid4().hex[:6]}"
+        name = uuid.uuid4()
+        self._name = f"rt{name.hex[:6]}"
+        self._subnet = f"{_SUBNETS}.{name.bytes[0]}"
         self._count = count
 
     def prefix(self, index: int) -> list[str]:
@@ -40,7 +45,12 @@ class Network:
 
     def address(self, index: int) -> str:
         """A node's address."""
-        return f"{_SUBNET}.{index + 1}"
+        return f"{self._subnet}.{index + 1}"
+
+    @property
+    def host(self) -> str:
+        """The address at which nodes reach this machine, for what is not one of them."""
+        return f"{self._subnet}.{_HOST}"
 
     def cut(self, index: int) -> None:
         """From now on all packets from and to a node are dropped, without a word to anybody."""
@@ -62,6 +72,7 @@ class Network:
 
     def __enter__(self) -> Self:
         _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("addr", "add", f"{self.host}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         for index in range(self._count):
             space, port = self._space(index), self._port(index)

@@ -28,13 +28,13 @@ START = 60.0
 """Seconds within which a cluster answers on a busy machine."""
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Ports that were free a moment ago, the one after each too; not of those that connections take by themselves."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(10000, 32000, 2)
         try:
-            with socket.create_server(("127.0.0.1", port)), socket.create_server(("127.0.0.1", port + 1)):
+            with socket.create_server((host, port)), socket.create_server((host, port + 1)):
                 found += [port] if port not in found else []
         except OSError:
             continue
@@ -53,10 +53,10 @@ def children_of(pid: int) -> list[int]:
 class EtcdCluster:
     """Members with the election of `rtrun`'s own: 0.5 s."""
 
-    def __init__(self, size: int, flags: Sequence[str] = (), scheme: str = "http") -> None:
-        ports = free_ports(2 * size)
-        self.clients = [f"127.0.0.1:{port}" for port in ports[:size]]
-        self._peers = [f"http://127.0.0.1:{port}" for port in ports[size:]]
+    def __init__(self, size: int, flags: Sequence[str] = (), scheme: str = "http", host: str = "127.0.0.1") -> None:
+        ports = free_ports(2 * size, host)
+        self.clients = [f"{host}:{port}" for port in ports[:size]]
+        self._peers = [f"http://{host}:{port}" for port in ports[size:]]
         self._flags, self._scheme = flags, scheme
         self.access = EtcdAccess(endpoints=tuple(self.clients))
         self._folder = Path(tempfile.mkdtemp(prefix="etcd-test-"))
@@ -137,9 +137,11 @@ class EtcdCluster:
 
 
 @contextlib.contextmanager
-def running(size: int, flags: Sequence[str] = (), scheme: str = "http") -> Iterator[EtcdCluster]:
+def running(
+    size: int, flags: Sequence[str] = (), scheme: str = "http", host: str = "127.0.0.1"
+) -> Iterator[EtcdCluster]:
     """A cluster for a while."""
-    cluster = EtcdCluster(size, flags, scheme)
+    cluster = EtcdCluster(size, flags, scheme, host)
     try:
         yield cluster
     finally:

@@ -49,6 +49,7 @@ parser.add_argument("--kill-self-at", type=int, default=-1)
 parser.add_argument("--hang", choices=("sleep", "spin", "gil", "skip", "announced", "overdue"))
 parser.add_argument("--hang-at", type=int, default=-1)
 parser.add_argument("--hang-always", action="store_true")
+parser.add_argument("--hang-folder", type=Path, help="a file PID in it has that process hang, as the file says")
 parser.add_argument("--slow-start", type=float, default=0.0, help="seconds that rank 1 takes for its first step")
 args = parser.parse_args()
 
@@ -105,21 +106,21 @@ def write(world, **fields):
         )
 
 
-def hang(world):
+def hang(world, how):
     """Never come back; or, announced, after a while."""
-    write(world, hang=args.hang)
-    if args.hang == "sleep":
+    write(world, hang=how)
+    if how == "sleep":
         while True:
             time.sleep(0.1)
-    if args.hang == "spin":
+    if how == "spin":
         while True:
             pass
-    if args.hang == "gil":
+    if how == "gil":
         re.match(r"(a+)+$", "a" * 60 + "b")
-    if args.hang == "announced":
+    if how == "announced":
         with world.long_operation("evaluate", seconds=600), world.long_operation("part of it"):
             time.sleep(args.pause)
-    if args.hang == "overdue":
+    if how == "overdue":
         with world.long_operation("evaluate", seconds=1.5):
             time.sleep(600)
 
@@ -175,9 +176,11 @@ def train(world):
         once = args.record / "killed" if args.record else None
         if step == args.hang_at and (args.hang_always or world.generation == 1):
             if world.rank == args.exit_rank:
-                hang(world)
+                hang(world, args.hang)
             elif args.hang == "skip":
                 dist.barrier()
+        if args.hang_folder and (args.hang_folder / str(os.getpid())).exists():
+            hang(world, (args.hang_folder / str(os.getpid())).read_text())
         if step == args.kill_self_at and world.rank == args.exit_rank and once and not once.exists():
             once.parent.mkdir(parents=True, exist_ok=True)
             once.touch()
