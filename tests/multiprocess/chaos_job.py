@@ -94,7 +94,7 @@ class ChaosJob:
         self._steps = Steps(self._record)
         endpoint = "etcd://" + ",".join(etcd.clients)
         script = ["--record", str(self._record), "--steps", str(STEPS), "--stop-file", str(folder / "stop")]
-        script += ["--step-time", "0.02", "--parameters", "--hang-folder", str(self._hangs)]
+        script += ["--step-time", "0.1", "--parameters", "--hang-folder", str(self._hangs)]
         common = [f"--nproc-per-node={RANKS}", f"--detect-within={WITHIN:g}", "--rdzv-conf=last_call_timeout=60"]
         self.nodes = Nodes(
             SCRIPT,
