@@ -231,7 +231,7 @@ class ChaosJob:
         stop.write_text(str(steps))
         args = ["--record", str(calm), "--steps", str(STEPS), "--stop-file", str(stop), "--step-time", "0"]
         flags, logs = ["--nproc-per-node=1"], self._folder / "calm logs"
-        with Job(SCRIPT, [*args, "--parameters"], flags=flags, log_dir=logs) as job:
+        with Job(SCRIPT, [*args, "--parameters", "--snapshot-every", "1000"], flags=flags, log_dir=logs) as job:
             assert job.finish(PATIENCE * 10) == 0, job.output
         finals = [
             line["parameters"] for folder in (self._record, calm) for line in records.read(folder) if "final" in line
