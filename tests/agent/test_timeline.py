@@ -65,7 +65,7 @@ def test_a_node_without_ranks_says_nothing() -> None:
 
 
 def test_a_job_that_had_nothing_to_do_says_so_at_the_end() -> None:
-    """All steps were done before: restored, and no first step; not where one was made, nor where nothing was restored."""
+    """All steps were done before: restored, and no first step; not where one was made, nor where none was restored."""
     line = Timeline(ListSink(), "a")
     line.agreed(record(1, "a/0.0"), 1.0)
     assert line.unsaid() is None
