@@ -38,7 +38,7 @@ soak: $(STAMP)
 	$(PYTHON) tests/storage/test_corruption.py 10000
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m soak
 
-# Random faults of ten kinds on a job of three nodes over a real etcd; the seed is printed.  make chaos FAULTS=200 SEED=1
+# Random faults of nineteen kinds on jobs of three nodes over a real etcd; the seed is printed.  make chaos FAULTS=200 SEED=1
 FAULTS := 30
 SEED :=
 chaos: $(STAMP)
