@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from metrics import Metrics, Row, last_first_step
 
+from resilient_train.spec.world import slot_of
 from resilient_train.testing.job import Job
 from resilient_train.testing.network import Network, may_make_networks
 from resilient_train.testing.nodes import Nodes, free_port
@@ -161,8 +162,9 @@ def standby(count: int, folder: Path) -> list[float]:
             job.wait_for(ready, 120, "a standby")
             job.wait_for(lambda: settled(metrics, RANKS * 2), 120, "full strength")
             generation = newest(metrics)[0].generation
-            slot = min(job.slots())
-            at = job.kill(slot)
+            # Not the one that stands by, which may be in any slot after the first loss.
+            ranks = {row.pid for row in newest(metrics)}
+            at = job.kill(min(slot_of(member) for member, pid in job.workers().items() if pid in ranks))
 
             def there(g: int = generation) -> list[Row]:
                 return [row for row in metrics.rows() if row.generation > g and row.size == RANKS * 2]
