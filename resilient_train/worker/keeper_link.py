@@ -167,8 +167,17 @@ class KeeperLink:
 
         Raises:
             MemoryRefused: if there is no memory.
+            LinkLost: if the keeper has died and its successor is not there yet; a snapshot less is better than to wait.
         """
-        answer, descriptors = self._ask_any(Allocate(size=size, ahead=ahead), Allocated)
+        request = Allocate(size=size, ahead=ahead)
+        try:
+            answer, descriptors = self._ask(request, Allocated)
+        except LinkLost:
+            if self._restart is not None:
+                self.board = self._attach()
+            elif not self._come_back():
+                raise
+            answer, descriptors = self._ask(request, Allocated)
         slot = Slot(descriptors[0])
         slot.populate()
         os.close(descriptors[0])

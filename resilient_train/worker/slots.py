@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from resilient_train.errors import MemoryRefused
+from resilient_train.errors import LinkLost, MemoryRefused
 from resilient_train.image.arena import Slot
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.worker.keeper_link import KeeperLink
@@ -80,6 +80,8 @@ class Slots:
                 self._refused = True
                 logger.warning("snapshots are skipped while copies to other nodes hold slots: %s", error)
                 return
+            except LinkLost:
+                return  # The next keeper has memory again; training does not wait for it.
             slot = OwnSlot(number, memory)
             self._slots.append(slot)
             yield slot

@@ -7,6 +7,9 @@ import threading
 import time
 import uuid
 
+import pytest
+
+from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.spec.messages import Attach, Attached
@@ -58,4 +61,18 @@ def test_training_goes_on_while_there_is_no_keeper() -> None:
     assert Board(board).progress(0) == (1, 7)
     link.close()
     second.die()
+    os.close(board)
+
+
+def test_a_slot_that_nobody_can_give_is_not_waited_for() -> None:
+    """The keeper has died and there is no other yet: said at once, and looked for again with the next request."""
+    address, board = f"test-{uuid.uuid4().hex}/keeper", Board.create(1)
+    first = FakeKeeper(address, board)
+    link = KeeperLink(address, "n/0.0", 0)
+    first.die()
+    for _ in range(2):
+        with pytest.raises(LinkLost):
+            link.allocate(4096)
+    assert link.replaced
+    link.close()
     os.close(board)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from resilient_train.errors import MemoryRefused
+from resilient_train.errors import LinkLost, MemoryRefused
 from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.spec.world import Key
 from resilient_train.worker.slots import SLOTS, Slots
@@ -20,12 +20,15 @@ class Keeper:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self.gone = False
         self.given: list[Slot] = []
         descriptor = Board.create(1)
         self.board = Board(descriptor)
         os.close(descriptor)
 
     def allocate(self, size: int, ahead: int = 0) -> tuple[int, Slot]:
+        if self.gone:
+            raise LinkLost("no keeper")
         if len(self.given) >= self.most:
             raise MemoryRefused("full")
         descriptor = create_memory("test", size)
@@ -99,3 +102,16 @@ def test_without_memory_for_more_slots_snapshots_are_skipped_and_training_goes_o
     keeper.most = 0
     with pytest.raises(MemoryRefused):
         take(Slots(keeper), 1, 0)  # type: ignore[arg-type]
+
+
+def test_without_a_keeper_snapshots_go_on_in_the_slots_that_are_there(keeper: Keeper) -> None:
+    """Of what needs a new one, a snapshot is skipped: training waits for no keeper."""
+    slots = Slots(keeper)
+    assert take(slots, 1, 0)
+    keeper.gone = True
+    assert not take(slots, 2, 0)
+    assert held(slots) == {1}
+    assert take(slots, 3, 2), "what all ranks have a newer state of may be overwritten"
+    keeper.gone = False
+    assert take(slots, 4, 2)
+    assert held(slots) == {3, 4}
