@@ -75,12 +75,12 @@ def until(condition: Callable[[], object], nodes: Nodes, what: str) -> None:
         time.sleep(0.2)
 
 
-def full(metrics: Metrics, steps: int) -> bool:
-    """Whether the newest world has all ranks and has made some steps."""
+def full(metrics: Metrics, steps: int, above: int = 0) -> bool:
+    """Whether the newest world, of a generation above that, has all ranks and has made some steps."""
     rows = metrics.rows()
     newest = max((row.generation for row in rows), default=0)
     mine = [row for row in rows if row.generation == newest]
-    return len(mine) >= NODES * steps and mine[0].size == NODES
+    return newest > above and len(mine) >= NODES * steps and mine[0].size == NODES
 
 
 def agreements(store: str, losses: int, folder: Path) -> tuple[list[float], list[float]]:
@@ -102,10 +102,11 @@ def agreements(store: str, losses: int, folder: Path) -> tuple[list[float], list
 
             until(told, nodes, "agreement")
             lost, found = after("lost", at)[0], after("agreed", at)
-            first = [event.at - lost.at for event in found if event.generation == found[0].generation]
+            generation = found[0].generation
+            first = [event.at - lost.at for event in found if event.generation == generation]
             agreed.append(min(first))
             heard.append(max(first))
-            until(lambda: full(metrics, 5), nodes, "full strength")
+            until(lambda g=generation: full(metrics, 5, g), nodes, "full strength")
     return agreed, heard
 
 
