@@ -196,8 +196,15 @@ class Cluster:
         self.nodes = [Node(name, count) for name, count in zip("abcdef", workers, strict=False)]
         self.generation = 1
 
-    def introduce(self, nodes: list[Node] | None = None, others: list[Node] | None = None) -> None:
-        """Tell everybody of everybody."""
+    def introduce(
+        self,
+        nodes: list[Node] | None = None,
+        others: list[Node] | None = None,
+        *,
+        labels: dict[str, list[str]] | None = None,
+        endpoints: dict[str, str] | None = None,
+    ) -> None:
+        """Tell everybody of everybody; that some stand elsewhere, if that is said."""
         nodes = self.nodes if nodes is None else nodes
         for node in nodes:
             node.agent.send(
@@ -205,7 +212,8 @@ class Cluster:
                     node=node.name,
                     generation=self.generation,
                     slots=list(range(node._count)),
-                    keepers=[[other.name, other.endpoint] for other in nodes],
+                    keepers=[[other.name, (endpoints or {}).get(other.name, other.endpoint)] for other in nodes],
+                    labels=labels or {},
                     others=[[other.name, other.endpoint] for other in others or []],
                 )
             )
