@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from nodes import SECRET, Cluster, Node, rows_of
+from nodes import SECRET, Cluster, Node, rows_of, wait_until
 
 from resilient_train.errors import LinkLost
+from resilient_train.image.arena import Memory
 from resilient_train.plan.placement import place
 from resilient_train.spec.peers import Put, Ready
 from resilient_train.spec.topology import Topology
@@ -84,7 +85,7 @@ def test_no_copies_take_no_memory(cluster: Make) -> None:
     assert job.kept() == [None, None]
     for node in job.nodes:
         assert not any(image.replica for image in held(node))
-        assert len(node.workers[0].slots.all()) == 3
+        assert len(node.workers[0].slots.all()) <= 3
     left = job.nodes[0].workers.pop()
     left.close()
     assert job.nodes[0].start_workers(copies=0)
@@ -109,6 +110,31 @@ def test_copies_go_to_another_rack(cluster: Make) -> None:
         (keeper,) = [other for other in job.nodes if any(i.replica and i.rank == rank for i in held(other))]
         assert keeper.name == target
         assert labels[target] != labels[node.name]
+
+
+def test_a_copy_that_was_damaged_in_memory_is_named_and_the_other_one_is_read(
+    cluster: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long after it was verified on arrival, and its original is gone; nobody is given the flipped bit."""
+    job = cluster(1, 1, 1, 1)
+    job.introduce()
+    job.start_workers(copies=2)
+    job.step_until(lambda: all(job.kept()), rows=40_000)
+    kept = min(key for key in job.kept() if key)
+    holders = place(Topology({node.name: [] for node in job.nodes}), 2)["a"]
+    reader = next(node for node in job.nodes[1:] if node.name not in holders)
+    # The one that is asked first.
+    damaged = min((node for node in job.nodes if node.name in holders), key=lambda node: node.endpoint)
+    (copy,) = [image for image in held(damaged) if image.replica and image.rank == 0 and image.key == kept]
+    wait_until(lambda: copy.slot in damaged.deposits, "the deposit")
+    memory = Memory(damaged.deposits[copy.slot][0])
+    memory.map[copy.size // 2] ^= 1
+    memory.close()
+    job.nodes[0].kill()
+    with MemorySource(reader.workers[0].link).open(kept) as readers:
+        (entry,) = readers[0].entries()
+        assert torch.equal(readers[0].tensor(entry), rows_of(0, 4, kept.step, 40_000))
+    assert f"{damaged.endpoint} serves damaged bytes; reading rank 0's image elsewhere" in caplog.text
 
 
 # ---- transfers that break -------------------------------------------------------------------------------------------
@@ -222,7 +248,7 @@ class Cutter:
         self._target = target
         self._after = after
         self.cuts = 0
-        self.passed = 0
+        self._sockets: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"127.0.0.1:{self._server.getsockname()[1]}"
         threading.Thread(target=self._run, daemon=True).start()
@@ -235,6 +261,7 @@ class Cutter:
                 return
             host, port = self._target.split(":")
             far = socket.create_connection((host, int(port)))
+            self._sockets += [near, far]
             threading.Thread(target=self._pass, args=(far, near, 1 << 60), daemon=True).start()
             threading.Thread(target=self._pass, args=(near, far, self._after), daemon=True).start()
 
@@ -243,7 +270,6 @@ class Cutter:
             while most > 0 and (data := source.recv(min(1 << 18, most))):
                 sink.sendall(data)
                 most -= len(data)
-                self.passed += len(data) if most < 1 << 50 else 0
         except OSError:
             pass
         self.cuts += most <= 0
@@ -255,7 +281,8 @@ class Cutter:
 
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)
-        self._server.close()
+        for sock in (self._server, *self._sockets):
+            sock.close()
 
 
 def test_a_state_is_kept_over_a_network_that_cuts_every_connection(cluster: Make) -> None:

@@ -252,8 +252,11 @@ class Liar:
 
 @pytest.mark.parametrize("hang_up", [False, True])
 @pytest.mark.parametrize("where", ["header", "data", "table"])
-def test_another_holder_is_read_when_one_lies_or_dies(node: Node, where: str, hang_up: bool) -> None:
-    """Wherever the damage is, what is read is what was written; with no other holder it is an error."""
+def test_another_holder_is_read_when_one_lies_or_dies(
+    node: Node, where: str, hang_up: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the damage is, what is read is what was written, and who lied is named; with no other holder it is an
+    error."""
     publish(node)
     image = held(node)[1]
     truth = Peer(node.endpoint, KEY)
@@ -265,6 +268,8 @@ def test_another_holder_is_read_when_one_lies_or_dies(node: Node, where: str, ha
     (entry,) = reader.entries()
     assert torch.equal(reader.tensor(entry), rows_of(1, 2, 3, ROWS, COLUMNS))
     assert liar.asked > 0
+    assert liar.endpoint in caplog.text
+    assert "reading rank 1's image elsewhere" in caplog.text
     with pytest.raises(CheckpointDamaged):
         RemoteImage(1, [(lying, image)]).reader.tensor(entry)
     for peer in (lying, truth):
