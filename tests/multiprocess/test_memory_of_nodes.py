@@ -64,9 +64,11 @@ def test_two_nodes_lost_at_once_cost_at_most_one_step_with_two_copies(tmp_path: 
     """A node and the one that has its first copy: four nodes are two, go on from memory, and everybody's last step but
     one is there."""
     args = ("--steps", "40", "--step-time", "0.5", "--replicas", "2")
-    with nodes(tmp_path, *args, count=4, flags=("--nnodes=2:4", "--nproc-per-node=1")) as running:
+    with nodes(
+        tmp_path, *args, count=4, flags=("--nnodes=2:4", "--nproc-per-node=1", "--rdzv-conf=last_call_timeout=90")
+    ) as running:
         first = running.jobs[0]
-        first.wait_for_line("step 14 size 4", 120)
+        first.wait_for_line("step 14 size 4", 150)
         names = {node_of(member): index for index, job in enumerate(running.jobs) for member in job.workers()}
         copies = place(Topology(dict.fromkeys(names, ())), 1)
         doomed = next((one, copies[one][0]) for one in names if 0 not in (names[one], names[copies[one][0]]))
