@@ -14,13 +14,14 @@ from resilient_train.spec.world import Key, node_of
 from resilient_train.testing.nodes import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
+BEGIN = ("--nproc-per-node=2", "--rdzv-conf=last_call_timeout=90")
 pytestmark = pytest.mark.timeout(300)
 
 
 def nodes(tmp_path: Path, *args: str, count: int, flags: tuple[str, ...] = ()) -> Nodes:
-    """Two ranks a node, and no URL."""
+    """Two ranks a node, and no URL; a slow node's start is waited for."""
     record = ["--record", str(tmp_path / "record")]
-    return Nodes(SCRIPT, [*record, *args], count=count, flags=["--nproc-per-node=2", *flags], folder=tmp_path / "logs")
+    return Nodes(SCRIPT, [*record, *args], count=count, flags=[*BEGIN, *flags], folder=tmp_path / "logs")
 
 
 def check_restored(tmp_path: Path, running: Nodes) -> None:
@@ -64,9 +65,7 @@ def test_two_nodes_lost_at_once_cost_at_most_one_step_with_two_copies(tmp_path: 
     """A node and the one that has its first copy: four nodes are two, go on from memory, and everybody's last step but
     one is there."""
     args = ("--steps", "40", "--step-time", "0.5", "--replicas", "2")
-    with nodes(
-        tmp_path, *args, count=4, flags=("--nnodes=2:4", "--nproc-per-node=1", "--rdzv-conf=last_call_timeout=90")
-    ) as running:
+    with nodes(tmp_path, *args, count=4, flags=("--nnodes=2:4", "--nproc-per-node=1")) as running:
         first = running.jobs[0]
         first.wait_for_line("step 14 size 4", 150)
         names = {node_of(member): index for index, job in enumerate(running.jobs) for member in job.workers()}
