@@ -72,6 +72,7 @@ class Node:
         while not self.endpoint:
             time.sleep(0.01)
         self.link = KeeperLink(self.keeper.address, f"{name}/0.0", 0)
+        self.link.board.report_copies(0, 1)
         self.slots = Slots(self.link)
         self.newest = Key(0, 0)
         self.generation = 1
@@ -115,24 +116,32 @@ def timed(action: Callable[[], object]) -> float:
 
 def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[str, list[float]]:
     """Seconds for each way to move an image of ``a`` to ``b``, in turns."""
-    writer = a.snapshot(Key(1, 1), 0, torch.ones(mib << 18))
-    assert writer is not None
-    writer.conclude()
-    (image,) = ask_held(a.endpoint, secret, 5.0)[0]
-    (slot,) = a.slots.all()
-    data = memoryview(slot.memory.map)
+    for step in (1, 2):
+        writer = a.snapshot(Key(1, step), 0, torch.ones(mib << 18))
+        assert writer is not None
+        writer.conclude()
+    image = ask_held(a.endpoint, secret, 5.0)[0][0]
+    views = {slot.key.step: memoryview(slot.memory.map) for slot in a.slots.all() if slot.key is not None}
+    data = views[1]
     server = socket.create_server(("127.0.0.1", 0))
     plain = subprocess.Popen([sys.executable, "-c", RECEIVE, str(image.size), str(server.getsockname()[1])])
     sock, _ = server.accept()
     wire = connect(b.endpoint, secret, 5.0)
-    request = Put(source="a/0", lineage=1, step=1, rank=0, world=2, size=image.size, keep=None)
     target = np.ones(image.size, dtype=np.uint8)
+    copies = list(views.items())
     peer = Peer(a.endpoint, secret)
 
     def send() -> None:
         for at in range(0, len(data), 8 << 20):
             sock.sendall(data[at : at + (8 << 20)])
         sock.recv(1)
+
+    def copy() -> None:
+        # What is there already would not be sent again, so the two take turns in one slot.
+        step, view = copies[0]
+        put = Put(source="a/0", lineage=1, step=step, rank=0, world=2, size=image.size, keep=None)
+        put_copy(wire, put, view, lambda _: None)
+        copies.reverse()
 
     def read(threads: int) -> None:
         reader = RemoteImage(0, [(peer, image)]).reader
@@ -144,7 +153,7 @@ def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[st
 
     ways: dict[str, Callable[[], None]] = {
         "plain socket": send,
-        "copy to a keeper, verified": lambda: put_copy(wire, request, data, lambda _: None),
+        "copy to a keeper, verified": copy,
         "read from a keeper, verified, 1 thread": lambda: read(1),
         "read from a keeper, verified, 4 threads": lambda: read(4),
     }
@@ -154,7 +163,8 @@ def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[st
             took = timed(way)
             if turn:  # The first finds cold memory.
                 seconds[name].append(took)
-    data.release()
+    for view in views.values():
+        view.release()
     wire.close()
     peer.close()
     sock.close()

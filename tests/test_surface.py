@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 
+import pytest
 from torch.distributed import run as torchrun
 
 import resilient_train
@@ -73,7 +74,7 @@ def test_rtrun_takes_every_flag_of_torchrun() -> None:
     """The same options with the same defaults, and a few of its own."""
     ours = {tuple(a.option_strings): a.default for a in rtrun.parser()._actions}
     theirs = {tuple(a.option_strings): a.default for a in torchrun.get_args_parser()._actions}
-    own = {("--detect-within",): 5.0, ("--standby",): 0, ("--patience",): 600.0}
+    own = {("--detect-within",): 5.0, ("--standby",): 0, ("--patience",): 600.0, ("--label",): []}
     assert ours == theirs | own
 
 
@@ -83,6 +84,14 @@ def test_help_says_what_is_different() -> None:
     assert "resilient_train.elastic" in text
     assert "exit codes" in text
     assert "--detect-within" in text
+
+
+def test_a_label_that_is_none_is_a_wrong_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is started; the line says which there are."""
+    with pytest.raises(SystemExit) as end:
+        rtrun.main(["--label=rack=r1", "--label", "shelf=7", __file__])
+    assert end.value.code == 2
+    assert "'shelf=7' is no label: it has to be zone=NAME, rack=NAME, switch=NAME" in capsys.readouterr().err
 
 
 def test_rtctl_commands_and_options() -> None:

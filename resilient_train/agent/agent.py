@@ -82,6 +82,8 @@ class AgentConfig:
     """The address at which the other nodes' agents reach this one."""
     addresses: tuple[str, ...] = ()
     """All of this machine's addresses."""
+    labels: tuple[str, ...] = ()
+    """Where this machine stands: ``rack=r1`` and the like."""
     secret: str = ""
     """The job's, by which agents know each other; empty on a job's only node."""
     standby: int = 0
@@ -158,6 +160,7 @@ class Agent:
             standby=settings.standby,
             link=links.address if links is not None else "",
             addresses=settings.addresses,
+            labels=settings.labels,
         )
         timing = Timing.scaled(settings.within)
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)

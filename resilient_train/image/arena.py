@@ -208,7 +208,7 @@ class Slot(Memory):
 
 LINE = 64
 """Bytes of one worker's line on the board: a cache line, so that workers do not disturb each other."""
-_GENERATION, _STEP, _PUBLISHED, _EVERY = 0, 8, 16, 24
+_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE = 0, 8, 16, 24, 32, 40
 _PENDING, _KEPT = 8, 16
 
 
@@ -280,9 +280,23 @@ class Board(Memory):
         """Say that every ``steps`` steps there is a snapshot."""
         engine.publish(self._word(index, _EVERY), steps)
 
+    def copies(self, index: int) -> int | None:
+        """On how many other nodes the worker in slot ``index`` wants copies of its images; None: it has not said."""
+        word = engine.observe(self._word(index, _COPIES))
+        return word - 1 if word else None
+
+    def rate(self, index: int) -> int:
+        """Bytes per second at which its node may send them; 0: as fast as possible."""
+        return engine.observe(self._word(index, _RATE))
+
+    def report_copies(self, index: int, copies: int, rate: int = 0) -> None:
+        """Say how many copies there are to be, and how fast they may be sent."""
+        engine.publish(self._word(index, _RATE), rate)
+        engine.publish(self._word(index, _COPIES), copies + 1)
+
     def clear(self, index: int) -> None:
         """A new process in the slot begins with nothing."""
-        for offset in (_GENERATION, _STEP, _PUBLISHED, _EVERY):
+        for offset in (_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE):
             engine.publish(self._word(index, offset), 0)
 
     def watermark(self, lineage: int, slots: tuple[int, ...]) -> int:

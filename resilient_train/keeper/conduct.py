@@ -50,6 +50,7 @@ class Conductor:
             lineage=_number(report.lineage),
             slowest=_number(report.slowest),
             furthest=_number(report.furthest),
+            published=_number(report.published),
             every=max(1, _number(report.every)),
             done=key_or_none(report.done),
             missed=key_or_none(report.missed),

@@ -12,7 +12,7 @@ from resilient_train.errors import LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.keeper.conduct import Conductor
 from resilient_train.keeper.replicas import Replicas
-from resilient_train.keeper.replicate import Replicator, alone, previous
+from resilient_train.keeper.replicate import Replicator, alone
 from resilient_train.keeper.serve import PeerServer
 from resilient_train.keeper.shelf import Shelf, source_of
 from resilient_train.keeper.survey import Finding, Survey
@@ -111,7 +111,7 @@ class JobWide:
 
     @property
     def _member(self) -> bool:
-        return self._peers is not None and self._peers.node in [node for node, _ in self._peers.keepers]
+        return self._peers is not None and self._belongs(self._peers.node)
 
     @property
     def asked_at(self) -> float:
@@ -120,13 +120,16 @@ class JobWide:
 
     @property
     def kept(self) -> Key | None:
-        """The newest state of the present world that survives the loss of any one node."""
+        """The newest state of the present world that survives the loss of as many nodes as it has copies."""
         return self._replicator.kept
 
     def keeps(self, owner: str) -> bool:
         """Whether a slot holds copies of a node that sends them here, and will be used again."""
         source = source_of(owner)
-        return bool(source) and self._member and self._peers is not None and node_of(source) == previous(self._peers)
+        return self._member and self._belongs(node_of(source)) and self._replicator.keeps_for(node_of(source))
+
+    def _belongs(self, node: str) -> bool:
+        return self._peers is not None and node in [member for member, _ in self._peers.keepers]
 
     def serve(self, host: str, secret: str) -> Serving:
         """Begin to serve other nodes."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from resilient_train.errors import FormatError, MemoryRefused
+from resilient_train.errors import FormatError, LinkLost, MemoryRefused
 from resilient_train.image.arena import Slot, create_memory, touch
 from resilient_train.image.native import checksum, engine
 from resilient_train.keeper.shelf import Shelf, replica_owner
@@ -22,6 +24,22 @@ _AT_ONCE = 4
 """Blocks that are received at once: they are still in the caches when they are verified."""
 _MOST_BYTES = 1 << 46
 _NICE = 10
+_LET_GO = 5.0
+"""Seconds for a transfer whose sender has hung up to end."""
+
+
+@dataclass
+class _Arrived:
+    """What has arrived of a copy."""
+
+    of: tuple[Key, int, int]
+    """Its state, rank and world size."""
+    upto: int = 0
+    """Bytes of it that stand in the slot; a whole number of blocks behind the header."""
+    header: bytes = b""
+    """Its header; the slot lacks the first 8 bytes of it."""
+    sums: list[int] = field(default_factory=list)
+    """The checksum of each block that has arrived."""
 
 
 class Replicas:
@@ -45,42 +63,82 @@ class Replicas:
         self._added = added
         self._useless = useless
         self._finding = threading.Lock()
+        self._turns = threading.Condition()
+        self._sending: dict[str, Wire] = {}
+        self._arrived: dict[int, _Arrived] = {}
 
     def take(self, wire: Wire, request: Put) -> None:
-        """Answer a `Put`, and receive what follows.
+        """Answer a `Put`, and receive what follows, or what is left of it after a transfer that broke.
 
         Raises:
-            LinkLost: if the sender is gone.
+            LinkLost: if the sender is gone; what has arrived stays for its next connection.
             FormatError: if what it sends is not what it said; nothing is listed then.
         """
         if not PEEK <= request.size <= _MOST_BYTES or not request.source or len(request.source) > 500:
             raise FormatError(f"{request!r:.300} announces no image")
+        with self._turn(wire, request.source):
+            try:
+                room = self._room(request)
+            except MemoryRefused as error:
+                wire.send(Declined(reason=str(error)))
+                return
+            if room is None:
+                wire.send(Declined(reason="both slots for its copies are in use"))
+                return
+            number, slot = room
+            try:
+                answer = self._fill(wire, request, number, slot)
+            finally:
+                slot.close()
+            wire.send(answer)
+
+    @contextmanager
+    def _turn(self, wire: Wire, source: str) -> Iterator[None]:
+        """One transfer at a time from one source: who comes again has lost the connection before, whatever is heard of
+        that here."""
+        with self._turns:
+            before = self._sending.get(source)
+            if before is not None:
+                before.hang_up()
+                if not self._turns.wait_for(lambda: source not in self._sending, _LET_GO):
+                    raise LinkLost(f"an earlier transfer of {source} does not end")
+            self._sending[source] = wire
         try:
-            room = self._room(request)
-        except MemoryRefused as error:
-            wire.send(Declined(reason=str(error)))
-            return
-        if room is None:
-            wire.send(Declined(reason="both slots for its copies are in use"))
-            return
-        number, slot = room
-        try:
-            yield_to_others()
-            engine.retract(slot.address)
-            slot.populate()
-            wire.send(Ready())
-            length = _receive(wire, slot, request)
-            if length:
-                engine.publish(slot.address, length)
+            yield
         finally:
-            slot.close()
-        if length and number not in self._shelf:
-            wire.send(Declined(reason="the copy is not needed any more"))
-        else:
-            wire.send(Stored() if length else Declined(reason="what arrived fails its checksums"))
+            with self._turns:
+                del self._sending[source]
+                self._turns.notify_all()
+
+    def _fill(self, wire: Wire, request: Put, number: int, slot: Slot) -> Stored | Declined:
+        """Receive the bytes that a slot lacks of an image, verify and publish it."""
+        yield_to_others()
+        stamp = slot.stamp()
+        if stamp is not None and (stamp.key, stamp.rank, stamp.world) == _identity(request):
+            wire.send(Ready(offset=request.size))
+            return Stored()
+        arrived = self._arrived.pop(number, None)
+        if arrived is None or arrived.of != _identity(request):
+            arrived = _Arrived(of=_identity(request))
+        engine.retract(slot.address)
+        slot.populate()
+        wire.send(Ready(offset=arrived.upto))
+        try:
+            _receive(wire, slot, request.size, arrived)
+        except LinkLost:
+            self._arrived[number] = arrived
+            raise
+        length = _verified(slot, arrived, request)
+        if not length:
+            return Declined(reason="what arrived fails its checksums")
+        engine.publish(slot.address, length)
+        if number not in self._shelf:
+            return Declined(reason="the copy is not needed any more")
+        return Stored()
 
     def _room(self, request: Put) -> tuple[int, Slot] | None:
-        """A slot for a copy, locked against readers; None if all hold what must stay."""
+        """A slot for a copy, locked against readers: the one that has a part of it already, if there is one; None if
+        all hold what must stay."""
         owner = replica_owner(request.source)
         told = key_or_none(request.keep)
         keep = {key for key in (told, self._kept()) if key is not None}
@@ -88,16 +146,17 @@ class Replicas:
         keep = {max(keep)} if keep else keep
         with self._finding:
             taken = 0
-            for number in [number for number, name in self._shelf.owners().items() if name == owner]:
+            for number in sorted(self._own(owner), key=lambda number: not self._begun(number, request)):
                 slot = self._shelf.open(number)
                 if slot is None:
                     continue
                 stamp = slot.stamp()
-                free = stamp is None or stamp.key not in keep
+                free = stamp is None or stamp.key not in keep or self._begun(number, request)
                 if free and slot.size == request.size and slot.try_lock(exclusive=True):
                     return number, slot
                 if free and slot.size != request.size:
                     self._useless(number)
+                    self._arrived.pop(number, None)
                 else:
                     taken += 1
                 slot.close()
@@ -115,6 +174,21 @@ class Replicas:
         self._added(number)
         return number, slot
 
+    def _own(self, owner: str) -> list[int]:
+        return [number for number, name in self._shelf.owners().items() if name == owner]
+
+    def _begun(self, number: int, request: Put) -> bool:
+        """Whether a slot holds a part of a copy, or all of it."""
+        arrived = self._arrived.get(number)
+        if arrived is not None:
+            return arrived.of == _identity(request)
+        slot = self._shelf.open(number)
+        if slot is None:
+            return False
+        stamp = slot.stamp()
+        slot.close()
+        return stamp is not None and (stamp.key, stamp.rank, stamp.world) == _identity(request)
+
 
 def yield_to_others() -> None:
     """Let everything else on this machine go before this thread: copies are never waited for."""
@@ -124,43 +198,51 @@ def yield_to_others() -> None:
         return  # It is as polite already.
 
 
-def _receive(wire: Wire, slot: Slot, request: Put) -> int:
-    """Receive an image, all but its first 8 bytes; these, if every block is as its checksum says, else 0."""
+def _identity(request: Put) -> tuple[Key, int, int]:
+    return Key(request.lineage, request.step), request.rank, request.world
+
+
+def _receive(wire: Wire, slot: Slot, size: int, arrived: _Arrived) -> None:
+    """Receive what is missing of an image, all but its first 8 bytes, which would publish it."""
     view = memoryview(slot.map)
     try:
-        prefix = bytearray(8)
-        wire.fill([memoryview(prefix)])
-        start = header_size(bytes(prefix))
-        if not PEEK <= start <= request.size:
-            raise FormatError(f"{wire.name} sends an image whose header has {start} bytes")
-        wire.fill([view[8:start]])
-        sums = []
-        at = start
-        while at < request.size:
-            end = min(at + _AT_ONCE * BLOCK, request.size)
+        if not arrived.upto:
+            prefix = bytearray(8)
+            wire.fill([memoryview(prefix)])
+            start = header_size(bytes(prefix))
+            if not PEEK <= start <= size:
+                raise FormatError(f"{wire.name} sends an image whose header has {start} bytes")
+            wire.fill([view[8:start]])
+            arrived.header = bytes(prefix) + bytes(view[8:start])
+            arrived.upto = start
+        while arrived.upto < size:
+            at, end = arrived.upto, min(arrived.upto + _AT_ONCE * BLOCK, size)
             wire.fill([view[at:end]])
             # Whatever stands behind the last block is summed along, and looked at by nobody.
-            sums += [checksum(view[begin : min(begin + BLOCK, end)]) for begin in range(at, end, BLOCK)]
-            at = end
-        return _verified(bytes(prefix) + bytes(view[8:start]), view, sums, request)
+            arrived.sums += [checksum(view[begin : min(begin + BLOCK, end)]) for begin in range(at, end, BLOCK)]
+            arrived.upto = end
     finally:
         view.release()
 
 
-def _verified(header: bytes, view: memoryview, sums: list[int], request: Put) -> int:
-    stamp = peek(header)
-    expected = (Key(request.lineage, request.step), request.rank, request.world)
-    if stamp is None or (stamp.key, stamp.rank, stamp.world) != expected:
+def _verified(slot: Slot, arrived: _Arrived, request: Put) -> int:
+    """What publishes the image, if every block is as its checksum says, else 0."""
+    stamp = peek(arrived.header)
+    if stamp is None or (stamp.key, stamp.rank, stamp.world) != _identity(request):
         return 0
     try:
-        layout, _ = parse_header(header, request.size)
+        layout, _ = parse_header(arrived.header, request.size)
     except FormatError:
         return 0
-    table = np.frombuffer(view[layout.crc_start : layout.crc_start + 4 * layout.blocks], dtype="<u4")
+    view = memoryview(slot.map)
+    try:
+        table = np.frombuffer(view[layout.crc_start : layout.crc_start + 4 * layout.blocks], dtype="<u4").copy()
+        whole = layout.blocks - 1
+        # The last block ends where the table begins.
+        last = checksum(view[layout.data_start + whole * BLOCK : layout.crc_start])
+    finally:
+        view.release()
     if checksum(table.tobytes()) != stamp.crc:
         return 0
-    whole = layout.blocks - 1
-    # The last block ends where the table begins.
-    last = checksum(view[layout.data_start + whole * BLOCK : layout.crc_start])
-    good = sums[:whole] == table[:whole].tolist() and last == table[whole]
+    good = arrived.sums[:whole] == table[:whole].tolist() and last == table[whole]
     return layout.data_start - 8 if good else 0

@@ -20,10 +20,11 @@ from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
 from resilient_train.clock import MonotonicClock
 from resilient_train.control.tcp import serve
-from resilient_train.errors import ConfigError, ExitCode, ResilientError, StoreLost
+from resilient_train.errors import ConfigError, ExitCode, FormatError, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
 from resilient_train.launch.meeting import MASTER_PORT, Place, joined
 from resilient_train.plan.view import Limits
+from resilient_train.spec.topology import parse_labels
 
 _EPILOG = """
 rtrun takes every flag of the installed torchrun, with the same meaning. Scripts that use @resilient_train.elastic are
@@ -64,6 +65,14 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="workers on this node that wait, warm, to take a lost one's place (default 0)",
+    )
+    ours.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="LEVEL=NAME",
+        help="where this node stands, as zone=NAME, rack=NAME or switch=NAME; once for each. Copies of a node's state"
+        " go to another zone, else another rack, else another switch, as long as there is one",
     )
     ours.add_argument(
         "--patience",
@@ -114,6 +123,7 @@ def run(args: argparse.Namespace) -> ExitCode:
         ConfigError: for arguments that contradict each other or name nothing.
     """
     _check_script(args)
+    args.label = _labels(args)
     if args.rdzv_id in (None, "", "none") and str(args.nnodes) in ("1", "1:1"):
         args.rdzv_id = uuid.uuid4().hex
     scratch = None if args.log_dir else ScratchLogs()
@@ -171,6 +181,7 @@ def _take_part(
         within=args.detect_within,
         host=place.host,
         addresses=own_addresses() if place.secret else (),
+        labels=args.label,
         secret=place.secret,
         standby=args.standby,
         stop_timeout=float(getattr(launch, "shutdown_timeout", 30)),
@@ -201,6 +212,13 @@ def _take_part(
         # The training succeeded and its result is lost: nobody may take that for a success.
         return ExitCode.NOT_DURABLE
     return outcome.code
+
+
+def _labels(args: argparse.Namespace) -> tuple[str, ...]:
+    try:
+        return parse_labels(args.label)
+    except FormatError as error:
+        raise ConfigError(f"--label: {error}") from error
 
 
 def _check_script(args: argparse.Namespace) -> None:

@@ -2,9 +2,14 @@
 
 Theory of operation.  A state can be combined from images of one key only, so all nodes must copy the same step, and
 must not overwrite its images before all of them are copied.  Every keeper reports how far its ranks are.  The conductor
-names the next state, the *pending* one, a little ahead of everybody; each rank keeps its image of it, each keeper
-copies the images of its ranks to the next node, and reports them as done.  When all are done the state is *kept*: it
-survives the loss of any one node, and its images stay until a newer one is kept.  Then the next is named.
+names the next state, the *pending* one; each rank keeps its image of it, each keeper copies the images of its ranks to
+the nodes that keep its copies (`resilient_train.plan.placement`), and reports them as done when all of these have them.
+When all are done the state is *kept*: it survives the loss of as many nodes as there are copies, and its images stay
+until a newer one is kept.  Then the next is named.
+
+That is the newest state that all ranks have published, or the one that they publish next: where copying takes less than
+a step, every state is copied.  Ranks that are so fast that they overwrite a state before they hear of it are told of
+one ahead of them instead.
 
 A report replaces the one before it, so a lost one delays and does no harm.  A conductor that dies is followed by one
 that knows nothing: the reports tell it what is kept, and it names a new state.
@@ -18,8 +23,10 @@ from dataclasses import dataclass, field, replace
 from resilient_train.spec.world import Key
 
 LEAD = 2
-"""Steps between the furthest rank and the state that is named, at first; ranks that hear of it too late double it."""
+"""Steps between the furthest rank and a state that all ranks can still hear of, as a rule."""
 MOST_LEAD = 64
+CALM = 16
+"""States in a row that were kept after which the lead is halved."""
 STALL = 20.0
 """Seconds without a byte copied anywhere after which a pending state is given up."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 10.0
@@ -36,6 +43,8 @@ class Progress:
     """The fewest steps that any of its ranks has finished."""
     furthest: int
     """The most."""
+    published: int
+    """The newest state that all of its ranks have an image of; 0: none."""
     every: int
     """Steps between snapshots."""
     done: Key | None = None
@@ -66,8 +75,10 @@ class State:
     """The newest state of this generation's lineage that survives the loss of a node."""
     moved_at: float = 0.0
     """When anything was copied last, or a state was named."""
-    lead: int = LEAD
-    """Steps to name ahead."""
+    lead: int = 0
+    """Steps to name ahead; doubled, from `LEAD` on, whenever some rank heard of a state too late."""
+    calm: int = 0
+    """States kept in a row with this lead."""
     failures: int = 0
     """States given up in a row."""
     pause_until: float = 0.0
@@ -106,7 +117,7 @@ def persist(state: State) -> State:
     # A step that was passed just now may still be on its way: its copy ends during the step behind it.
     passed = state.persist_at + 3 < slowest
     if passed or state.persist_at > furthest + MOST_LEAD + 1:
-        return replace(state, persist_at=furthest + state.lead)
+        return replace(state, persist_at=furthest + max(LEAD, state.lead))
     return state
 
 
@@ -124,10 +135,22 @@ def _judged(state: State, now: float) -> State:
     if pending is None:
         return state
     if len(state.heard) == len(state.nodes) and all(progress.done == pending for progress in state.heard.values()):
-        return replace(state, pending=None, kept=pending, failures=0, pause_until=0.0, reason="")
+        calm = (state.calm + 1) % CALM
+        lead = state.lead if calm else state.lead // 2
+        return replace(
+            state,
+            pending=None,
+            kept=pending,
+            failures=0,
+            pause_until=0.0,
+            reason="",
+            calm=calm,
+            lead=lead if lead >= LEAD else 0,
+        )
     missed = [node for node, progress in state.heard.items() if progress.missed == pending]
     if missed:
-        return _given_up(replace(state, lead=min(2 * state.lead, MOST_LEAD)), f"{missed[0]} cannot copy {pending}", now)
+        lead = min(max(LEAD, 2 * state.lead), MOST_LEAD)
+        return _given_up(replace(state, lead=lead, calm=0), f"{missed[0]} cannot copy {pending}", now)
     if now > state.moved_at + STALL:
         waiting = [node for node in state.nodes if (p := state.heard.get(node)) is None or p.done != pending]
         return _given_up(state, f"{', '.join(waiting)} did not copy {pending}", now)
@@ -142,8 +165,13 @@ def _given_up(state: State, reason: str, now: float) -> State:
 def _named(state: State, now: float) -> State:
     if state.pending is not None or len(state.nodes) < 2 or now < state.pause_until or not _complete(state):
         return state
-    furthest = max(progress.furthest for progress in state.heard.values())
     every = max(progress.every for progress in state.heard.values())
     lineage = next(iter(state.heard.values())).lineage
-    step = -(-(furthest + state.lead) // every) * every
+    kept = state.kept.step if state.kept is not None and state.kept.lineage == lineage else 0
+    step = min(progress.published for progress in state.heard.values())
+    if state.lead:
+        furthest = max(progress.furthest for progress in state.heard.values())
+        step = -(-(furthest + state.lead) // every) * every
+    elif step <= kept:
+        step = (kept // every + 1) * every
     return replace(state, pending=Key(lineage, step), moved_at=now)

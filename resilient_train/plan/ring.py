@@ -1,4 +1,4 @@
-"""Whose copies each node keeps: a pure function of the record and the nodes."""
+"""Which keepers belong together: a pure function of the record and the nodes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from resilient_train.spec.world import node_of, slot_of
 def peers_of(view: View) -> Peers | None:
     """What this node's keeper has to know of the others; None before there is a world.
 
-    The ring follows the ranks, so that nodes that stand beside each other are neighbours.  It is empty while some
-    member's node is lost or does not serve: a state without that node's images is none.
+    Those of the world's nodes are in the order of the ranks.  There are none while some member's node is lost or does
+    not serve: a state without that node's images is none.
     """
     record = view.record
     if record is None:
@@ -24,5 +24,6 @@ def peers_of(view: View) -> Peers | None:
         generation=record.generation,
         slots=[slot_of(member) for member in record.members if node_of(member) == view.me],
         keepers=[[name, serving[name]] for name in ring],
+        labels={name: list(view.nodes[name].labels) for name in ring if view.nodes[name].labels},
         others=[[name, endpoint] for name, endpoint in sorted(serving.items()) if name not in ring],
     )

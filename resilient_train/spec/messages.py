@@ -367,8 +367,8 @@ class Serving(Message):
 class Peers(Message):
     """Agent: the keepers of the job, whenever they or the world change.
 
-    ``keepers`` are [node, host:port] of the nodes that have members, in the order in which each keeps copies of the one
-    before it; the first of them names the steps that are copied.  ``others`` have no member, and may hold images.
+    ``keepers`` are [node, host:port] of the nodes that have members; the first of them names the states that are
+    copied.  ``others`` have no member, and may hold images.
     """
 
     node: str
@@ -378,6 +378,8 @@ class Peers(Message):
     """Slots of this node's members."""
     keepers: list[list[str]]
     others: list[list[str]]
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    """Node -> where it stands, of those with members that say so."""
 
 
 @message

@@ -108,6 +108,8 @@ class NodeInfo:
     """Nodes that this one finds unreachable."""
     addresses: tuple[str, ...] = ()
     """This machine's network addresses: where connections between its ranks and others' come from."""
+    labels: tuple[str, ...] = ()
+    """Where this machine stands, as `resilient_train.spec.topology` has it."""
     leaving: str = ""
     """Why this node wants to leave at the next boundary; empty if it does not."""
     stuck: tuple[RankReport, ...] = ()
@@ -129,7 +131,7 @@ class NodeInfo:
             workers = tuple(WorkerInfo(**known_fields(WorkerInfo, item)) for item in fields.pop("workers"))
             exits = tuple(ExitInfo(**known_fields(ExitInfo, item)) for item in fields.pop("exits"))
             generation, step = fields.pop("progress")
-            fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses")})
+            fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses", "labels")})
             fields["stuck"] = tuple(RankReport.from_json(item) for item in fields["stuck"])
             return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

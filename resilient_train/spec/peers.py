@@ -64,7 +64,9 @@ class Put(Message):
 
 @message
 class Ready(Message):
-    """There is room; send the bytes."""
+    """There is room; send the bytes from ``offset`` on: those before it have arrived on an earlier connection."""
+
+    offset: int = 0
 
 
 @message
@@ -88,6 +90,7 @@ class Report(Message):
     lineage: int
     slowest: int
     furthest: int
+    published: int
     every: int
     done: list[int] | None
     missed: list[int] | None

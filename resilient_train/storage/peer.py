@@ -6,7 +6,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from resilient_train.errors import CheckpointDamaged, FormatError, LinkLost, OutsideError
 from resilient_train.spec.peers import Declined, Held, ListHeld, Put, Range, Read, Ready, Stored, key_or_none
@@ -21,6 +21,9 @@ READ_TIMEOUT = 10.0
 """Seconds for 8 MiB to arrive."""
 ROOM_TIMEOUT = 120.0
 """Seconds for memory for a copy to be made."""
+
+
+_Agreed = TypeVar("_Agreed", Ready, Stored)
 
 
 class PeerDeclined(OutsideError):
@@ -142,17 +145,18 @@ class Peer:
                 wire.close()
 
 
-_PUT_PIECE = 8 << 20
+PUT_PIECE = 8 << 20
 
 
-def put_copy(wire: Wire, request: Put, data: memoryview, moved: Callable[[int], None]) -> None:
-    """Have the keeper at the other end keep a copy of an image.
+def put_copy(wire: Wire, request: Put, data: memoryview, turn: Callable[[int], None], piece: int = PUT_PIECE) -> None:
+    """Have the keeper at the other end keep a copy of an image; what it has of it already is not sent again.
 
     Args:
         wire: to it.
         request: which image.
         data: its bytes, which must not change meanwhile.
-        moved: told of bytes as they are sent.
+        turn: called before so many bytes are sent, to count them or wait; what it raises ends the transfer.
+        piece: the most bytes to send at once.
 
     Raises:
         LinkLost: if the keeper is gone, silent or nonsensical.
@@ -161,21 +165,23 @@ def put_copy(wire: Wire, request: Put, data: memoryview, moved: Callable[[int], 
     try:
         wire.patience(ROOM_TIMEOUT)
         wire.send(request)
-        _agreed(wire, Ready)
+        begin = _agreed(wire, Ready).offset
+        if type(begin) is not int or not 0 <= begin <= len(data):
+            raise FormatError(f"{begin!r:.50} of {len(data)} bytes")
         wire.patience(READ_TIMEOUT)
-        for at in range(0, len(data), _PUT_PIECE):
-            piece = data[at : at + _PUT_PIECE]
-            wire.send_bytes([piece])
-            moved(len(piece))
+        for at in range(begin, len(data), piece):
+            turn(min(piece, len(data) - at))
+            wire.send_bytes([data[at : at + piece]])
         wire.patience(ROOM_TIMEOUT)
         _agreed(wire, Stored)
     except FormatError as error:
         raise LinkLost(f"{wire.name} talks nonsense: {error}") from error
 
 
-def _agreed(wire: Wire, kind: type[Ready] | type[Stored]) -> None:
+def _agreed(wire: Wire, kind: type[_Agreed]) -> _Agreed:
     answer = wire.receive()
     if isinstance(answer, Declined):
         raise PeerDeclined(answer.reason)
     if not isinstance(answer, kind):
         raise LinkLost(f"{wire.name} answered {answer!r:.200}")
+    return answer

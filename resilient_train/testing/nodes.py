@@ -82,18 +82,19 @@ class Nodes:
         self.jobs.append(self._stack.enter_context(job))
         return job
 
-    def kill(self, index: int, *, keeper: bool = True) -> float:
-        """SIGKILL a node's agent and, with it, its workers and keeper; when that was."""
-        job = self.jobs[index]
-        doomed = [*job.workers().values(), *(job.keepers() if keeper else ())]
+    def kill(self, *indices: int, keeper: bool = True) -> float:
+        """SIGKILL the agents of some nodes and, with them, their workers and keepers; when that was."""
+        jobs = [self.jobs[index] for index in indices]
+        doomed = [pid for job in jobs for pid in (*job.workers().values(), *(job.keepers() if keeper else ()))]
         at = time.monotonic()
-        job.signal(signal.SIGKILL)
+        for job in jobs:
+            job.signal(signal.SIGKILL)
         for pid in doomed:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.killed.add(index)
+        self.killed.update(indices)
         return at
 
     def left(self) -> list[Job]:

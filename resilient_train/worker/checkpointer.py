@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -39,6 +40,8 @@ NEAR = 20
 """Steps that a state in memory may be behind the last finished one before storage is asked for something newer."""
 MOST_RESTORE_THREADS = 8
 """Threads of a rank beyond which memory, and no processor, is what limits."""
+MOST_REPLICAS = 16
+"""More copies than anybody has memory for."""
 _PAGE = 1 << 15
 """Bytes in which what rank 0 has to say fits: an escaped URL, which no system takes longer than 4 KiB."""
 _writable: set[str] = set()
@@ -77,9 +80,13 @@ class Checkpointer:
         persist_every: steps between durable checkpoints, or seconds (``"300s"``), or ``"auto"``: every 30 s, less
             often where writing takes more than a tenth of the time. The last state is made durable in any case when
             the job ends.
+        replicas: other nodes on which the memory of each node's images is copied, in the background: so many nodes can
+            be lost at once, with nothing lost that was copied. They stand in other zones, racks or switches as far as
+            ``rtrun --label`` says that there are any. Each takes memory for two images of every rank that is copied
+            to it. 0: none. The same on all ranks.
         keep_last: durable checkpoints to keep.
-        bandwidth: bytes per second that each node may write to ``url``, so that saving leaves the network to the
-            training. None: no limit.
+        bandwidth: bytes per second that each node may write to ``url``, and as many that it may send to other nodes as
+            copies, so that saving leaves the network to the training. None: no limit.
         lazy: copy parameters and optimizer state during the next forward and backward, up to the next
             ``optimizer.step()``. False: copy everything at the boundary, which is needed where optimizers step without
             their hooks (captured CUDA graphs).
@@ -103,6 +110,7 @@ class Checkpointer:
         world: World | None = None,
         snapshot_every: int = 1,
         persist_every: int | str = "auto",
+        replicas: int = 1,
         keep_last: int = 3,
         bandwidth: float | None = None,
         lazy: bool = True,
@@ -112,6 +120,8 @@ class Checkpointer:
         for name, value in (("snapshot_every", snapshot_every), ("keep_last", keep_last)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number and at least 1, it is {value!r}")
+        if type(replicas) is not int or not 0 <= replicas <= MOST_REPLICAS:
+            raise ConfigError(f"replicas must be a whole number from 0 to {MOST_REPLICAS}, it is {replicas!r}")
         if bandwidth is not None and not (
             isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool) and 0 < bandwidth < float("inf")
         ):
@@ -147,6 +157,7 @@ class Checkpointer:
             )
         self._host.claim()
         self._host.board.report_every(self._host.index, snapshot_every)
+        self._host.board.report_copies(self._host.index, replicas, math.ceil(min(bandwidth or 0, 1 << 60)))
         self._host.board.report_published(self._host.index, None)
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()

@@ -44,7 +44,7 @@ class Slots:
         """There is no memory for more than the slots that it cannot do without."""
 
     def writable(self, size: int, safe: Key | None, past: Mapping[int, int | None]) -> Iterator[OwnSlot]:
-        """Slots of ``size`` bytes that may be overwritten, best first; a new one if there are too few.
+        """Slots of ``size`` bytes that may be overwritten, best first and locked; a new one if there are too few.
 
         Args:
             size: bytes of the image.
@@ -64,7 +64,13 @@ class Slots:
             slot.memory.close()
             self._keeper.discard(slot.number)
         fitting = [slot for slot in self._slots if slot.memory.size == size]
-        yield from sorted((slot for slot in fitting if free(slot)), key=lambda s: s.key or Key(0, 0))
+        for slot in sorted((slot for slot in fitting if free(slot)), key=lambda s: s.key or Key(0, 0)):
+            if slot.memory.try_lock(exclusive=True):
+                # Its state may have been named to be copied just now; whoever copies it looks at the lock after that.
+                if _free(slot, safe, past, self._keeper.board.protected()):
+                    yield slot
+                else:
+                    slot.memory.unlock()
         copied = 1 if protected else 0
         if not fitting:
             needed = ((SLOTS + copied) * size, (SLOTS + copied + 1) * size)

@@ -54,8 +54,9 @@ def rows_of(rank: int, world: int, step: int, rows: int = 4, columns: int = 5) -
 class Worker:
     """One rank: publishes images like a `Checkpointer` does."""
 
-    def __init__(self, node: Node, slot: int) -> None:
+    def __init__(self, node: Node, slot: int, copies: int = 1, rate: int = 0) -> None:
         self.link = KeeperLink(node.address, f"{node.name}/{slot}.0", slot)
+        self.link.board.report_copies(slot, copies, rate)
         self.slot = slot
         self.slots = Slots(self.link)
         self.generation = 1
@@ -145,8 +146,8 @@ class Node:
             case Standing():
                 self.standing = message
 
-    def start_workers(self) -> list[Worker]:
-        self.workers = [Worker(self, slot) for slot in range(self._count)]
+    def start_workers(self, copies: int = 1, rate: int = 0) -> list[Worker]:
+        self.workers = [Worker(self, slot, copies, rate) for slot in range(self._count)]
         return self.workers
 
     def replace_keeper(self) -> None:
@@ -195,8 +196,15 @@ class Cluster:
         self.nodes = [Node(name, count) for name, count in zip("abcdef", workers, strict=False)]
         self.generation = 1
 
-    def introduce(self, nodes: list[Node] | None = None, others: list[Node] | None = None) -> None:
-        """Tell everybody of everybody."""
+    def introduce(
+        self,
+        nodes: list[Node] | None = None,
+        others: list[Node] | None = None,
+        *,
+        labels: dict[str, list[str]] | None = None,
+        endpoints: dict[str, str] | None = None,
+    ) -> None:
+        """Tell everybody of everybody; that some stand elsewhere, if that is said."""
         nodes = self.nodes if nodes is None else nodes
         for node in nodes:
             node.agent.send(
@@ -204,13 +212,14 @@ class Cluster:
                     node=node.name,
                     generation=self.generation,
                     slots=list(range(node._count)),
-                    keepers=[[other.name, other.endpoint] for other in nodes],
+                    keepers=[[other.name, (endpoints or {}).get(other.name, other.endpoint)] for other in nodes],
+                    labels=labels or {},
                     others=[[other.name, other.endpoint] for other in others or []],
                 )
             )
 
-    def start_workers(self) -> list[Worker]:
-        return [worker for node in self.nodes for worker in node.start_workers()]
+    def start_workers(self, copies: int = 1, rate: int = 0) -> list[Worker]:
+        return [worker for node in self.nodes for worker in node.start_workers(copies, rate)]
 
     def step(self, key: Key, rows: int = 4, columns: int = 5) -> list[bool]:
         """All ranks publish their image of a state; whether each could."""

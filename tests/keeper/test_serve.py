@@ -13,7 +13,9 @@ import torch
 from nodes import SECRET, Cluster, Node, rows_of, wait_until
 
 from resilient_train.errors import CheckpointDamaged, LinkLost
+from resilient_train.plan.placement import place
 from resilient_train.spec.peers import Held, ListHeld, Put, Range, Read, Ready
+from resilient_train.spec.topology import Topology
 from resilient_train.spec.world import Key
 from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
 from resilient_train.storage.wire import accept, address_of, connect
@@ -250,8 +252,11 @@ class Liar:
 
 @pytest.mark.parametrize("hang_up", [False, True])
 @pytest.mark.parametrize("where", ["header", "data", "table"])
-def test_another_holder_is_read_when_one_lies_or_dies(node: Node, where: str, hang_up: bool) -> None:
-    """Wherever the damage is, what is read is what was written; with no other holder it is an error."""
+def test_another_holder_is_read_when_one_lies_or_dies(
+    node: Node, where: str, hang_up: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wherever the damage is, what is read is what was written, and who lied is named; with no other holder it is an
+    error."""
     publish(node)
     image = held(node)[1]
     truth = Peer(node.endpoint, KEY)
@@ -263,6 +268,8 @@ def test_another_holder_is_read_when_one_lies_or_dies(node: Node, where: str, ha
     (entry,) = reader.entries()
     assert torch.equal(reader.tensor(entry), rows_of(1, 2, 3, ROWS, COLUMNS))
     assert liar.asked > 0
+    assert liar.endpoint in caplog.text
+    assert "reading rank 1's image elsewhere" in caplog.text
     with pytest.raises(CheckpointDamaged):
         RemoteImage(1, [(lying, image)]).reader.tensor(entry)
     for peer in (lying, truth):
@@ -278,12 +285,15 @@ def test_a_keeper_that_dies_while_it_is_read_is_replaced_by_the_next_holder(
     job.introduce()
     job.start_workers()
     job.step_until(lambda: all(job.kept()), rows=40_000)
-    first, second, third = job.nodes
+    keeps = place(Topology({node.name: [] for node in job.nodes}), 1)
+    first = job.nodes[0]
+    second = next(node for node in job.nodes if node.name in keeps["a"])
+    third = next(node for node in job.nodes if node not in (first, second))
     kept = third.workers[0].link.board.kept()
     assert kept is not None
     source = MemorySource(third.workers[0].link)
     with source.open(kept) as readers:
-        # Rank 0's original is with the first node, its copy with the second; a copy of rank 1's is here.
+        # Rank 0's original is with the first node, its copy with the second.
         first.kill()
         for rank, reader in enumerate(readers):
             (entry,) = reader.entries()

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 from records import check_every_batch_once, digests, read, restores
 
-from resilient_train.spec.world import Key
+from resilient_train.plan.placement import place
+from resilient_train.spec.topology import Topology
+from resilient_train.spec.world import Key, node_of
 from resilient_train.testing.nodes import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
+BEGIN = ("--nproc-per-node=2", "--rdzv-conf=last_call_timeout=90")
 pytestmark = pytest.mark.timeout(300)
 
 
 def nodes(tmp_path: Path, *args: str, count: int, flags: tuple[str, ...] = ()) -> Nodes:
-    """Two ranks a node, and no URL."""
+    """Two ranks a node, and no URL; a slow node's start is waited for."""
     record = ["--record", str(tmp_path / "record")]
-    return Nodes(SCRIPT, [*record, *args], count=count, flags=["--nproc-per-node=2", *flags], folder=tmp_path / "logs")
+    return Nodes(SCRIPT, [*record, *args], count=count, flags=[*BEGIN, *flags], folder=tmp_path / "logs")
 
 
 def check_restored(tmp_path: Path, running: Nodes) -> None:
@@ -56,6 +59,29 @@ def test_a_node_lost_with_its_keeper_is_restored_from_its_neighbours_memory(tmp_
         check_restored(tmp_path, running)
         check_every_batch_once(tmp_path / "record", running.events(), 120)
         assert first.leftovers() == []
+
+
+def test_two_nodes_lost_at_once_cost_at_most_one_step_with_two_copies(tmp_path: Path) -> None:
+    """A node and the one that has its first copy: four nodes are two, go on from memory, and everybody's last step but
+    one is there."""
+    args = ("--steps", "40", "--step-time", "0.5", "--replicas", "2")
+    with nodes(tmp_path, *args, count=4, flags=("--nnodes=2:4", "--nproc-per-node=1")) as running:
+        first = running.jobs[0]
+        first.wait_for_line("step 14 size 4", 150)
+        names = {node_of(member): index for index, job in enumerate(running.jobs) for member in job.workers()}
+        copies = place(Topology(dict.fromkeys(names, ())), 1)
+        doomed = next((one, copies[one][0]) for one in names if 0 not in (names[one], names[copies[one][0]]))
+        running.kill(*(names[node] for node in doomed))
+        first.wait_for_line("size 2", 90)
+        (tmp_path / "record" / "hurry").touch()
+        last = max(int(line.split()[1]) for _, line in first.lines if " size 4 " in line)
+        assert running.finish(120) == [0, 0], running.output
+        restore = restores(running.events())[-1]
+        assert restore.source is not None
+        # The line of step n is written when n + 1 steps are finished.
+        assert restore.source.step >= last, running.output
+        check_restored(tmp_path, running)
+        check_every_batch_once(tmp_path / "record", running.events(), 40)
 
 
 @pytest.mark.soak

@@ -1,6 +1,8 @@
-"""Who keeps whose copies: every node of the world has exactly one that comes after it."""
+"""Which keepers a keeper is told of."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from resilient_train.plan.ring import peers_of
 from resilient_train.plan.view import Limits, View
@@ -20,7 +22,15 @@ def view(me: str, members: tuple[str, ...], *nodes: NodeInfo) -> View:
 MEMBERS = ("n0/0.0", "n0/1.0", "n2/0.0", "n2/1.3")
 
 
-def test_the_ring_follows_the_ranks_and_others_are_told_apart() -> None:
+def test_a_keeper_is_told_where_the_others_stand() -> None:
+    """Those that say so, of the world's nodes."""
+    nodes = (replace(node("n0", "h:10"), labels=("rack=r1",)), replace(node("n1", "h:1"), labels=("rack=r9",)))
+    peers = peers_of(view("n2", MEMBERS, *nodes, node("n2", "h:12")))
+    assert peers is not None
+    assert peers.labels == {"n0": ["rack=r1"]}
+
+
+def test_the_worlds_nodes_follow_the_ranks_and_others_are_told_apart() -> None:
     """Nodes without a member may hold images, and are sent none."""
     nodes = (node("n0", "h:10"), node("n1", "h:11"), node("n2", "h:12"))
     peers = peers_of(view("n2", MEMBERS, *nodes))

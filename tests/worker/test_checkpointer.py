@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import resilient_train as rt
+from resilient_train.errors import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -94,6 +98,13 @@ def test_if_every_checkpoint_is_damaged_nothing_is_started_over(tmp_path: Path) 
     assert "step 5 (lineage 1)" in again.stderr
     assert "step 0" not in again.stdout
     assert checkpoints(url) == ["step-000000005.g1"]
+
+
+@pytest.mark.parametrize("wrong", [-1, 17, 1.0, True, "2"])
+def test_a_number_of_copies_that_is_none_is_refused(wrong: object) -> None:
+    """Before anything is begun."""
+    with pytest.raises(ConfigError, match="replicas must be a whole number from 0 to 16"):
+        rt.Checkpointer(rt.State(model=torch.nn.Linear(2, 2)), replicas=wrong)  # type: ignore[arg-type]
 
 
 LOOPS = """

@@ -35,6 +35,7 @@ parser.add_argument("--record", type=Path)
 parser.add_argument("--url")
 parser.add_argument("--persist-every", default="auto")
 parser.add_argument("--snapshot-every", type=int, default=1)
+parser.add_argument("--replicas", type=int, default=1)
 parser.add_argument("--eval", action="store_true", help="an evaluation at the end of every step")
 parser.add_argument("--linger", type=float, default=0.0, help="seconds to live on after train() returned")
 parser.add_argument("--width", type=int, default=30)
@@ -157,7 +158,8 @@ def train(world):
     data = rt.ElasticSampler(len(samples), global_batch=24, micro_batch=4, world=world, seed=0)
     every = int(args.persist_every) if args.persist_every.isdigit() else args.persist_every
     state = rt.State(model=model, optim=optim, schedule=schedule)
-    ckpt = rt.Checkpointer(state, args.url, world=world, persist_every=every, snapshot_every=args.snapshot_every)
+    often = {"persist_every": every, "snapshot_every": args.snapshot_every}
+    ckpt = rt.Checkpointer(state, args.url, world=world, replicas=args.replicas, **often)
     first = first_step = True
     write(world, usage=usage())
     for step in ckpt.steps(args.steps):
