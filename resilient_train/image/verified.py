@@ -100,7 +100,13 @@ class VerifiedImage:
         return self.layout.entries
 
     def start(self, entry: Entry) -> int:
-        """First byte of an entry, from the beginning of the image."""
+        """First byte of an entry, from the beginning of the image.
+
+        Raises:
+            CheckpointDamaged: if the image does not have it, exactly as described.
+        """
+        if entry not in self._starts:
+            raise CheckpointDamaged(f"{self.name} does not hold {entry.box} of {entry.name}")
         return self._starts[entry]
 
     def data(self, entry: Entry, begin: int = 0, size: int | None = None) -> memoryview | bytes:

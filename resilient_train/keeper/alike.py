@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from typing import Any
 
 from resilient_train.errors import UnsupportedState
 from resilient_train.image.arena import Slot
+from resilient_train.plan.partition import may_differ
 from resilient_train.spec import jsontree
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp
 
@@ -36,7 +36,7 @@ def of_each_rank(images: Images) -> frozenset[str]:
     _, layout, stamp = images[min(images)]
     slot = images[min(images)][0]
     document = jsontree.parse(slot.map[layout.json_start : layout.json_start + stamp.json_length])
-    wrong = {name: ranks for name, ranks in differing.items() if not _may_differ(document, name)}
+    wrong = {name: ranks for name, ranks in differing.items() if not may_differ(document, name)}
     if wrong:
         name, (one, other) = min(wrong.items())
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -46,12 +46,6 @@ def of_each_rank(images: Images) -> frozenset[str]:
             " State(**{f'expert{rank}': expert})"
         )
     return frozenset(differing)
-
-
-def _may_differ(document: Any, name: str) -> bool:
-    part, _, path = name.partition("/")
-    described = document.get(part, {}) if isinstance(document, dict) else {}
-    return described.get("kind") == "stateful" or path in described.get("buffers", ())
 
 
 def _differing(images: Images) -> dict[str, tuple[int, int]]:

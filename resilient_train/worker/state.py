@@ -20,6 +20,7 @@ from resilient_train.worker import modules, names, optimizers
 from resilient_train.worker.capture import Capture, Known, join
 from resilient_train.worker.rng import capture_rng
 from resilient_train.worker.targets import Targets, built
+from resilient_train.worker.tensors import job_cuts
 
 
 @runtime_checkable
@@ -105,6 +106,18 @@ class State:
                 changing.document[name] = {"kind": "stateful", "value": changing.encode(thing.state_dict(), name)}
         changing.document["rng"] = capture_rng(rank, changing)
         return Frame(known=known, parts=(*known.capture.parts, *changing.parts), document=join(known, changing))
+
+    def make(self) -> bytes:
+        """What there is to save, and how it is laid out over the ranks, without any values: equal on ranks that differ
+        in nothing but the boxes that they hold."""
+        lines = []
+        for name, thing in self._things.items():
+            lines.append(f"{name} {_kind(thing)} {type(thing).__name__}")
+            if isinstance(thing, torch.nn.Module):
+                tensors = {**names.parameters(thing), **names.buffers(thing)}
+                lines += [f"{path} {list(t.shape)} {t.dtype} {job_cuts(path, t)}" for path, t in tensors.items()]
+                lines += [f"{alias} = {path}" for alias, path in names.aliases(thing).items()]
+        return "\n".join(lines).encode()
 
     def _walk(self) -> Capture:
         walked = Capture()

@@ -57,7 +57,7 @@ from resilient_train.storage.commit import MANIFEST, folder_of, image_name
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker.fill import fill
 from resilient_train.worker.process_group import clear_dtensor_caches
-from resilient_train.worker.sources import TierSource
+from resilient_train.worker.sources import Candidate, TierSource
 from resilient_train.worker.state import State
 
 OLD, NEW = Key(1, 17), Key(2, 41)
@@ -536,9 +536,9 @@ def corrupt(files: Files, chance: random.Random) -> Case:
 def restore(folder: Path, key: Key, rank: int, world: int) -> Training:
     fresh = Training(99)
     source = TierSource(FilesystemTier(str(folder)))
-    source.keys({})
-    with source.open(key) as readers:
-        fill(fresh.state, readers, rank, world)
+    source.candidates({})
+    with source.open(Candidate(key=key)) as images:
+        fill(fresh.state, images, rank, world)
     return fresh
 
 
