@@ -477,7 +477,7 @@ class Checkpointer:
         return choice
 
     def _chosen(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
-        place, key, without = "", None, ()
+        place, key, without = "", None, tuple[int, ...]()
         for source in self._sources():
             whole = [state for state in source.candidates(past) if (source.name, state.key) not in damaged]
             if whole and (key is None or whole[0].key > key):

@@ -85,7 +85,7 @@ class MemorySource:
         A state of which images are gone is whole if all ranks held alike, and those whose images are left cover it: one
         rank is enough where all held everything.
         """
-        whole = []
+        whole: list[Candidate] = []
         for key, world, ranks in ranks_by_key(self._found(), past):
             gone = tuple(sorted(set(range(world)) - ranks))
             if not gone or (not whole and len(gone) <= MOST_MISSING and self._is_covered(key, gone)):
