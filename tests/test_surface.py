@@ -15,8 +15,19 @@ from resilient_train.launch import rtctl, rtrun
 
 
 def test_public_names() -> None:
-    """Six names; each can be imported from the package."""
-    names = ["Checkpointer", "ElasticSampler", "MicroBatch", "State", "World", "__version__", "elastic"]
+    """Nine names; each can be imported from the package."""
+    names = [
+        "Checkpointer",
+        "ElasticSampler",
+        "ElasticStream",
+        "MicroBatch",
+        "State",
+        "StreamBatch",
+        "World",
+        "__version__",
+        "elastic",
+        "mean_over_tokens",
+    ]
     assert resilient_train.__all__ == names
     assert all(getattr(resilient_train, name) is not None for name in names)
 
@@ -25,6 +36,7 @@ def test_what_a_world_offers() -> None:
     """What a training function reads, and the one thing that it can say."""
     names = [name for name in dir(resilient_train.World) if not name.startswith("_")]
     assert names == [
+        "data_dims",
         "data_rank",
         "data_size",
         "device",

@@ -17,6 +17,16 @@ from resilient_train.spec.jsontree import integer
 from resilient_train.worker.capture import Capture
 
 
+def seed_generators(value: int, device: torch.device) -> None:
+    """Seed torch's generators for work on ``device``; ``value`` may be any integer."""
+    value &= (1 << 63) - 1
+    if device.type == "cpu":
+        # What torch.manual_seed does besides, formatting a stack for generators that nobody has yet, is no use here.
+        torch.default_generator.manual_seed(value)
+    else:
+        torch.manual_seed(value)
+
+
 def rng_name(rank: int, which: str) -> str:
     """Entry name of a rank's own generator state."""
     return f"{PRIVATE}{rank}/{which}"

@@ -9,6 +9,7 @@ import torch
 
 from resilient_train.errors import ConfigError
 from resilient_train.plan.batch import Pass, mix, passes, sample
+from resilient_train.worker.rng import seed_generators
 from resilient_train.worker.world import World
 
 
@@ -43,7 +44,7 @@ class ElasticSampler:
         ConfigError: for sizes below 1.
 
     The loss of a micro-batch must be a *mean* over its samples. Where samples differ in what they count (losses
-    averaged over tokens of sequences of different lengths), multiply with token counts instead of ``weight``.
+    averaged over tokens of sequences of different lengths), sum instead, and call `mean_over_tokens`.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ElasticSampler:
         self._shuffle = shuffle
         self._passes = passes(global_batch, micro_batch, world.data_rank, world.data_size)
         self._rank = world.data_rank
+        self._device = world.device
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This rank's share of global batch number ``step``; equally many micro-batches on every rank.
@@ -75,7 +77,8 @@ class ElasticSampler:
         if not isinstance(step, int) or step < 0:
             raise ConfigError(f"micro_batches() needs the number of a step, it got {step!r}")
         for each in self._passes:
-            torch.manual_seed(mix(self._seed, step, each.unit if each.unit >= 0 else -1 - self._rank) & (2**63 - 1))
+            unit = each.unit if each.unit >= 0 else -1 - self._rank
+            seed_generators(mix(self._seed, step, unit), self._device)
             indices = torch.tensor(self._indices(step, each), dtype=torch.int64)
             yield MicroBatch(indices=indices, weight=each.weight, last=each.last)
 

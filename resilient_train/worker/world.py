@@ -70,19 +70,23 @@ class World:
     @property
     def data_size(self) -> int:
         """Number of ranks with samples of their own: the product of the mesh's data dimensions."""
-        return prod(n for _, n in self._data_dims())
+        return prod(self.mesh.size(dim) for dim in self.data_dims)
 
     @property
     def data_rank(self) -> int:
         """This rank's place among them."""
+        coordinate = self.mesh.get_coordinate()
+        assert coordinate is not None, "who is not in the mesh gets no World"
         rank = 0
-        for name, n in self._data_dims():
-            rank = rank * n + self.mesh.get_local_rank(name)
+        for dim in self.data_dims:
+            rank = rank * self.mesh.size(dim) + coordinate[dim]
         return rank
 
-    def _data_dims(self) -> list[tuple[str, int]]:
+    @property
+    def data_dims(self) -> list[int]:
+        """The mesh's data dimensions, by number: those along which ranks have samples of their own."""
         names = self.mesh.mesh_dim_names or ()
-        return [(name, self.mesh.size(i)) for i, name in enumerate(names) if name not in MODEL_DIMS]
+        return [dim for dim, name in enumerate(names) if name not in MODEL_DIMS]
 
 
 def check_mesh(mesh: Mapping[str, int]) -> int:
