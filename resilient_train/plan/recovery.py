@@ -176,13 +176,16 @@ def _nearest(
     return next((source for source in holders(cuts, chunks, world, rank) if source in ranks), None)
 
 
-def copies_by_entries(wants: Sequence[Want], images: Mapping[int, Sequence[Entry]], prefer: int = -1) -> list[Copy]:
+def copies_by_entries(
+    wants: Sequence[Want], images: Mapping[int, Sequence[Entry]], prefer: int = -1, *, partial: bool = False
+) -> list[Copy]:
     """What to copy so that every wanted box is filled exactly once.
 
     Args:
         wants: the boxes this rank needs.
         images: by rank, the entries of each image of one key.
         prefer: the rank whose image to use where it has the data (this rank's own), or -1.
+        partial: whether others may have what is not wanted here.
 
     Raises:
         StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one: any)
@@ -193,7 +196,7 @@ def copies_by_entries(wants: Sequence[Want], images: Mapping[int, Sequence[Entry
     for rank in sorted(images, key=lambda rank: (rank != prefer, rank)):
         for entry in images[rank]:
             held.setdefault(entry.name, []).append((rank, entry))
-    mine = {entry.name for entry in images[prefer]} if prefer >= 0 else set(held)
+    mine = set() if partial else {entry.name for entry in images[prefer]} if prefer >= 0 else set(held)
     _check_fit(wants, {name: [entry for _, entry in places] for name, places in held.items()}, mine)
     copies = []
     for want in wants:

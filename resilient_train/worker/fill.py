@@ -26,6 +26,7 @@ from resilient_train.plan.recovery import (
     prove,
 )
 from resilient_train.spec.shard import Entry
+from resilient_train.worker.documents import merged
 from resilient_train.worker.rng import rng_name, rng_setters
 from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
@@ -66,10 +67,11 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         raise CheckpointDamaged("there are no images of it any more")
     first = images.reader(min(held.ranks))
     own = images.reader(rank) if held.world == world and rank in held.ranks else None
-    told, document = _document(own or first, first)
+    told, document, partial = _document(images, own, first)
     everything = _entries(images, first)
+    there = {entry.name: entry for of_rank in everything.values() for entry in of_rank}
     try:
-        targets = state.targets(document, {entry.name: entry for of_rank in everything.values() for entry in of_rank})
+        targets = state.targets(document, there, partial=partial)
         # Another library's state dict, which became a checkpoint of ours, says nothing of generators.
         without = own is None or document.get("rng", ...) is None
         setters = [] if own is None or without else rng_setters(document.get("rng"), _generators(own, rank))
@@ -82,11 +84,11 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
             entry, local = stored(name, tensor)
             wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
             places[name] = (_as_stored(entry, local, back), entry)
-    if first.layout.alike:
+    if images.whole and first.layout.alike:
         differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
         copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
     else:
-        copies = copies_by_entries(wants, everything, prefer=rank if own is not None else -1)
+        copies = copies_by_entries(wants, everything, prefer=rank if own is not None else -1, partial=partial)
     prove(wants, copies)
     ranges: dict[int, list[Range]] = {}
     later: list[Callable[[], object]] = []
@@ -115,7 +117,7 @@ def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:
         CheckpointDamaged: if they do not cover the state.
     """
     held = images.held
-    if first.layout.alike:
+    if images.whole and first.layout.alike:
         everything: dict[int, Sequence[Entry]] = {first.stamp.rank: first.entries()}
         holes = not_covered(first.entries(), held)
     else:
@@ -127,18 +129,26 @@ def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:
     return everything
 
 
-def _document(own: ImageReader, first: ImageReader) -> tuple[ImageReader, dict[str, Any]]:
-    """The document, and who has it.
+def _document(images: Images, own: ImageReader | None, first: ImageReader) -> tuple[ImageReader, dict[str, Any], bool]:
+    """The document, whose it is, and whether it describes what only other ranks have besides.
 
-    A rank's document differs from the others' only in its generators; any rank's will do for the rest.  Where a state
-    dict of another library was saved, the first rank's alone says something.
+    Where all ranks hold alike, a rank's differs from the others' only in its generators; any will do for the rest.
+    Where a state dict of another library was saved, the first rank's alone says something.
     """
-    document = own.json()
-    if document == {"rng": None} and own is not first:
-        own, document = first, first.json()
-    if not isinstance(document, dict):
-        raise CheckpointDamaged(f"{own.name}: the document is not an object")
-    return own, document
+    told = own or first
+    readers = [told]
+    if not first.layout.alike:
+        readers += [reader for reader in images.all() if reader is not told]
+    documents = [reader.json() for reader in readers]
+    for reader, document in zip(readers, documents, strict=True):
+        if not isinstance(document, dict):
+            raise CheckpointDamaged(f"{reader.name}: the document is not an object")
+    if len(documents) == 1:
+        return told, documents[0], False
+    try:
+        return told, merged(documents), sum(len(document) > 1 for document in documents) > 1
+    except (FormatError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointDamaged(f"{told.name}: malformed document: {error!r:.500}") from error
 
 
 def _dtype(entry: Entry) -> str:

@@ -35,12 +35,14 @@ class Candidate:
 class Images:
     """The images of one state, each opened when it is first asked for."""
 
-    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader]) -> None:
+    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False) -> None:
         """Args:
         held: whose images there are.
         open_image: opens a rank's.
+        whole: whether each has all that its rank held, and not only what the others' do not have.
         """
         self.held = held
+        self.whole = whole
         self._open = open_image
         self._readers: dict[int, ImageReader] = {}
 
@@ -152,7 +154,7 @@ class MemorySource:
                 return RemoteImage(owner, [(peers[endpoint], image) for endpoint, image in remote[owner]]).reader
 
             near = sorted(views.keys() & expected, key=lambda owner: (owner != rank, owner))
-            images = Images(Holders(world=world, ranks=expected, near=near), open_image)
+            images = Images(Holders(world=world, ranks=expected, near=near), open_image, whole=True)
             yield images
             images.release()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
@@ -186,8 +187,16 @@ def device_named(name: Any) -> torch.device:
     return device
 
 
-def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: Any) -> torch.Tensor:
-    """Uninitialised optimizer state of a global ``shape``: sharded like the parameter if it has its shape."""
+def like_parameter(
+    parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: Any, *, distributed: bool = False
+) -> torch.Tensor:
+    """Uninitialised optimizer state of a global ``shape``: sharded like the parameter if it has its shape.
+
+    State of another shape that is ``distributed`` (factored moments) is sharded along the dimensions that it shares
+    with the parameter.
+    """
+    if distributed and isinstance(parameter, DTensor) and tuple(shape) != tuple(parameter.shape):
+        return _factor(parameter, tuple(shape), dtype)
     if isinstance(parameter, DTensor) and tuple(shape) == tuple(parameter.shape):
         local = torch.empty_like(parameter.to_local(), dtype=dtype)
         return DTensor.from_local(
@@ -203,3 +212,22 @@ def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.d
     if memory_format is torch.preserve_format and not isinstance(parameter, DTensor):
         return torch.empty_like(parameter, dtype=dtype, device=where, requires_grad=False)
     return torch.empty(tuple(shape), dtype=dtype, device=where)
+
+
+def _factor(parameter: DTensor, shape: tuple[int, ...], dtype: torch.dtype) -> DTensor:
+    def fits(placement: Placement) -> bool:
+        dim = placement.dim if isinstance(placement, _CUTTING) else -1
+        return 0 <= dim < len(shape) and shape[dim] == parameter.shape[dim]
+
+    placements = [placement if fits(placement) else Replicate() for placement in parameter.placements]
+    mesh = parameter.device_mesh
+    local = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        torch.empty(tuple(local), dtype=dtype, device=parameter.to_local().device),
+        mesh,
+        placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )

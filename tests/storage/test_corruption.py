@@ -172,7 +172,7 @@ def seed_all(number: int) -> None:
 
 def image(training: Training, rank: int, key: Key) -> Slot:
     frame = training.state.capture(rank)
-    layout = plan_image([part.entry for part in frame.parts], len(frame.document))
+    layout = plan_image([part.entry for part in frame.parts], len(frame.document), alike=True)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
@@ -505,7 +505,7 @@ def forge_document(files: Files, chance: random.Random) -> None:
 def with_document(data: bytes, document: bytes) -> bytes:
     """An image with another document, right in every other respect."""
     old, stamp = layout_of(data)
-    new = plan_image(old.entries, len(document))
+    new = plan_image(old.entries, len(document), alike=old.alike)
     assert new.entries == old.entries
     body = data[old.data_start : old.json_start] + document.ljust(new.json_capacity)
     sums = [checksum(body[at : at + BLOCK]).to_bytes(4, "little") for at in range(0, len(body), BLOCK)]

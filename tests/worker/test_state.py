@@ -27,12 +27,17 @@ from resilient_train.worker.state import State
 
 
 def saved(
-    state: State, rank: int = 0, world: int = 1, placed: Callable[[Entry], Entry] = lambda entry: entry
+    state: State,
+    rank: int = 0,
+    world: int = 1,
+    placed: Callable[[Entry], Entry] = lambda entry: entry,
+    *,
+    alike: bool = False,
 ) -> ImageReader:
     """An image of the state, as bytes in memory; ``placed`` says which part of the whole an entry is."""
     frame = state.capture(rank)
     frame_parts = [dataclasses.replace(part, entry=placed(part.entry)) for part in frame.parts]
-    layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10)
+    layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10, alike=alike)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
