@@ -7,7 +7,7 @@ import torch
 
 from resilient_train.errors import CheckpointDamaged
 from resilient_train.image.snapshot import TORCH_DTYPES
-from resilient_train.image.verified import VerifiedImage
+from resilient_train.image.verified import Elsewhere, VerifiedImage
 from resilient_train.spec.shard import Entry
 
 
@@ -31,7 +31,11 @@ class ImageReader(VerifiedImage):
         return torch.from_numpy(array).view(dtype).view(entry.shape)
 
 
-def memory_reader(name: str, view: memoryview) -> ImageReader:
+def memory_reader(name: str, view: memoryview, elsewhere: Elsewhere = lambda: False) -> ImageReader:
     """A reader of an image in mapped memory; ``view`` must stay locked against its writer while it is used."""
     address = np.frombuffer(view, dtype=np.uint8).ctypes.data
-    return ImageReader(name, len(view), lambda offset, length: view[offset : offset + length], address=address)
+
+    def read(offset: int, length: int) -> memoryview:
+        return view[offset : offset + length]
+
+    return ImageReader(name, len(view), read, address=address, elsewhere=elsewhere)

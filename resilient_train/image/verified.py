@@ -84,6 +84,14 @@ class VerifiedImage:
         self._elsewhere = lambda: False
         self._address = 0
 
+    def follow(self, other: VerifiedImage) -> bool:
+        """Read from where ``other`` reads, from now on; False if that is not the same image."""
+        if other.layout != self.layout or not np.array_equal(other._sums, self._sums):
+            return False
+        self._read, self._read_into, self._elsewhere = other._read, other._read_into, other._elsewhere
+        self._address = 0
+        return True
+
     def check(self, *, key: Key, rank: int, world: int, header_crc: int, table_crc: int) -> None:
         """Hold the image against what was committed.
 
@@ -100,7 +108,13 @@ class VerifiedImage:
         return self.layout.entries
 
     def start(self, entry: Entry) -> int:
-        """First byte of an entry, from the beginning of the image."""
+        """First byte of an entry, from the beginning of the image.
+
+        Raises:
+            CheckpointDamaged: if the image does not have it, exactly as described.
+        """
+        if entry not in self._starts:
+            raise CheckpointDamaged(f"{self.name} does not hold {entry.box} of {entry.name}")
         return self._starts[entry]
 
     def data(self, entry: Entry, begin: int = 0, size: int | None = None) -> memoryview | bytes:

@@ -131,5 +131,5 @@ class _Builder:
         if "value" in item:
             return self.tree(jsontree.decode(item["value"]))
         if "packed" in item:
-            return self.tensor(f"{name}/packed/{key}.{item['dtype']}", item["packed"])
+            return self.tensor(f"{name}/packed/{key}.{item['dtype']}.{item['pack']}", item["packed"])
         return self.tensor(item["tensor"])

@@ -11,6 +11,7 @@ from typing import Any
 
 from resilient_train.errors import UnsupportedState
 from resilient_train.image.arena import Slot
+from resilient_train.plan.partition import may_differ
 from resilient_train.spec import jsontree
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp
 
@@ -33,10 +34,8 @@ def of_each_rank(images: Images) -> frozenset[str]:
     differing = _differing(images)
     if not differing:
         return frozenset()
-    _, layout, stamp = images[min(images)]
-    slot = images[min(images)][0]
-    document = jsontree.parse(slot.map[layout.json_start : layout.json_start + stamp.json_length])
-    wrong = {name: ranks for name, ranks in differing.items() if not _may_differ(document, name)}
+    documents = {rank: _document(*images[rank]) for rank in {one for one, _ in differing.values()}}
+    wrong = {name: ranks for name, ranks in differing.items() if not may_differ(documents[ranks[0]], name)}
     if wrong:
         name, (one, other) = min(wrong.items())
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -48,10 +47,8 @@ def of_each_rank(images: Images) -> frozenset[str]:
     return frozenset(differing)
 
 
-def _may_differ(document: Any, name: str) -> bool:
-    part, _, path = name.partition("/")
-    described = document.get(part, {}) if isinstance(document, dict) else {}
-    return described.get("kind") == "stateful" or path in described.get("buffers", ())
+def _document(slot: Slot, layout: ImageLayout, stamp: Stamp) -> Any:
+    return jsontree.parse(slot.map[layout.json_start : layout.json_start + stamp.json_length])
 
 
 def _differing(images: Images) -> dict[str, tuple[int, int]]:

@@ -210,7 +210,7 @@ class _PartialImage:
     def __init__(self, view: memoryview, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> None:
         self._view = view
         starts = dict(zip(layout.entries, layout.starts, strict=True))
-        self._layout = plan_image(share, stamp.json_length)
+        self._layout = plan_image(share, stamp.json_length, alike=layout.alike)
         ranges = [(starts[entry], entry.nbytes) for entry in self._layout.entries]
         ranges.append((layout.json_start, stamp.json_length))
         padding = b" " * (self._layout.json_capacity - stamp.json_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from resilient_train.spec.shard import Entry
 
@@ -32,3 +33,14 @@ def assign(images: Mapping[int, Sequence[Entry]], own: Collection[str] = ()) -> 
         load[rank] += entry.nbytes
         chosen[rank].append(entry)
     return {rank: tuple(entries) for rank, entries in chosen.items()}
+
+
+def may_differ(document: Any, name: str) -> bool:
+    """Whether ranks may hold values of their own under one name, by the document that goes with it.
+
+    Parameters and optimizer state may not; buffers of modules (BatchNorm's statistics) may, and tensors of other
+    objects.
+    """
+    part, _, path = name.partition("/")
+    described = document.get(part, {}) if isinstance(document, dict) else {}
+    return described.get("kind") == "stateful" or path in described.get("buffers", ())

@@ -23,6 +23,7 @@ from typing import Any
 from resilient_train.errors import FormatError
 from resilient_train.spec import jsontree
 from resilient_train.spec.layout import Box
+from resilient_train.spec.sharding import Cut, Cuts, held_box
 from resilient_train.spec.world import Key
 
 PAGE = 4096
@@ -86,6 +87,8 @@ class Entry:
     """Where the part begins in the whole."""
     real_dtype: str = ""
     """torch's name of the dtype where safetensors lacks it and the bytes are stored as U8 along the last axis."""
+    cuts: Cuts | None = None
+    """How the tensor is laid out over all ranks; None if that is not known."""
 
     @property
     def box(self) -> Box:
@@ -118,6 +121,8 @@ class ImageLayout:
     """Length of the file."""
     header: bytes
     """The leading ``data_start`` bytes with the fixed-width fields zero and the header length in place."""
+    alike: bool = False
+    """Whether every rank's image has the same names, of the same global shapes, dtypes and `Entry.cuts`."""
 
     @property
     def blocks(self) -> int:
@@ -153,8 +158,13 @@ class Stamp:
         return [(FIELD_AT[name], value.encode()) for name, value in values.items()]
 
 
-def plan_image(entries: Sequence[Entry], json_capacity: int) -> ImageLayout:
+def plan_image(entries: Sequence[Entry], json_capacity: int, *, alike: bool = False) -> ImageLayout:
     """Lay out an image for ``entries`` and ``json_capacity`` bytes of non-tensor state.
+
+    Args:
+        entries: the tensors.
+        json_capacity: bytes.
+        alike: whether all ranks have the same, but for their boxes.
 
     Raises:
         FormatError: if a name is used twice or reserved, or the header grows beyond what safetensors reads.
@@ -178,7 +188,7 @@ def plan_image(entries: Sequence[Entry], json_capacity: int) -> ImageLayout:
     total = -(-end // PAGE) * PAGE
     if total > end:
         table[PAD_NAME] = {"dtype": "U8", "shape": [total - end], "data_offsets": [end, total]}
-    header = _header(ordered, names, table)
+    header = _header(ordered, names, table, alike)
     start = len(header)
     return ImageLayout(
         entries=tuple(ordered),
@@ -189,6 +199,7 @@ def plan_image(entries: Sequence[Entry], json_capacity: int) -> ImageLayout:
         crc_start=start + crc_begin,
         total=start + total,
         header=header,
+        alike=alike,
     )
 
 
@@ -207,7 +218,7 @@ def _stored_names(entries: Sequence[Entry]) -> list[str]:
     return names
 
 
-def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any]) -> bytes:
+def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any], alike: bool) -> bytes:
     boxes = {
         name: [list(e.global_shape), list(e.offset)]
         for name, e in zip(names, entries, strict=True)
@@ -217,7 +228,14 @@ def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, 
     aliases = {name: e.name for name, e in zip(names, entries, strict=True) if e.name != name}
     metadata = {name: "0" * width for name, width in _FIXED}
     metadata["resilient_train"] = "1"
-    for key, value in (("boxes", boxes), ("dtypes", dtypes), ("names", aliases)):
+    patterns = list(dict.fromkeys(e.cuts for e in entries if e.cuts is not None))
+    number = {cuts: index for index, cuts in enumerate(patterns)}
+    layouts = {
+        "alike": int(alike),
+        "patterns": [[[cut.dim, cut.parts, cut.stride] for cut in cuts] for cuts in patterns],
+        "tensors": {name: number[e.cuts] for name, e in zip(names, entries, strict=True) if e.cuts is not None},
+    }
+    for key, value in (("boxes", boxes), ("dtypes", dtypes), ("names", aliases), ("layouts", layouts)):
         metadata[key] = json.dumps(value, separators=(",", ":"))
     text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
     length = -(-(8 + len(text) + _SPARE) // PAGE) * PAGE - 8
@@ -270,14 +288,18 @@ def parse_header(header: bytes | memoryview, file_size: int) -> tuple[ImageLayou
     if not PEEK <= start <= min(MAX_HEADER + 8, file_size) or start % PAGE or len(header) < start:
         raise FormatError(f"header length {start - 8} does not fit a file of {file_size} bytes")
     try:
-        return _parse_table(jsontree.parse(bytes(header[8:start])), start, file_size, bytes(header[:start])), stamp
+        document = jsontree.parse(bytes(header[8:start]))
+        return _parse_table(document, start, file_size, bytes(header[:start]), stamp.rank), stamp
     except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"malformed header: {error!r:.500}") from error
 
 
-def _parse_table(document: dict[str, Any], start: int, file_size: int, header: bytes) -> ImageLayout:
+def _parse_table(document: dict[str, Any], start: int, file_size: int, header: bytes, rank: int) -> ImageLayout:
     metadata = document.pop("__metadata__")
     boxes, dtypes, aliases = (jsontree.parse(metadata[name]) for name in ("boxes", "dtypes", "names"))
+    layouts = jsontree.parse(metadata.get("layouts", "{}"))
+    patterns = [tuple(Cut(*_numbers(cut)) for cut in cuts) for cuts in layouts.get("patterns", [])]
+    pattern_of = layouts.get("tensors", {})
     spans = {name: _numbers(item["data_offsets"]) for name, item in document.items()}
     at = 0
     entries, starts = [], []
@@ -297,8 +319,9 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
             global_shape=_shape(whole),
             offset=_numbers(offset),
             real_dtype=_text(dtypes.get(name, "")),
+            cuts=patterns[jsontree.integer(pattern_of[name])] if name in pattern_of else None,
         )
-        _check_box(entry)
+        _check_box(entry, rank)
         entries.append(entry)
         starts.append(start + begin)
     if len({(entry.name, entry.box) for entry in entries}) != len(entries):
@@ -317,6 +340,7 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
         crc_start=start + crc_begin,
         total=file_size,
         header=header,
+        alike=jsontree.integer(layouts.get("alike", 0), 0, 1) == 1,
     )
 
 
@@ -340,7 +364,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _check_box(entry: Entry) -> None:
+def _check_box(entry: Entry, rank: int) -> None:
     if not len(entry.shape) == len(entry.global_shape) == len(entry.offset):
         raise ValueError(f"{entry.name!r:.200}: box and shape differ in dimensions")
     if any(at + n > whole for n, whole, at in zip(entry.shape, entry.global_shape, entry.offset, strict=True)):
@@ -349,3 +373,8 @@ def _check_box(entry: Entry) -> None:
     bytewise = entry.dtype == "U8" and entry.shape[-1:] == entry.global_shape[-1:] != ()
     if entry.real_dtype and not bytewise:
         raise ValueError(f"{entry.name!r:.200}: is not stored as the bytes of {entry.real_dtype!r:.50}")
+    for cut in entry.cuts or ():
+        if cut.dim >= len(entry.shape) or not (cut.parts and cut.stride):
+            raise ValueError(f"{entry.name!r:.200}: malformed layout")
+    if entry.cuts is not None and held_box(entry.global_shape, entry.cuts, rank) != entry.box:
+        raise ValueError(f"{entry.name!r:.200}: is not what its layout says that rank {rank} holds")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from resilient_train.errors import CheckpointDamaged, ConfigError, UnsupportedState
 from resilient_train.image.verified import VerifiedImage
 from resilient_train.plan.consolidated import INDEX, OutFile, Whole, index_of, plan_files, slabs
-from resilient_train.plan.recovery import Want, missing, plan_copies
+from resilient_train.plan.recovery import Want, copies_by_entries, missing
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import DTYPE_SIZES, Entry
 from resilient_train.spec.world import Key
@@ -174,8 +174,8 @@ def _pieces(tensor: Whole, images: Sequence[VerifiedImage], found: Sequence[tupl
     for box in slabs(tensor, SLAB):
         gathered = np.empty((*box.shape, width), dtype=np.uint8)
         want = Want(name=name, dtype=tensor.dtype, global_shape=tensor.shape, box=box)
-        for copy in plan_copies([want], [[entry] for _, entry in found]):
-            image = images[found[copy.image][0]]
+        for copy in copies_by_entries([want], {place: [entry] for place, (_, entry) in enumerate(found)}):
+            image = images[found[copy.rank][0]]
             gathered[copy.box.slices_in(box)] = _rows(image, copy.entry, copy.box, width)
         yield gathered.reshape(-1).data
 

@@ -90,6 +90,7 @@ class Capture:
             global_shape=(len(sources), *first.global_shape),
             offset=(0, *first.offset),
             real_dtype=first.real_dtype,
+            cuts=(),
         )
         self.parts.append(Part(entry=entry, sources=sources, fixed=True))
 

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StorageError
 from resilient_train.image.native import checksum
-from resilient_train.image.reader import ImageReader
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
 from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
@@ -26,7 +25,7 @@ from resilient_train.worker import host
 from resilient_train.worker.fill import fill
 from resilient_train.worker.slots import OwnSlot
 from resilient_train.worker.snapshots import Snapshots
-from resilient_train.worker.sources import MemorySource, TierSource
+from resilient_train.worker.sources import Candidate, Images, MemorySource, TierSource
 from resilient_train.worker.state import State
 from resilient_train.worker.world import World
 
@@ -56,16 +55,16 @@ class Source(Protocol):
     waits: bool
     """Whether reading from it is mostly waiting, for a network."""
 
-    def keys(self, past: dict[int, int | None]) -> list[Key]:
-        """Complete states of the past, newest first."""
+    def candidates(self, past: dict[int, int | None]) -> list[Candidate]:
+        """Whole states of the past, newest first."""
         ...
 
     def newest_lineage(self) -> int:
         """The highest lineage of any state there, complete or not; 0 if there is none."""
         ...
 
-    def open(self, key: Key) -> AbstractContextManager[list[ImageReader]]:
-        """Readers of all images of a state."""
+    def open(self, state: Candidate, rank: int | None = None) -> AbstractContextManager[Images]:
+        """The images of a state, the nearest those of ``rank``."""
         ...
 
 
@@ -439,7 +438,9 @@ class Checkpointer:
                 raise CheckpointDamaged(
                     f"every state that is left is damaged ({named}); not starting over on top of it"
                 )
-            problem = self._try(choice["place"], key) if key is not None else None
+            problem = None
+            if key is not None:
+                problem = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
             well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
             if well == 0:
                 break
@@ -487,16 +488,16 @@ class Checkpointer:
         return choice
 
     def _chosen(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
-        place, key = "", None
+        place, key, without = "", None, tuple[int, ...]()
         for source in self._sources():
-            keys = [key for key in source.keys(past) if (source.name, key) not in damaged]
-            if keys and (key is None or keys[0] > key):
-                place, key = source.name, keys[0]
+            whole = [state for state in source.candidates(past) if (source.name, state.key) not in damaged]
+            if whole and (key is None or whole[0].key > key):
+                place, key, without = source.name, whole[0].key, whole[0].without
             if key is not None and self._restores and key.step >= self._host.finished_steps() - NEAR:
                 # Within a job, what is durable was in memory before; and of lost nodes' memory copies are kept, which
                 # are hardly older, if there is room for them.
                 break
-        return {"place": place, "key": key, "lineage": self._next_lineage(key)}
+        return {"place": place, "key": key, "without": without, "lineage": self._next_lineage(key)}
 
     def _next_lineage(self, key: Key | None) -> int:
         """A number that no state at the URL and none of this job was computed under."""
@@ -520,12 +521,12 @@ class Checkpointer:
         received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
-    def _try(self, place: str, key: Key) -> ResilientError | None:
+    def _try(self, place: str, state: Candidate) -> ResilientError | None:
         """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
         source = next(source for source in self._sources() if source.name == place)
         try:
-            with source.open(key) as readers:
-                fill(self._state, readers, self._rank, self._size, self._restore_threads(source))
+            with source.open(state, self._rank) as images:
+                fill(self._state, images, self._rank, self._size, self._restore_threads(source))
         except ResilientError as error:
             return error
         return None
@@ -536,16 +537,22 @@ class Checkpointer:
         return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
 
     def _all_well(self, trouble: int, choice: dict[str, Any]) -> int:
-        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice."""
+        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice.
+
+        Here the ranks learn, too, whether their states are of the same make, so that any rank's image tells of all.
+        """
         if self._size == 1:
+            self._snapshots.alike = True
             return trouble
-        chosen = checksum(json.dumps(choice).encode())
-        flags = torch.tensor([trouble, chosen, -chosen], dtype=torch.int64, device=self._host.device)
+        chosen, make = checksum(json.dumps(choice).encode()), checksum(self._state.make())
+        told = [trouble, chosen, -chosen, make, -make]
+        flags = torch.tensor(told, dtype=torch.int64, device=self._host.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        highest, lowest = int(flags[1]), -int(flags[2])
-        if lowest != highest:
+        worst, highest, lowest, one, other = flags.tolist()
+        if -lowest != highest:
             raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
-        return int(flags[0])
+        self._snapshots.alike = one == -other
+        return int(worst)
 
     def _detach(self) -> None:
         """The generation is over: let go of the model."""

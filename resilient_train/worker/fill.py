@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +15,45 @@ from resilient_train.image.device import Uploads
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import addressable
-from resilient_train.plan.recovery import Copy, Want, missing, plan_copies
+from resilient_train.plan.partition import may_differ
+from resilient_train.plan.recovery import (
+    Copy,
+    Want,
+    copies_by_entries,
+    copies_by_layout,
+    missing,
+    not_covered,
+    prove,
+)
 from resilient_train.spec.shard import Entry
+from resilient_train.worker.documents import merged
 from resilient_train.worker.rng import rng_name, rng_setters
+from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, stored
 
 
-def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, threads: int = 1) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """What a rank's part of the state was filled from."""
+
+    elements: int
+    """Number of elements, each of which was proven to have one source and a checksum that matched."""
+    near: int
+    """Bytes copied from images in this node's memory."""
+    far: int
+    """Bytes copied from elsewhere."""
+
+
+def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) -> Filled:
     """Write the images' state into ``state``; nothing of it refers to the images afterwards.
 
-    Every byte is verified, after it has been written: with an error, the tensors are neither what they were nor what
-    they should be.
+    Before anything is written, every element is proven to have exactly one source.  Every byte is verified, after it
+    has been written: with an error, the tensors are neither what they were nor what they should be.
 
     Args:
         state: what to fill.
-        readers: of every image of one key.
+        images: of one key.
         rank: this rank.
         world: number of ranks.
         threads: that read and verify.
@@ -38,17 +62,16 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
         StateMismatch: if the images are of another model; every tensor that differs is named.
         CheckpointDamaged: if a block fails its checksum or the images do not cover the state.
     """
-    if not readers:
+    held = images.held
+    if not held.ranks:
         raise CheckpointDamaged("there are no images of it any more")
-    images = [reader.entries() for reader in readers]
-    holes = missing(images)
-    if holes:
-        raise CheckpointDamaged(f"{readers[0].name} and its siblings do not cover {', '.join(holes[:10])}")
-    entries = {entry.name: entry for image in images for entry in image}
-    own = next((r for r in readers if (r.stamp.rank, r.stamp.world) == (rank, world)), None)
-    told, document = _document(own or readers[0], readers[0])
+    first = images.reader(min(held.ranks))
+    own = images.reader(rank) if held.world == world and rank in held.ranks else None
+    told, document, partial = _document(images, own, first)
+    everything = _entries(images, first)
+    there = {entry.name: entry for of_rank in everything.values() for entry in of_rank}
     try:
-        targets = state.targets(document, entries)
+        targets = state.targets(document, there, partial=partial)
         # Another library's state dict, which became a checkpoint of ours, says nothing of generators.
         without = own is None or document.get("rng", ...) is None
         setters = [] if own is None or without else rng_setters(document.get("rng"), _generators(own, rank))
@@ -61,35 +84,71 @@ def fill(state: State, readers: Sequence[ImageReader], rank: int, world: int, th
             entry, local = stored(name, tensor)
             wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
             places[name] = (_as_stored(entry, local, back), entry)
-    copies = plan_copies(wants, images, prefer=readers.index(own) if own is not None else -1)
-    ranges: list[list[Range]] = [[] for _ in readers]
+    if images.whole and first.layout.alike:
+        differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
+        copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
+    else:
+        copies = copies_by_entries(wants, everything, prefer=rank if own is not None else -1, partial=partial)
+    prove(wants, copies)
+    ranges: dict[int, list[Range]] = {}
     later: list[Callable[[], object]] = []
     uploads = Uploads()
     with torch.no_grad():
         for copy in copies:
-            wanted, after = _arranged(copy, *places[copy.name], readers[copy.image].start(copy.entry), uploads)
-            ranges[copy.image].append(wanted)
+            reader = images.reader(copy.rank)
+            wanted, after = _arranged(copy, *places[copy.name], reader.start(copy.entry), uploads)
+            ranges.setdefault(copy.rank, []).append(wanted)
             later += after
-        tasks = [task for reader, wanted in zip(readers, ranges, strict=True) for task in reader.fetching(wanted)]
+        tasks = [task for source, wanted in ranges.items() for task in images.reader(source).fetching(wanted)]
         with ThreadPoolExecutor(threads, "restore") as pool:
             for done in [pool.submit(task) for task in tasks]:
                 done.result()
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
+    near = sum(wanted.size for source in ranges.keys() & set(held.near) for wanted in ranges[source])
+    moved = sum(wanted.size for of_rank in ranges.values() for wanted in of_rank)
+    return Filled(elements=sum(want.box.size for want in wants), near=near, far=moved - near)
 
 
-def _document(own: ImageReader, first: ImageReader) -> tuple[ImageReader, dict[str, Any]]:
-    """The document, and who has it.
+def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:
+    """By rank, what the images hold: of one that stands for all, or of all.
 
-    A rank's document differs from the others' only in its generators; any rank's will do for the rest.  Where a state
-    dict of another library was saved, the first rank's alone says something.
+    Raises:
+        CheckpointDamaged: if they do not cover the state.
     """
-    document = own.json()
-    if document == {"rng": None} and own is not first:
-        own, document = first, first.json()
-    if not isinstance(document, dict):
-        raise CheckpointDamaged(f"{own.name}: the document is not an object")
-    return own, document
+    held = images.held
+    if images.whole and first.layout.alike:
+        everything: dict[int, Sequence[Entry]] = {first.stamp.rank: first.entries()}
+        holes = not_covered(first.entries(), held)
+    else:
+        everything = {rank: images.reader(rank).entries() for rank in sorted(held.ranks)}
+        gone = len(everything) < held.world
+        holes = ["what nobody else held"] if gone else missing(everything.values())
+    if holes:
+        raise CheckpointDamaged(f"{first.name} and its siblings do not cover {', '.join(holes[:10])}")
+    return everything
+
+
+def _document(images: Images, own: ImageReader | None, first: ImageReader) -> tuple[ImageReader, dict[str, Any], bool]:
+    """The document, whose it is, and whether it describes what only other ranks have besides.
+
+    Where all ranks hold alike, a rank's differs from the others' only in its generators; any will do for the rest.
+    Where a state dict of another library was saved, the first rank's alone says something.
+    """
+    told = own or first
+    readers = [told]
+    if not first.layout.alike:
+        readers += [reader for reader in images.all() if reader is not told]
+    documents = [reader.json() for reader in readers]
+    for reader, document in zip(readers, documents, strict=True):
+        if not isinstance(document, dict):
+            raise CheckpointDamaged(f"{reader.name}: the document is not an object")
+    if len(documents) == 1:
+        return told, documents[0], False
+    try:
+        return told, merged(documents), sum(len(document) > 1 for document in documents) > 1
+    except (FormatError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointDamaged(f"{told.name}: malformed document: {error!r:.500}") from error
 
 
 def _dtype(entry: Entry) -> str:

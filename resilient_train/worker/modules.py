@@ -42,12 +42,12 @@ def fresh(module: torch.nn.Module) -> dict[str, Any]:
     return {"extra": extra}
 
 
-def check(name: str, module: torch.nn.Module, document: Mapping[str, Any]) -> None:
+def check(name: str, module: torch.nn.Module, document: Mapping[str, Any], partial: bool = False) -> None:
     """Raises:
-    StateMismatch: if a checkpoint's document is of a module with other extra states.
+    StateMismatch: if a checkpoint's document is of a module with other extra states; if ``partial``, more may be there.
     """
     here, there = set(names.extra_states(module)), set(document["extra"])
-    if here != there:
+    if here != there and not (partial and here < there):
         raise StateMismatch(f"{name}: extra state differs in {', '.join(sorted(here ^ there))}")
 
 

@@ -7,14 +7,17 @@ casts and aliases.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from resilient_train.errors import FormatError, StateMismatch
 from resilient_train.spec.shard import Entry
 from resilient_train.worker.capture import Capture
+from resilient_train.worker.documents import restricted
 from resilient_train.worker.targets import Targets, built
 from resilient_train.worker.tensors import device_named, dtype_named, like_parameter, real_dtype, real_shape
 
@@ -53,7 +56,12 @@ def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], 
             state[path] = described
     # Thousands of one-element tensors (AdamW's step) travel as one.
     for (key, dtype), scalars in packs.items():
-        capture.add_pack(_pack_name(name, key, dtype), scalars)
+        paths = [path for path in state if state[path].get(key, {}).get("dtype") == _dtype_name(dtype)]
+        # Ranks that have the same parameters share it; those of other pipeline stages have their own.
+        which = f"{zlib.crc32(chr(0).join(paths).encode()):08x}"
+        for path in paths:
+            state[path][key]["pack"] = which
+        capture.add_pack(_pack_name(name, key, dtype, which), scalars)
     capture.contents.append(lambda: (value for held in optimizer.state.values() for value in held.values()))
     capture.contents.append(lambda: (parameter for group in optimizer.param_groups for parameter in group["params"]))
     kind = type(optimizer).__name__
@@ -96,8 +104,12 @@ def _check_options(name: str, optimizer: torch.optim.Optimizer, document: Mappin
             )
 
 
-def _pack_name(name: str, key: str, dtype: torch.dtype) -> str:
-    return f"{name}/packed/{key}.{str(dtype).removeprefix('torch.')}"
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pack_name(name: str, key: str, dtype: torch.dtype, which: str) -> str:
+    return f"{name}/packed/{key}.{_dtype_name(dtype)}.{which}"
 
 
 def _describe(
@@ -116,9 +128,10 @@ def _describe(
     if value.dim() == 0 and type(value) is torch.Tensor and parameter.dim() > 0:
         pack = packs.setdefault((key, value.dtype), [])
         pack.append(value)
-        return {"packed": len(pack) - 1, "dtype": str(value.dtype).removeprefix("torch."), "device": device}
+        return {"packed": len(pack) - 1, "dtype": _dtype_name(value.dtype), "device": device}
     capture.add(f"{path}/{key}", value, lazy=True, fixed=True)
-    return {"tensor": f"{path}/{key}", "device": device}
+    distributed = {"distributed": True} if isinstance(value, DTensor) and value.shape != parameter.shape else {}
+    return {"tensor": f"{path}/{key}", "device": device, **distributed}
 
 
 def add_targets(
@@ -128,11 +141,18 @@ def add_targets(
     document: Mapping[str, Any],
     entries: Mapping[str, Entry],
     targets: Targets,
+    *,
+    partial: bool = False,
 ) -> None:
-    """Say where a checkpoint's elements belong in ``optimizer``; what it has no room for yet is allocated."""
+    """Say where a checkpoint's elements belong in ``optimizer``; what it has no room for yet is allocated.
+
+    With ``partial``, the document may describe parameters of other ranks besides.
+    """
     named = _names_in_groups(name, optimizer, known)
-    _check_parameters(name, [path for path, _ in named], document["parameters"])
     sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if partial:
+        document = restricted(document, [path for path, _ in named], sizes)
+    _check_parameters(name, [path for path, _ in named], document["parameters"])
     if document.get("sizes", sizes) != sizes:
         raise StateMismatch(f"{name} has groups of {sizes} parameters here, of {document['sizes']} in the checkpoint")
     packs: dict[str, _Pack] = {}
@@ -148,7 +168,7 @@ def add_targets(
                 targets.after.append(functools.partial(state.__setitem__, key, value))
             elif "packed" in item:
                 dtype = dtype_named(item["dtype"])
-                pack_name = _pack_name(name, key, dtype)
+                pack_name = _pack_name(name, key, dtype, _text(item["pack"]))
                 if pack_name not in packs:
                     packs[pack_name] = _Pack(pack_name, dtype, entries[pack_name], targets)
                 scalar = _existing(state.get(key), (), dtype)
@@ -157,11 +177,11 @@ def add_targets(
                     scalar = state[key] = torch.empty((), dtype=dtype, device=where)
                 packs[pack_name].take(item["packed"], scalar)
             elif item["tensor"] == place:
-                targets.add(place, _state_tensor(state, key, parameter, item["device"], entries[place]))
+                targets.add(place, _state_tensor(state, key, parameter, item, entries[place]))
             else:
                 raise FormatError(f"{place} is said to be the tensor {item['tensor']!r:.200}")
     for pack in packs.values():
-        pack.close()
+        pack.close(partial)
     for index, (group, encoded) in enumerate(zip(optimizer.param_groups, document["groups"], strict=True)):
         options = built(encoded, f"{name}/group{index}", entries, targets)
         if not isinstance(options, dict) or not all(isinstance(key, str) for key in options) or "params" in options:
@@ -175,31 +195,37 @@ class _Pack:
     def __init__(self, name: str, dtype: torch.dtype, entry: Entry, targets: Targets) -> None:
         self._name = name
         self._whole = torch.empty(real_shape(entry), dtype=dtype)
-        self._scalars: list[torch.Tensor] = []
+        self._scalars: dict[int, torch.Tensor] = {}
         targets.add(name, self._whole)
         targets.after.append(self._fill)
 
     def take(self, index: Any, scalar: torch.Tensor) -> None:
-        """The next element, which the document says is number ``index``, belongs to ``scalar``."""
-        if type(index) is not int or index != len(self._scalars):
-            raise FormatError(f"{self._name}: {index!r:.50} stands where {len(self._scalars)} must")
-        self._scalars.append(scalar)
+        """Element number ``index`` belongs to ``scalar``."""
+        if self._whole.dim() != 1 or type(index) is not int or not 0 <= index < len(self._whole):
+            raise FormatError(f"{self._name} of the shape {list(self._whole.shape)} has no element {index!r:.50}")
+        if index in self._scalars:
+            raise FormatError(f"{self._name}: element {index} is named twice")
+        self._scalars[index] = scalar
 
-    def close(self) -> None:
-        """There are no further ones."""
-        if tuple(self._whole.shape) != (len(self._scalars),):
+    def close(self, partial: bool) -> None:
+        """There are no further ones; unless it is ``partial``, all have been named."""
+        if not partial and len(self._scalars) != len(self._whole):
             raise FormatError(f"{self._name} has the shape {list(self._whole.shape)} for {len(self._scalars)} elements")
 
     def _fill(self) -> None:
-        for scalar, element in zip(self._scalars, self._whole, strict=True):
-            scalar.copy_(element)
+        for index, scalar in self._scalars.items():
+            scalar.copy_(self._whole[index])
 
 
-def _state_tensor(state: dict[str, Any], key: str, parameter: torch.Tensor, device: Any, entry: Entry) -> torch.Tensor:
+def _state_tensor(
+    state: dict[str, Any], key: str, parameter: torch.Tensor, item: Mapping[str, Any], entry: Entry
+) -> torch.Tensor:
     dtype, shape = real_dtype(entry), real_shape(entry)
     tensor = _existing(state.get(key), shape, dtype)
     if tensor is None:
-        tensor = state[key] = like_parameter(parameter, shape, dtype, device)
+        distributed = item.get("distributed") is True
+        tensor = like_parameter(parameter, shape, dtype, item["device"], distributed=distributed)
+        state[key] = tensor
     return tensor
 
 
@@ -219,3 +245,9 @@ def _check_parameters(name: str, here: list[str], there: list[str]) -> None:
         raise StateMismatch(f"{name} has the same parameters as the checkpoint in another order of groups")
     said = [f"{path}: not in the checkpoint" for path in missing] + [f"{path}: only there" for path in extra]
     raise StateMismatch(f"{name} optimises other parameters than the checkpoint:\n  " + "\n  ".join(said[:20]))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise FormatError(f"{value!r:.50} is no name")
+    return value

@@ -48,7 +48,9 @@ class RemoteImage:
                     raise
 
     def _elsewhere(self) -> bool:
-        peer: Peer = self._served.peer
+        peer: Peer | None = getattr(self._served, "peer", None)
+        if peer is None:
+            return True  # What this thread has found damaged came from somewhere else.
         return self._leave(peer, CheckpointDamaged(f"{peer.endpoint} serves damaged bytes"))
 
     def _holder(self) -> tuple[Peer, HeldImage]:

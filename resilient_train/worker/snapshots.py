@@ -119,6 +119,8 @@ class Snapshots:
         self._taken = 0
         self._audited_at = 0.0
         self._running: _Running | None = None
+        self.alike = False
+        """Whether all ranks' states have the same names, shapes and layouts."""
         self.newest: Key | None = None
         """The newest state that was begun and not dropped."""
         self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
@@ -287,7 +289,7 @@ class Snapshots:
             raise UnsupportedState(f"several parts of the state have the same name: {', '.join(sorted(twice)[:10])}")
         same = writer is not None and len(frame.document) <= writer.layout.json_capacity
         capacity = writer.layout.json_capacity if same and writer is not None else _roomy(len(frame.document))
-        layout = plan_image(entries, capacity)
+        layout = plan_image(entries, capacity, alike=self.alike)
         index = {entry.name: i for i, entry in enumerate(entries)}
         order = [index[entry.name] for entry in layout.entries]
         writer = ImageWriter(layout, [self._lazily(frame.parts[i]) for i in order], self._rank, self._size)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from resilient_train.errors import CheckpointDamaged
 from resilient_train.image.reader import ImageReader, memory_reader
-from resilient_train.plan.recovery import Found, complete_keys
+from resilient_train.plan.recovery import Found, Holders, not_covered, ranks_by_key
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.commit import ImageFile, Manifest, folder_of
@@ -16,6 +18,61 @@ from resilient_train.storage.peer import HeldImage, Peer
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.remote import RemoteImage
+
+logger = logging.getLogger(__name__)
+
+MOST_MISSING = 2000
+"""Ranks whose images may be gone; what the ranks tell each other of a state is to fit into a page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A state that can be restored."""
+
+    key: Key
+    """Which."""
+    without: tuple[int, ...] = ()
+    """The ranks whose images are gone; those of the others cover the state."""
+
+
+class Images:
+    """The images of one state, each opened when it is first asked for."""
+
+    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False) -> None:
+        """Args:
+        held: whose images there are.
+        open_image: opens a rank's.
+        whole: whether each has all that its rank held, and not only what the others' do not have.
+        """
+        self.held = held
+        self.whole = whole
+        self._open = open_image
+        self._readers: dict[int, ImageReader] = {}
+
+    @classmethod
+    def of(cls, readers: Sequence[ImageReader]) -> Images:
+        """The images of all ranks, which are open."""
+        by_rank = {reader.stamp.rank: reader for reader in readers}
+        return cls(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
+
+    def reader(self, rank: int) -> ImageReader:
+        """A rank's image.
+
+        Raises:
+            CheckpointDamaged: if it is gone, or its header or table fail their checksums.
+        """
+        if rank not in self._readers:
+            self._readers[rank] = self._open(rank)
+        return self._readers[rank]
+
+    def all(self) -> list[ImageReader]:
+        """The images that there are, by rank."""
+        return [self.reader(rank) for rank in sorted(self.held.ranks)]
+
+    def release(self) -> None:
+        """Let go of everything that was opened."""
+        for reader in self._readers.values():
+            reader.release()
 
 
 class MemorySource:
@@ -27,9 +84,26 @@ class MemorySource:
         self._keeper = keeper
         self.waits = False
 
-    def keys(self, past: Mapping[int, int | None]) -> list[Key]:
-        """States of the job's past that are complete, newest first."""
-        return complete_keys(self._found(), past)
+    def candidates(self, past: Mapping[int, int | None]) -> list[Candidate]:
+        """States of the job's past that are whole, newest first.
+
+        A state of which images are gone is whole if all ranks held alike, and those whose images are left cover it: one
+        rank is enough where all held everything.
+        """
+        whole: list[Candidate] = []
+        for key, world, ranks in ranks_by_key(self._found(), past):
+            gone = tuple(sorted(set(range(world)) - ranks))
+            if not gone or (not whole and len(gone) <= MOST_MISSING and self._is_covered(key, gone)):
+                whole.append(Candidate(key=key, without=gone))
+        return whole
+
+    def _is_covered(self, key: Key, gone: tuple[int, ...]) -> bool:
+        try:
+            with self.open(Candidate(key=key, without=gone)) as images:
+                layout = images.reader(min(images.held.ranks)).layout
+                return layout.alike and not not_covered(layout.entries, images.held)
+        except CheckpointDamaged:
+            return False
 
     def newest_lineage(self) -> int:
         """The highest lineage that any image, of a complete state or not, was computed by; 0 if there is none."""
@@ -41,17 +115,23 @@ class MemorySource:
         return [Found(key=image.key, rank=image.rank, world=image.world) for image in images]
 
     @contextmanager
-    def open(self, key: Key) -> Iterator[list[ImageReader]]:
-        """Readers of all images of ``key``, by rank; the images stay as they are meanwhile.
+    def open(self, state: Candidate, rank: int | None = None) -> Iterator[Images]:
+        """The images of a state, which stay as they are meanwhile.
+
+        Args:
+            state: which.
+            rank: whose own image is the nearest, if it is on this node.
 
         Raises:
-            CheckpointDamaged: if one is gone or fails its checksum.
+            CheckpointDamaged: if one that was there is gone.
         """
+        key = state.key
         here, endpoints, secret = self._keeper.everywhere()
         local = {image.rank: image for image in sorted(_of(key, here), key=lambda image: not image.replica)}
         originals = [image.rank for held in (here, *endpoints.values()) for image in _of(key, held, replicas=False)]
         if len(set(originals)) != len(originals):
             raise CheckpointDamaged(f"memory: several images of the same rank claim to be {key}")
+        world = max((image.world for held in (here, *endpoints.values()) for image in _of(key, held)), default=0)
         opened = self._keeper.open([image.slot for image in local.values()])
         with ExitStack() as stack:
             for memory in opened.values():
@@ -59,23 +139,50 @@ class MemorySource:
             peers = {endpoint: Peer(endpoint, secret) for endpoint in endpoints}
             for peer in peers.values():
                 stack.callback(peer.close)
-            readers = {}
-            for rank, image in local.items():
+            views = {}
+            for owner, image in local.items():
                 view = stack.enter_context(opened[image.slot].reading(key)) if image.slot in opened else None
                 if view is not None:
                     stack.callback(view.release)
-                    readers[rank] = memory_reader(f"memory of rank {rank}", view)
-            for rank, holders in _remote(key, endpoints).items():
-                if rank not in readers:
-                    self.waits = True
-                    readers[rank] = RemoteImage(rank, [(peers[endpoint], image) for endpoint, image in holders]).reader
-            world = max((reader.stamp.world for reader in readers.values()), default=0)
-            for rank in range(world):
-                if rank not in readers:
-                    raise CheckpointDamaged(f"memory of rank {rank}: the image of {key} is gone")
-            yield [readers[rank] for rank in range(world)]
-            for reader in readers.values():
-                reader.release()
+                    views[owner] = view
+            remote = _remote(key, endpoints)
+            expected = set(range(world)) - set(state.without)
+            for owner in sorted(expected - views.keys() - remote.keys()):
+                raise CheckpointDamaged(f"memory of rank {owner}: the image of {key} is gone")
+            self.waits = not expected <= views.keys()
+
+            def open_copy(owner: int) -> ImageReader:
+                return RemoteImage(owner, [(peers[endpoint], image) for endpoint, image in remote[owner]]).reader
+
+            def open_image(owner: int) -> ImageReader:
+                if owner not in views:
+                    return open_copy(owner)
+                return _with_copies(owner, views[owner], open_copy if owner in remote else None)
+
+            near = sorted(views.keys() & expected, key=lambda owner: (owner != rank, owner))
+            images = Images(Holders(world=world, ranks=expected, near=near), open_image, whole=True)
+            yield images
+            images.release()
+
+
+def _with_copies(owner: int, view: memoryview, open_copy: Callable[[int], ImageReader] | None) -> ImageReader:
+    """A reader of an image in this node's memory that goes on with a copy on another node if there is damage."""
+    name = f"memory of rank {owner}"
+
+    def elsewhere() -> bool:
+        if open_copy is None:
+            return False
+        logger.warning("%s on this node is damaged; reading a copy elsewhere", name)
+        return reader.follow(open_copy(owner))
+
+    try:
+        reader = memory_reader(name, view, elsewhere)
+    except CheckpointDamaged as error:
+        if open_copy is None:
+            raise
+        logger.warning("%s; reading a copy elsewhere", error)
+        return open_copy(owner)
+    return reader
 
 
 def _of(key: Key, images: list[HeldImage], *, replicas: bool = True) -> list[HeldImage]:
@@ -101,10 +208,10 @@ class TierSource:
         self.waits = not tier.local
         self._tier = tier
 
-    def keys(self, past: Mapping[int, int | None]) -> list[Key]:
+    def candidates(self, past: Mapping[int, int | None]) -> list[Candidate]:
         """Committed states of the job's past, newest first."""
         committed, _ = listing(self._tier)
-        return [key for key in reversed(committed) if in_ancestry(key, past)]
+        return [Candidate(key=key) for key in reversed(committed) if in_ancestry(key, past)]
 
     def newest_lineage(self) -> int:
         """The highest lineage that any checkpoint here, committed or not, was computed by; 0 if there is none."""
@@ -112,14 +219,14 @@ class TierSource:
         return max((key.lineage for key in committed + unfinished), default=0)
 
     @contextmanager
-    def open(self, key: Key) -> Iterator[list[ImageReader]]:
-        """Readers of all images of ``key``, by rank.
+    def open(self, state: Candidate, rank: int | None = None) -> Iterator[Images]:  # noqa: ARG002 - all are as near
+        """The images of a state.
 
         Raises:
             CheckpointDamaged: if the checkpoint is not what was committed.
         """
-        manifest = read_manifest(self._tier, key)
-        yield [open_image(self._tier, manifest, file) for file in manifest.files]
+        manifest = read_manifest(self._tier, state.key)
+        yield Images.of([open_image(self._tier, manifest, file) for file in manifest.files])
 
 
 def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:

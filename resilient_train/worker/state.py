@@ -20,6 +20,7 @@ from resilient_train.worker import modules, names, optimizers
 from resilient_train.worker.capture import Capture, Known, join
 from resilient_train.worker.rng import capture_rng
 from resilient_train.worker.targets import Targets, built
+from resilient_train.worker.tensors import job_cuts
 
 
 @runtime_checkable
@@ -106,6 +107,18 @@ class State:
         changing.document["rng"] = capture_rng(rank, changing)
         return Frame(known=known, parts=(*known.capture.parts, *changing.parts), document=join(known, changing))
 
+    def make(self) -> bytes:
+        """What there is to save, and how it is laid out over the ranks, without any values: equal on ranks that differ
+        in nothing but the boxes that they hold."""
+        lines = []
+        for name, thing in self._things.items():
+            lines.append(f"{name} {_kind(thing)} {type(thing).__name__}")
+            if isinstance(thing, torch.nn.Module):
+                tensors = {**names.parameters(thing), **names.buffers(thing)}
+                lines += [f"{path} {list(t.shape)} {t.dtype} {job_cuts(path, t)}" for path, t in tensors.items()]
+                lines += [f"{alias} = {path}" for alias, path in names.aliases(thing).items()]
+        return "\n".join(lines).encode()
+
     def _walk(self) -> Capture:
         walked = Capture()
         known = self._parameter_names()
@@ -116,19 +129,20 @@ class State:
                 walked.document[name] = optimizers.walk(name, thing, known, walked)
         return walked
 
-    def targets(self, document: Mapping[str, Any], entries: Mapping[str, Entry]) -> Targets:
+    def targets(self, document: Mapping[str, Any], entries: Mapping[str, Entry], *, partial: bool = False) -> Targets:
         """Where the elements of a checkpoint go, and what else to set.
 
         Args:
             document: the checkpoint's.
             entries: one entry of every tensor in the checkpoint, for shapes and dtypes.
+            partial: whether the checkpoint has parts of other ranks besides, which this one does not have.
 
         Raises:
             StateMismatch: if the document describes other things than this state.
             FormatError: if it is malformed.
         """
         here, there = set(self._things), set(document) - {"rng"}
-        if here != there:
+        if here != there and not (partial and here < there):
             raise StateMismatch(
                 f"the checkpoint holds {', '.join(sorted(there))}; this state has {', '.join(sorted(here))}"
             )
@@ -140,12 +154,12 @@ class State:
                     name: _taken_as(name, thing, document[name], entries) for name, thing in self._things.items()
                 }
             for name, thing in self._things.items():
-                _check_kind(name, thing, document[name])
+                _check_kind(name, thing, document[name], partial)
             for name, thing in self._things.items():
                 if isinstance(thing, torch.nn.Module):
                     modules.add_targets(name, thing, document[name], entries, targets)
                 elif isinstance(thing, torch.optim.Optimizer):
-                    optimizers.add_targets(name, thing, known, document[name], entries, targets)
+                    optimizers.add_targets(name, thing, known, document[name], entries, targets, partial=partial)
                 else:
                     value = built(document[name]["value"], name, entries, targets)
                     targets.load(name, thing.load_state_dict, value)
@@ -175,13 +189,13 @@ def _taken_as(
     return {"kind": "stateful", "value": value}
 
 
-def _check_kind(name: str, thing: Stateful, document: Mapping[str, Any]) -> None:
+def _check_kind(name: str, thing: Stateful, document: Mapping[str, Any], partial: bool) -> None:
     """The checkpoint's part of this name is of the same kind and shape as ours."""
     kind = _kind(thing)
     if document["kind"] != kind:
         raise StateMismatch(f"{name} is a {kind} here, a {document['kind']} in the checkpoint")
     if isinstance(thing, torch.nn.Module):
-        modules.check(name, thing, document)
+        modules.check(name, thing, document, partial)
     elif isinstance(thing, torch.optim.Optimizer):
         optimizers.check(name, thing, document)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
 from resilient_train.image.snapshot import DTYPES, TORCH_DTYPES
-from resilient_train.spec.layout import Box, shard_box
+from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
+from resilient_train.spec.sharding import Cut, box_of
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_CUTTING = (Shard, _StridedShard)
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tuple[int, ...]]:
@@ -24,11 +31,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tupl
     """
     if isinstance(tensor, DTensor):
         shape = tuple(tensor.shape)
-        coordinate = tensor.device_mesh.get_coordinate()
-        if coordinate is None:
-            raise UnsupportedState(f"{name}: its mesh does not contain this rank")
-        dims = [_shard_dim(name, placement) for placement in tensor.placements]
-        box = shard_box(shape, tuple(tensor.device_mesh.shape), coordinate, dims)
+        box = box_of(shape, *_chunks_here(name, tensor))
         with torch.no_grad():
             local = tensor.to_local().detach()
         if tuple(local.shape) != box.shape:
@@ -43,20 +46,80 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tupl
     return tensor.detach(), Box.whole(tensor.shape), tuple(tensor.shape)
 
 
-def _shard_dim(name: str, placement: object) -> int | None:
-    if type(placement) is Replicate:
-        return None
-    if type(placement) is Shard:
-        return placement.dim
-    raise UnsupportedState(f"{name}: placement {placement!r} cannot be saved")
+def cuts_of(
+    name: str, placements: Sequence[Placement], mesh_shape: Sequence[int], strides: Sequence[int]
+) -> tuple[Cut, ...]:
+    """A DTensor's layout over a mesh, whose dimensions have these sizes and distances between neighbouring ranks.
+
+    ``Shard`` cuts in the order of the mesh's dimensions, as ``torch.chunk`` does.  ``_StridedShard`` is what FSDP makes
+    of a tensor that dimensions further inside (TP) have cut before: it cuts after them.
+
+    Raises:
+        UnsupportedState: naming the tensor, for placements that leave a rank with more than one block, or none.
+    """
+    dims = list(zip(placements, mesh_shape, strides, strict=True))
+    first, later = [], []
+    for at, (placement, parts, stride) in enumerate(dims):
+        if type(placement) is Shard:
+            first.append(Cut(placement.dim, parts, stride))
+        elif type(placement) is _StridedShard:
+            inside = [n for other, n, _ in dims[at + 1 :] if isinstance(other, _CUTTING) and other.dim == placement.dim]
+            if placement.split_factor != prod(inside):
+                raise UnsupportedState(f"{name}: placement {placement!r} leaves every rank with several blocks")
+            later.append(Cut(placement.dim, parts, stride))
+        elif type(placement) is not Replicate:
+            raise UnsupportedState(f"{name}: placement {placement!r} cannot be saved")
+    return (*first, *reversed(later))
+
+
+def _chunks_here(name: str, tensor: DTensor) -> tuple[tuple[Cut, ...], list[int]]:
+    """(how a DTensor's mesh cuts it, the number of this rank's chunk for each cut)."""
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise UnsupportedState(f"{name}: its mesh does not contain this rank")
+    shape = tuple(mesh.shape)
+    # Numbered as if the mesh were all there is, so that the number of each chunk can be read from a rank's.
+    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    here = sum(at * stride for at, stride in zip(coordinate, strides, strict=True))
+    cuts = cuts_of(name, tensor.placements, shape, strides)
+    return cuts, [cut.chunk(here) for cut in cuts]
+
+
+_strides: weakref.WeakKeyDictionary[DeviceMesh, tuple[int, ...] | None] = weakref.WeakKeyDictionary()
+
+
+def _strides_of(mesh: DeviceMesh) -> tuple[int, ...] | None:
+    """Distance of neighbouring ranks along each dimension; None if ranks are not numbered row by row."""
+    if mesh not in _strides:
+        ranks = mesh.mesh
+        first = int(ranks.flatten()[0])
+        strides = tuple(
+            int(ranks.select(dim, 1).flatten()[0]) - first if n > 1 else 1 for dim, n in enumerate(ranks.shape)
+        )
+        places = [ranks // max(1, stride) % n for stride, n in zip(strides, ranks.shape, strict=True)]
+        grid = torch.meshgrid(*map(torch.arange, ranks.shape), indexing="ij")
+        regular = min(strides) > 0 and all(map(torch.equal, places, grid))
+        _strides[mesh] = strides if regular else None
+    return _strides[mesh]
+
+
+def job_cuts(name: str, tensor: torch.Tensor) -> tuple[Cut, ...] | None:
+    """How a tensor is laid out over all ranks of the job; None where it cannot be told."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh = tensor.device_mesh
+    strides = _strides_of(mesh)
+    return cuts_of(name, tensor.placements, tuple(mesh.shape), strides) if strides else None
 
 
 def stored(name: str, tensor: torch.Tensor) -> tuple[Entry, torch.Tensor]:
     """How a tensor stands in an image: (its entry, this rank's elements, whose bytes in order are the entry's)."""
     local, box, shape = local_part(name, tensor)
+    cuts = job_cuts(name, tensor)
     dtype = DTYPES.get(local.dtype)
     if dtype is not None:
-        return Entry(name=name, dtype=dtype, shape=box.shape, global_shape=shape, offset=box.offset), local
+        return Entry(name=name, dtype=dtype, shape=box.shape, global_shape=shape, offset=box.offset, cuts=cuts), local
     width = local.element_size()
     entry = Entry(
         name=name,
@@ -65,6 +128,7 @@ def stored(name: str, tensor: torch.Tensor) -> tuple[Entry, torch.Tensor]:
         global_shape=(*shape, width),
         offset=(*box.offset, 0),
         real_dtype=str(local.dtype).removeprefix("torch."),
+        cuts=cuts,
     )
     return entry, local
 
@@ -123,8 +187,16 @@ def device_named(name: Any) -> torch.device:
     return device
 
 
-def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: Any) -> torch.Tensor:
-    """Uninitialised optimizer state of a global ``shape``: sharded like the parameter if it has its shape."""
+def like_parameter(
+    parameter: torch.Tensor, shape: Sequence[int], dtype: torch.dtype, device: Any, *, distributed: bool = False
+) -> torch.Tensor:
+    """Uninitialised optimizer state of a global ``shape``: sharded like the parameter if it has its shape.
+
+    State of another shape that is ``distributed`` (factored moments) is sharded along the dimensions that it shares
+    with the parameter.
+    """
+    if distributed and isinstance(parameter, DTensor) and tuple(shape) != tuple(parameter.shape):
+        return _factor(parameter, tuple(shape), dtype)
     if isinstance(parameter, DTensor) and tuple(shape) == tuple(parameter.shape):
         local = torch.empty_like(parameter.to_local(), dtype=dtype)
         return DTensor.from_local(
@@ -140,3 +212,22 @@ def like_parameter(parameter: torch.Tensor, shape: Sequence[int], dtype: torch.d
     if memory_format is torch.preserve_format and not isinstance(parameter, DTensor):
         return torch.empty_like(parameter, dtype=dtype, device=where, requires_grad=False)
     return torch.empty(tuple(shape), dtype=dtype, device=where)
+
+
+def _factor(parameter: DTensor, shape: tuple[int, ...], dtype: torch.dtype) -> DTensor:
+    def fits(placement: Placement) -> bool:
+        dim = placement.dim if isinstance(placement, _CUTTING) else -1
+        return 0 <= dim < len(shape) and shape[dim] == parameter.shape[dim]
+
+    placements = [placement if fits(placement) else Replicate() for placement in parameter.placements]
+    mesh = parameter.device_mesh
+    local = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
+    whole = torch.empty(shape, device="meta")
+    return DTensor.from_local(
+        torch.empty(tuple(local), dtype=dtype, device=parameter.to_local().device),
+        mesh,
+        placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )

@@ -148,8 +148,8 @@ def restored(url: Path, step: int) -> tuple[Net, torch.optim.Optimizer, rt.Check
 def filled(url: Path, **things: Any) -> None:
     """What `rt.Checkpointer` does to restore the newest checkpoint at a place, without a keeper."""
     source = TierSource(open_tier(str(url)))
-    with source.open(source.keys({})[0]) as readers:
-        fill(rt.State(**things), readers, 0, 1)
+    with source.open(source.candidates({})[0]) as images:
+        fill(rt.State(**things), images, 0, 1)
 
 
 # ---- what ranks do ---------------------------------------------------------------------------------------------------

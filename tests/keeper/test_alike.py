@@ -18,7 +18,7 @@ from resilient_train.keeper.progress import Progress
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.storage.filesystem import FilesystemTier
-from resilient_train.worker.sources import TierSource
+from resilient_train.worker.sources import Candidate, TierSource
 
 KEY = Key(1, 7)
 DOCUMENT = json.dumps(
@@ -69,8 +69,8 @@ def make() -> Iterator[Callable[..., Job]]:
 
 
 def held(folder: Path) -> list[dict[str, torch.Tensor]]:
-    with TierSource(FilesystemTier(str(folder))).open(KEY) as readers:
-        return [{entry.name: reader.tensor(entry).clone() for entry in reader.entries()} for reader in readers]
+    with TierSource(FilesystemTier(str(folder))).open(Candidate(key=KEY)) as images:
+        return [{entry.name: reader.tensor(entry).clone() for entry in reader.entries()} for reader in images.all()]
 
 
 BIG = torch.arange(700_000, dtype=torch.float32)

@@ -8,13 +8,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from nodes import SECRET, Cluster, Node, rows_of, wait_until
 
-from resilient_train.errors import LinkLost
+from resilient_train.errors import CheckpointDamaged, LinkLost
 from resilient_train.image.arena import Memory
+from resilient_train.image.fetch import Range
 from resilient_train.plan.placement import place
 from resilient_train.spec.peers import Put, Ready
 from resilient_train.spec.topology import Topology
@@ -22,7 +24,7 @@ from resilient_train.spec.world import Key
 from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
 from resilient_train.storage.wire import connect
 from resilient_train.worker.remote import RemoteImage
-from resilient_train.worker.sources import MemorySource
+from resilient_train.worker.sources import Candidate, MemorySource
 
 pytestmark = pytest.mark.timeout(180)
 KEY = bytes.fromhex(SECRET)
@@ -48,11 +50,11 @@ def test_two_copies_survive_any_two_losses(cluster: Make) -> None:
     for node in (job.nodes[1], job.nodes[2]):
         node.kill()
     source = MemorySource(job.nodes[3].workers[0].link)
-    newest = source.keys({})[0]
-    assert newest >= kept
-    with source.open(newest) as readers:
-        for rank, reader in enumerate(readers):
-            assert torch.equal(reader.tensor(reader.entries()[0]), rows_of(rank, 4, newest.step))
+    newest = source.candidates({})[0]
+    assert newest.key >= kept
+    with source.open(newest) as images:
+        for rank, reader in enumerate(images.all()):
+            assert torch.equal(reader.tensor(reader.entries()[0]), rows_of(rank, 4, newest.key.step))
 
 
 def test_nothing_is_kept_while_one_of_two_copies_is_missing(cluster: Make) -> None:
@@ -130,10 +132,41 @@ def test_a_copy_that_was_damaged_in_memory_is_named_and_the_other_one_is_read(
     memory.map[copy.size // 2] ^= 1
     memory.close()
     job.nodes[0].kill()
-    with MemorySource(reader.workers[0].link).open(kept) as readers:
-        (entry,) = readers[0].entries()
-        assert torch.equal(readers[0].tensor(entry), rows_of(0, 4, kept.step, 40_000))
+    with MemorySource(reader.workers[0].link).open(Candidate(key=kept)) as images:
+        (entry,) = images.reader(0).entries()
+        assert torch.equal(images.reader(0).tensor(entry), rows_of(0, 4, kept.step, 40_000))
     assert f"{damaged.endpoint} serves damaged bytes; reading rank 0's image elsewhere" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["header", "data"])
+def test_where_this_nodes_own_memory_is_damaged_a_copy_is_read(
+    cluster: Make, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """By however many threads at once; without a copy it is an error."""
+    job = cluster(1, 1)
+    job.introduce()
+    job.start_workers(copies=1)
+    job.step_until(lambda: all(job.kept()), rows=400_000)
+    kept = min(key for key in job.kept() if key)
+    (slot,) = [slot for slot in job.nodes[0].workers[0].slots.all() if slot.key == kept]
+    for at in (300,) if where == "header" else range(slot.memory.size // 4, slot.memory.size // 4 * 3, 1 << 20):
+        slot.memory.map[at] ^= 1
+    source = MemorySource(job.nodes[0].workers[0].link)
+    target = torch.empty(400_000, 5)
+    with source.open(Candidate(key=kept)) as images, ThreadPoolExecutor(8) as pool:
+        reader = images.reader(0)
+        (entry,) = reader.entries()
+        wanted = Range(reader.start(entry), entry.nbytes, target.data_ptr())
+        for done in [pool.submit(task) for task in reader.fetching([wanted])]:
+            done.result()
+    assert torch.equal(target, rows_of(0, 2, kept.step, 400_000))
+    assert "reading a copy elsewhere" in caplog.text
+    job.nodes[1].kill()
+    with (
+        pytest.raises(CheckpointDamaged, match="memory of rank"),
+        source.open(Candidate(key=kept, without=(1,))) as images,
+    ):
+        images.reader(0).tensor(entry)
 
 
 # ---- transfers that break -------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker.keeper_link import KeeperLink
-from resilient_train.worker.sources import MemorySource, TierSource
+from resilient_train.worker.sources import Candidate, MemorySource, TierSource
 
 WHOLE = torch.arange(40, dtype=torch.float32).view(8, 5)
 
@@ -79,20 +79,20 @@ def test_images_outlive_their_writers_until_a_newer_state_is_complete(keeper: st
     publish(two, 1, Key(1, 3))
     two.close()
     source = MemorySource(one)
-    assert source.keys({}) == [Key(1, 3)]
-    with source.open(Key(1, 3)) as readers:
-        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+    assert [state.key for state in source.candidates({})] == [Key(1, 3)]
+    with source.open(Candidate(key=Key(1, 3))) as images:
+        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in images.all()]), WHOLE)
     three = KeeperLink(keeper, "n/1.1", 1)
     publish(one, 0, Key(1, 4))
-    assert source.keys({}) == [Key(1, 3)], "a state is complete when every rank has it"
+    assert [state.key for state in source.candidates({})] == [Key(1, 3)], "a state is complete when every rank has it"
     publish(three, 1, Key(1, 4))
-    assert source.keys({})[0] == Key(1, 4)
+    assert source.candidates({})[0].key == Key(1, 4)
     for _ in range(200):
         if len(one.images()) == 3:
             break
         one.news(0.05)
     # The dead rank's old image is gone, so that state is not complete any more.
-    assert source.keys({}) == [Key(1, 4)]
+    assert [state.key for state in source.candidates({})] == [Key(1, 4)]
     one.close()
     three.close()
 
@@ -109,8 +109,8 @@ def test_a_state_is_persisted_when_all_ranks_handed_it_over(keeper: str, tmp_pat
     (done,) = one.news(20.0)
     assert (done.step, done.error) == (3, "")
     tier = TierSource(FilesystemTier(str(tmp_path)))
-    with tier.open(key) as readers:
-        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+    with tier.open(Candidate(key=key)) as images:
+        assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in images.all()]), WHOLE)
     one.close()
     two.close()
 
@@ -172,7 +172,7 @@ def test_the_last_state_is_the_one_that_the_last_worker_gives(keeper: str, tmp_p
     assert two.flush() == ""
     waiting.join(20)
     assert said == [""]
-    assert TierSource(FilesystemTier(str(tmp_path))).keys({}) == [Key(1, 4), Key(1, 3)]
+    assert [state.key for state in TierSource(FilesystemTier(str(tmp_path))).candidates({})] == [Key(1, 4), Key(1, 3)]
     one.close()
     two.close()
 
@@ -320,8 +320,8 @@ def test_a_second_keeper_finishes_what_the_first_was_writing(tmp_path: Path) -> 
         while received is not None and not (isinstance(received[0], Notice) and received[0].kind == "persisted"):
             received = again.receive(20.0)
         assert received is not None
-        with TierSource(FilesystemTier(str(tmp_path))).open(key) as readers:
-            assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in readers]), WHOLE)
+        with TierSource(FilesystemTier(str(tmp_path))).open(Candidate(key=key)) as images:
+            assert torch.equal(torch.cat([reader.tensor(reader.entries()[0]) for reader in images.all()]), WHOLE)
         after = written.stat()
         assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns), "written a second time"
         for link in links:

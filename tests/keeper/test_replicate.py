@@ -16,7 +16,7 @@ from nodes import Cluster, rows_of, wait_until
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.spec.world import Key
 from resilient_train.worker.keeper_link import KeeperLink
-from resilient_train.worker.sources import MemorySource
+from resilient_train.worker.sources import Candidate, MemorySource
 
 pytestmark = pytest.mark.timeout(180)
 Make = Callable[..., Cluster]
@@ -27,11 +27,16 @@ def copied(cluster: Cluster, after: int = 0) -> bool:
     return all(key is not None and key.step > after for key in cluster.kept())
 
 
+def keys(source: MemorySource) -> list[Key]:
+    """The states that can be restored."""
+    return [state.key for state in source.candidates({})]
+
+
 def check(source: MemorySource, key: Key, world: int, rows: int = 4) -> None:
     """What is restored is what was computed."""
-    with source.open(key) as readers:
-        assert [reader.stamp.rank for reader in readers] == list(range(world))
-        for rank, reader in enumerate(readers):
+    with source.open(Candidate(key=key)) as images:
+        assert [reader.stamp.rank for reader in images.all()] == list(range(world))
+        for rank, reader in enumerate(images.all()):
             (entry,) = reader.entries()
             assert torch.equal(reader.tensor(entry), rows_of(rank, world, key.step, rows))
 
@@ -46,10 +51,10 @@ def test_every_state_that_is_kept_survives_the_loss_of_any_node(cluster: Make) -
     for survivor in (job.nodes[0], job.nodes[2]):
         source = MemorySource(survivor.workers[0].link)
         kept = survivor.workers[0].link.board.kept()
-        keys = source.keys({})
+        whole = keys(source)
         assert kept is not None
-        assert keys[0] >= kept
-        check(source, keys[0], 6)
+        assert whole[0] >= kept
+        check(source, whole[0], 6)
 
 
 def test_states_go_on_being_kept_and_no_snapshot_is_skipped(cluster: Make) -> None:
@@ -80,8 +85,8 @@ def test_a_keeper_killed_in_the_middle_of_copying_delays_and_does_no_harm(cluste
     kept = min(key for key in job.kept() if key)
     job.nodes[0].kill()
     source = MemorySource(job.nodes[2].workers[0].link)
-    assert source.keys({})[0] >= kept
-    check(source, source.keys({})[0], 3, 200_000)
+    assert keys(source)[0] >= kept
+    check(source, keys(source)[0], 3, 200_000)
 
 
 def test_after_a_change_of_the_world_the_old_state_stays_until_a_new_one_is_kept(cluster: Make) -> None:
@@ -103,15 +108,15 @@ def test_after_a_change_of_the_world_the_old_state_stays_until_a_new_one_is_kept
         node.workers[0].past = {1: None, 2: None}
         assert node.workers[0].publish(Key(2, last + 1), rank, 2)
     source = MemorySource(third.workers[0].link)
-    assert old in source.keys({})
+    assert old in keys(source)
     check(source, old, 3)
     job.step_until(lambda: all(key and key.lineage == 2 for key in job.kept()), lineage=2, first=last + 2)
     # Now what the lost node's neighbour kept for it is of no use.
-    wait_until(lambda: old not in source.keys({}), "the old state's end")
+    wait_until(lambda: old not in keys(source), "the old state's end")
     assert not any("replica of b/" in owner for _, owner in third.deposits.values())
     first.kill()
-    assert source.keys({})[0].lineage == 2
-    check(source, source.keys({})[0], 2)
+    assert keys(source)[0].lineage == 2
+    check(source, keys(source)[0], 2)
 
 
 def test_no_memory_for_copies_is_said_once_and_harms_nobody(cluster: Make) -> None:

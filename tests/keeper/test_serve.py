@@ -20,7 +20,7 @@ from resilient_train.spec.world import Key
 from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
 from resilient_train.storage.wire import accept, address_of, connect
 from resilient_train.worker.remote import RemoteImage
-from resilient_train.worker.sources import MemorySource
+from resilient_train.worker.sources import Candidate, MemorySource
 
 pytestmark = pytest.mark.timeout(180)
 KEY = bytes.fromhex(SECRET)
@@ -292,7 +292,8 @@ def test_a_keeper_that_dies_while_it_is_read_is_replaced_by_the_next_holder(
     kept = third.workers[0].link.board.kept()
     assert kept is not None
     source = MemorySource(third.workers[0].link)
-    with source.open(kept) as readers:
+    with source.open(Candidate(key=kept)) as images:
+        readers = images.all()
         # Rank 0's original is with the first node, its copy with the second.
         first.kill()
         for rank, reader in enumerate(readers):

@@ -80,18 +80,20 @@ def check_every_batch_once(folder: Path, events: list[Event], steps: int) -> Non
 def digests(records: list[dict]) -> dict[int, dict[str, dict[int, int]]]:
     """generation -> when (``finished``, ``restored``, ``final``) -> number of finished steps -> digest of the state.
 
-    Left out where a rank's part is missing.
+    Left out where a part is missing that no rank has written down.
     """
-    parts: dict[tuple[int, str, int], dict[int, tuple[int, int]]] = {}
+    parts: dict[tuple[int, str, int], dict[str, int]] = {}
+    complete: dict[tuple[int, str, int], int] = {}
     for record in records:
         if "digest" in record:
             when = "restored" if "restored" in record else "final" if "final" in record else "finished"
             step = record["restored"] if when == "restored" else record["step"] + 1 if when == "finished" else 0
-            ranks = parts.setdefault((record["generation"], when, step), {})
-            ranks[record["rank"]] = (record["digest"], record["size"])
+            place = (record["generation"], when, step)
+            held, complete[place] = record["digest"]
+            for which, number in held.items():
+                assert parts.setdefault(place, {}).setdefault(which, number) == number, f"{which} differs in {place}"
     found: dict[int, dict[str, dict[int, int]]] = {}
-    for (generation, when, step), ranks in parts.items():
-        if len(ranks) == next(iter(ranks.values()))[1]:
-            total = sum(digest for digest, _ in ranks.values()) % 2**64
-            found.setdefault(generation, {}).setdefault(when, {})[step] = total
+    for (generation, when, step), held in parts.items():
+        if len(held) == complete[generation, when, step]:
+            found.setdefault(generation, {}).setdefault(when, {})[step] = sum(held.values()) % 2**64
     return found

@@ -57,7 +57,7 @@ class Diary:
         self._folder = folder
         self._log_dir = log_dir
         self._read: dict[Path, int] = {}
-        self._parts: dict[tuple[int, int], dict[int, int]] = {}
+        self._parts: dict[tuple[int, int], dict[str, int]] = {}
         self._sizes: dict[int, int] = {}
         self.pids: dict[int, set[int]] = {}
         """generation -> processes that finished a step in it"""
@@ -83,14 +83,15 @@ class Diary:
     def _take_in(self, record: dict, pid: int) -> None:
         if "digest" not in record or "final" in record:
             return
-        generation, rank = record["generation"], record["rank"]
+        generation = record["generation"]
         resumed = "restored" in record
         step = record["restored"] if resumed else record["step"] + 1
         if not resumed:
             self.pids.setdefault(generation, set()).add(pid)
         parts = self._parts.setdefault((generation, -1 if resumed else step), {})
-        parts[rank] = record["digest"]
-        if len(parts) < record["size"]:
+        held, complete = record["digest"]
+        parts.update(held)
+        if len(parts) < complete:
             return
         digest = sum(parts.values()) % 2**64
         if resumed:

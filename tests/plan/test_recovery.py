@@ -10,7 +10,7 @@ import pytest
 from resilient_train.errors import StateMismatch
 from resilient_train.plan.interval import due, parse_interval
 from resilient_train.plan.partition import assign
-from resilient_train.plan.recovery import Found, Want, complete_keys, missing, plan_copies
+from resilient_train.plan.recovery import Found, Want, complete_keys, copies_by_entries, missing
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.layout import Box, shard_box
 from resilient_train.spec.shard import Entry
@@ -41,7 +41,7 @@ def test_any_layout_to_any_other() -> None:
         for target in shards("t", shape, new, chance.randrange(len(shape))):
             got = np.full(target.shape, -1)
             want = Want(name="t", dtype="F32", global_shape=shape, box=target.box)
-            for copy in plan_copies([want], images, prefer=chance.randrange(old)):
+            for copy in copies_by_entries([want], dict(enumerate(images)), prefer=chance.randrange(old)):
                 held = values[copy.entry.box.slices_in(Box.whole(shape))]
                 place = copy.box.slices_in(target.box)
                 assert (got[place] == -1).all(), "an element was filled twice"
@@ -53,7 +53,7 @@ def test_own_image_is_preferred() -> None:
     """Nothing is fetched from others that the preferred image has."""
     images = [[entry("t", (4,), Box.whole((4,)))] for _ in range(3)]
     want = Want(name="t", dtype="F32", global_shape=(4,), box=Box.whole((4,)))
-    assert [copy.image for copy in plan_copies([want], images, prefer=2)] == [2]
+    assert [copy.rank for copy in copies_by_entries([want], dict(enumerate(images)), prefer=2)] == [2]
 
 
 def test_another_models_checkpoint_names_what_differs() -> None:
@@ -72,7 +72,7 @@ def test_another_models_checkpoint_names_what_differs() -> None:
         Want(name="new", dtype="F32", global_shape=(4,), box=Box.whole((4,))),
     ]
     with pytest.raises(StateMismatch) as caught:
-        plan_copies(wants, images)
+        copies_by_entries(wants, dict(enumerate(images)))
     text = str(caught.value)
     assert "4 tensors differ" in text
     for name in ("a: shape [5] here, [4] there", "b: dtype F32 here, F16 there", "new", "extra"):
@@ -86,7 +86,7 @@ def test_images_that_disagree_are_refused() -> None:
     want = Want(name="t", dtype="F32", global_shape=(4,), box=Box.whole((4,)))
     for other in (entry("t", (4,), second, "I32"), entry("t", (5,), second)):
         with pytest.raises(StateMismatch, match="t: "):
-            plan_copies([want], [[entry("t", (4,), first)], [other]])
+            copies_by_entries([want], {0: [entry("t", (4,), first)], 1: [other]})
 
 
 def test_only_complete_states_of_the_past_are_candidates() -> None:

@@ -57,7 +57,7 @@ from resilient_train.storage.commit import MANIFEST, folder_of, image_name
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker.fill import fill
 from resilient_train.worker.process_group import clear_dtensor_caches
-from resilient_train.worker.sources import TierSource
+from resilient_train.worker.sources import Candidate, TierSource
 from resilient_train.worker.state import State
 
 OLD, NEW = Key(1, 17), Key(2, 41)
@@ -172,7 +172,7 @@ def seed_all(number: int) -> None:
 
 def image(training: Training, rank: int, key: Key) -> Slot:
     frame = training.state.capture(rank)
-    layout = plan_image([part.entry for part in frame.parts], len(frame.document))
+    layout = plan_image([part.entry for part in frame.parts], len(frame.document), alike=True)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
@@ -505,7 +505,7 @@ def forge_document(files: Files, chance: random.Random) -> None:
 def with_document(data: bytes, document: bytes) -> bytes:
     """An image with another document, right in every other respect."""
     old, stamp = layout_of(data)
-    new = plan_image(old.entries, len(document))
+    new = plan_image(old.entries, len(document), alike=old.alike)
     assert new.entries == old.entries
     body = data[old.data_start : old.json_start] + document.ljust(new.json_capacity)
     sums = [checksum(body[at : at + BLOCK]).to_bytes(4, "little") for at in range(0, len(body), BLOCK)]
@@ -536,9 +536,9 @@ def corrupt(files: Files, chance: random.Random) -> Case:
 def restore(folder: Path, key: Key, rank: int, world: int) -> Training:
     fresh = Training(99)
     source = TierSource(FilesystemTier(str(folder)))
-    source.keys({})
-    with source.open(key) as readers:
-        fill(fresh.state, readers, rank, world)
+    source.candidates({})
+    with source.open(Candidate(key=key)) as images:
+        fill(fresh.state, images, rank, world)
     return fresh
 
 

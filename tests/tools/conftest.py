@@ -13,8 +13,8 @@ from torch import nn
 from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.native import checksum
 from resilient_train.image.snapshot import ImageWriter, Part
-from resilient_train.spec.layout import shard_box
 from resilient_train.spec.shard import peek, plan_image
+from resilient_train.spec.sharding import Cut, held_box
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import commit
 from resilient_train.storage.commit import ImageFile, folder_of, image_name
@@ -58,10 +58,11 @@ def _share(part: Part, rank: int, world: int) -> Part | None:
         return part
     if not entry.shape or len(part.sources) > 1 or entry.real_dtype:
         return part if rank == 0 else None
-    box = shard_box(entry.shape, (world,), (rank,), (1 if "wide.weight" in entry.name else 0,))
+    cuts = (Cut(1 if "wide.weight" in entry.name else 0, world, 1),)
+    box = held_box(entry.shape, cuts, rank)
     (source,) = part.sources
     cut = source[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))]
-    return Part(entry=replace(entry, shape=box.shape, offset=box.offset), sources=(cut,))
+    return Part(entry=replace(entry, shape=box.shape, offset=box.offset, cuts=cuts), sources=(cut,))
 
 
 def _image(state: State, key: Key, rank: int, world: int) -> bytes:

@@ -19,18 +19,25 @@ from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import ImageWriter
 from resilient_train.spec.shard import Entry, plan_image
+from resilient_train.spec.sharding import Cut
 from resilient_train.spec.world import Key
 from resilient_train.worker.fill import fill
+from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
 
 
 def saved(
-    state: State, rank: int = 0, world: int = 1, placed: Callable[[Entry], Entry] = lambda entry: entry
+    state: State,
+    rank: int = 0,
+    world: int = 1,
+    placed: Callable[[Entry], Entry] = lambda entry: entry,
+    *,
+    alike: bool = False,
 ) -> ImageReader:
     """An image of the state, as bytes in memory; ``placed`` says which part of the whole an entry is."""
     frame = state.capture(rank)
     frame_parts = [dataclasses.replace(part, entry=placed(part.entry)) for part in frame.parts]
-    layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10)
+    layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10, alike=alike)
     fd = create_memory("test", layout.total)
     slot = Slot(fd)
     os.close(fd)
@@ -82,7 +89,7 @@ def test_training_goes_on_exactly_as_if_nothing_had_happened(kind: str, dtype: t
     image = saved(State(model=one, optim=optim))
     two = model(1, dtype)
     fresh = OPTIMIZERS[kind](list(two.parameters()))
-    fill(State(model=two, optim=fresh), [image], 0, 1)
+    fill(State(model=two, optim=fresh), Images.of([image]), 0, 1)
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -105,10 +112,10 @@ def test_restoring_never_aliases_the_image() -> None:
     train(net, optim)
     image = saved(State(model=net, optim=optim))
     before = net[0].weight.detach().clone()
-    fill(State(model=net, optim=optim), [image], 0, 1)
+    fill(State(model=net, optim=optim), Images.of([image]), 0, 1)
     train(net, optim)
     assert not torch.equal(before, net[0].weight)
-    fill(State(model=net, optim=optim), [image], 0, 1)
+    fill(State(model=net, optim=optim), Images.of([image]), 0, 1)
     assert torch.equal(before, net[0].weight)
 
 
@@ -121,7 +128,7 @@ def test_float32_state_of_bfloat16_parameters_keeps_its_dtype() -> None:
     image = saved(State(model=net, optim=optim))
     fresh_net = model(1, torch.bfloat16)
     fresh = torch.optim.SGD(fresh_net.parameters(), lr=0.1, momentum=0.9)
-    fill(State(model=fresh_net, optim=fresh), [image], 0, 1)
+    fill(State(model=fresh_net, optim=fresh), Images.of([image]), 0, 1)
     for p, q in zip(net.parameters(), fresh_net.parameters(), strict=True):
         restored = fresh.state[q]["momentum_buffer"]
         assert restored.dtype == torch.float32
@@ -141,7 +148,7 @@ def test_a_tensor_of_any_dtype_and_order_is_filled_from_several_images(turned: b
         def moved(entry: Entry) -> Entry:
             if entry.name != "net/w":
                 return entry
-            return dataclasses.replace(entry, global_shape=(48, 6, 8), offset=(24 * rank, 0, 0))
+            return dataclasses.replace(entry, global_shape=(48, 6, 8), offset=(24 * rank, 0, 0), cuts=(Cut(0, 2, 1),))
 
         return moved
 
@@ -149,7 +156,7 @@ def test_a_tensor_of_any_dtype_and_order_is_filled_from_several_images(turned: b
     halves = [value[:24].t().contiguous().t(), value[24:].clone()]
     images = [saved(State(net=net(part)), rank, 2, half(rank)) for rank, part in enumerate(halves)]
     target = net(torch.zeros(6, 48, dtype=value.dtype).t() if turned else torch.zeros(48, 6, dtype=value.dtype))
-    fill(State(net=target), images, 0, 1)
+    fill(State(net=target), Images.of(images), 0, 1)
     assert torch.equal(target.w, value)
 
 
@@ -182,7 +189,7 @@ def test_schedulers_and_things_of_ones_own() -> None:
     optim2 = torch.optim.SGD(net2.parameters(), lr=0.1)
     schedule2 = torch.optim.lr_scheduler.OneCycleLR(optim2, 0.3, total_steps=50)
     counter2 = Counter()
-    fill(State(model=net2, optim=optim2, schedule=schedule2, counter=counter2), [image], 0, 1)
+    fill(State(model=net2, optim=optim2, schedule=schedule2, counter=counter2), Images.of([image]), 0, 1)
     assert schedule2.state_dict() == schedule.state_dict()
     assert optim2.param_groups[0]["lr"] == optim.param_groups[0]["lr"]
     assert torch.equal(counter2.state.pop("ema"), counter.state.pop("ema"))
@@ -198,7 +205,7 @@ def test_a_scheduler_goes_on_with_what_it_counts() -> None:
     """MultiStepLR asks its milestones for what only a Counter answers."""
     optims = [torch.optim.SGD(model(0).parameters(), lr=0.1) for _ in range(2)]
     one, two = (torch.optim.lr_scheduler.MultiStepLR(optim, [2, 4]) for optim in optims)
-    fill(State(schedule=two), [saved(State(schedule=one))], 0, 1)
+    fill(State(schedule=two), Images.of([saved(State(schedule=one))]), 0, 1)
     optims[1].step()
     with pytest.warns(UserWarning, match="epoch parameter"):
         two.step(5)
@@ -229,7 +236,7 @@ def test_tied_parameters_are_stored_once() -> None:
     frame = State(model=one).capture(0)
     assert sum(part.entry.name.startswith("model/") for part in frame.parts) == 1
     assert json.loads(frame.document)["model"]["aliases"] == {"head.weight": "embed.weight"}
-    fill(State(model=two), [saved(State(model=one))], 0, 1)
+    fill(State(model=two), Images.of([saved(State(model=one))]), 0, 1)
     assert torch.equal(two.head.weight, one.embed.weight)
     assert two.head.weight is two.embed.weight
 
@@ -241,12 +248,12 @@ def test_random_generators_come_along() -> None:
     image = saved(State(model=net))
     expected = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
     torch.manual_seed(6), np.random.seed(6), random.seed(6)
-    fill(State(model=net), [image], 0, 1)
+    fill(State(model=net), Images.of([image]), 0, 1)
     assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
     torch.manual_seed(6)
     other = torch.rand(2).tolist()
     torch.manual_seed(6)
-    fill(State(model=net), [image], 0, 2)
+    fill(State(model=net), Images.of([image]), 0, 2)
     assert torch.rand(2).tolist() == other
 
 
@@ -256,14 +263,14 @@ def test_another_models_checkpoint_names_the_tensors() -> None:
     other = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Linear(9, 5))
     before = other[0].weight.detach().clone()
     with pytest.raises(StateMismatch) as caught:
-        fill(State(model=other), [image], 0, 1)
+        fill(State(model=other), Images.of([image]), 0, 1)
     assert "model/0.weight: shape [9, 5] here, [7, 5] there" in str(caught.value)
     assert "model/2.bias [5]: not in the checkpoint" in str(caught.value)
     assert torch.equal(before, other[0].weight)
     net = model(0)
     state = State(model=net, optim=torch.optim.SGD(net.parameters(), lr=1))
     with pytest.raises(StateMismatch, match="holds model; this state has model, optim"):
-        fill(state, [image], 0, 1)
+        fill(state, Images.of([image]), 0, 1)
 
 
 def test_what_cannot_be_saved_is_named() -> None:
@@ -308,7 +315,7 @@ def test_extra_state_of_modules() -> None:
 
     one, two = nn.Sequential(Counting()), nn.Sequential(Counting())
     one[0].seen = 11
-    fill(State(model=two), [saved(State(model=one))], 0, 1)
+    fill(State(model=two), Images.of([saved(State(model=one))]), 0, 1)
     assert two[0].seen == 11
 
 
@@ -318,7 +325,9 @@ def test_one_optimizer_over_two_modules() -> None:
     optims = [torch.optim.AdamW([p for net in nets for p in net.parameters()], lr=0.01) for nets in (one, two)]
     for net in one:
         train(net, optims[0])
-    fill(State(a=two[0], b=two[1], optim=optims[1]), [saved(State(a=one[0], b=one[1], optim=optims[0]))], 0, 1)
+    fill(
+        State(a=two[0], b=two[1], optim=optims[1]), Images.of([saved(State(a=one[0], b=one[1], optim=optims[0]))]), 0, 1
+    )
     for mine, theirs in zip(optims[0].param_groups[0]["params"], optims[1].param_groups[0]["params"], strict=True):
         assert torch.equal(mine, theirs)
         assert torch.equal(optims[0].state[mine]["exp_avg"], optims[1].state[theirs]["exp_avg"])
@@ -329,7 +338,7 @@ def test_another_optimizer_is_refused_by_name() -> None:
     net = model(0)
     image = saved(State(model=net, optim=torch.optim.AdamW(net.parameters())))
     with pytest.raises(StateMismatch, match="optim is an optimizer SGD here, AdamW in the checkpoint"):
-        fill(State(model=net, optim=torch.optim.SGD(net.parameters())), [image], 0, 1)
+        fill(State(model=net, optim=torch.optim.SGD(net.parameters())), Images.of([image]), 0, 1)
 
 
 def test_what_a_state_needs_is_said() -> None:

@@ -22,12 +22,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import resilient_train as rt
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="fsdp")
+parser.add_argument("--parallel", choices=("ddp", "fsdp", "hsdp", "tp"), default="fsdp")
 parser.add_argument("--optim", choices=("adamw", "fused", "sgd"), default="adamw")
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--step-time", type=float, default=0.02)
@@ -56,30 +58,42 @@ args = parser.parse_args()
 
 
 def part(tensor, name):
-    """This rank's part of a digest of a tensor's bits; those of all shards add up (mod 2^64) to that of the whole."""
-    local, first = tensor.detach(), 0
+    """This rank's part of a digest of a tensor's bits: (its number in the sum, which part it is, of how many).
+
+    Those of all parts add up (mod 2^64) to that of the whole.
+    """
+    local, places, which, parts = tensor.detach(), torch.arange(tensor.numel()).view(tensor.shape), "", 1
     if isinstance(tensor, DTensor):
         local = tensor.to_local().detach()
-        rows = -(-tensor.shape[0] // tensor.device_mesh.size()) * tensor.device_mesh.get_local_rank()
-        first = rows * tensor[0].numel() if tensor.dim() > 1 else rows
+        mesh, placements = tensor.device_mesh, tensor.placements
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        for dim, (start, size) in enumerate(zip(offset, shape, strict=True)):
+            places = places.narrow(dim, start, size) if size else places[:0]
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                parts *= mesh.size(dim)
+                which += f"{(mesh.mesh_dim_names or ('',))[dim]}{mesh.get_local_rank(dim)} "
     bits = local.contiguous().view(-1).numpy().view(f"u{tensor.element_size()}").astype(np.uint64)
-    places = np.arange(first, first + len(bits), dtype=np.uint64)
+    numbers = places.reshape(-1).numpy().astype(np.uint64)
     salt = np.uint64(zlib.crc32(f"{name} {tensor.dtype}".encode()) | 1)
-    return int(((bits + np.uint64(1)) * (places * np.uint64(2) + np.uint64(1)) * salt).sum(dtype=np.uint64))
+    total = ((bits + np.uint64(1)) * (numbers * np.uint64(2) + np.uint64(1)) * salt).sum(dtype=np.uint64)
+    return int(total), which, parts
 
 
 def digest(model, optim):
-    """This rank's part of a digest of the complete state, which is the same on every world size.
+    """This rank's parts of a digest of the complete state, which is the same on every world size and mesh.
 
-    Replicated tensors are counted on rank 0 only.
+    A tensor's part that several ranks hold has the same name on all: (name -> number, how many names there are in all).
     """
-    total = 0
+    totals, parts = {}, {}
     for name, parameter in model.named_parameters():
         name = name.removeprefix("module.")
         for key, value in [("", parameter), *optim.state.get(parameter, {}).items()]:
-            if isinstance(value, torch.Tensor) and (isinstance(value, DTensor) or dist.get_rank() == 0):
-                total += part(value, f"{name}.{key}")
-    return total % 2**64
+            if isinstance(value, torch.Tensor):
+                number, which, count = part(value, f"{name}.{key}")
+                totals[which] = (totals.get(which, 0) + number) % 2**64
+                parts["".join(filter(str.isalpha, which))] = count
+    return totals, sum(parts.values())
 
 
 def whole(parameter):
@@ -142,14 +156,19 @@ def optimizer(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, fused=args.optim == "fused")
 
 
-@rt.elastic
+MESHES = {"hsdp": {"replicate": -1, "shard": 2}, "tp": {"data": -1, "tensor": 2}}
+
+
+@rt.elastic(mesh=MESHES.get(args.parallel))
 def train(world):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(args.width, args.hidden), nn.Tanh(), nn.Dropout(0.1), nn.Linear(args.hidden, args.width)
     ).to(world.device)
-    if args.parallel == "fsdp":
-        fully_shard(model, mesh=world.mesh)
+    if args.parallel == "tp":
+        parallelize_module(model, world.mesh["tensor"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
+    if args.parallel != "ddp":
+        fully_shard(model, mesh=world.mesh["data"] if args.parallel == "tp" else world.mesh)
     else:
         model = DistributedDataParallel(model)
     optim = optimizer(model.parameters())
@@ -193,7 +212,7 @@ def train(world):
             loss = (model(batch) - batch).square().mean() * micro.weight
             loss.backward()
             total += loss.item()
-            if micro.weight:
+            if micro.weight and (args.parallel != "tp" or world.mesh.get_local_rank("tensor") == 0):
                 used += micro.indices.tolist()
         optim.step()
         optim.zero_grad()
