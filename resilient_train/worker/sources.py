@@ -25,6 +25,10 @@ MOST_MISSING = 2000
 """Ranks whose images may be gone; what the ranks tell each other of a state is to fit into a page."""
 
 
+Listing = tuple[list[HeldImage], dict[str, list[HeldImage]], bytes]
+"""(images in this node's memory, images of other nodes by their keeper's endpoint, the job's secret)"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
     """A state that can be restored."""
@@ -91,15 +95,18 @@ class MemorySource:
         rank is enough where all held everything.
         """
         whole: list[Candidate] = []
-        for key, world, ranks in ranks_by_key(self._found(), past):
-            gone = tuple(sorted(set(range(world)) - ranks))
-            if not gone or (not whole and len(gone) <= MOST_MISSING and self._is_covered(key, gone)):
-                whole.append(Candidate(key=key, without=gone))
+        listing = self._keeper.everywhere()
+        for key, world, ranks in ranks_by_key(_found(listing), past):
+            state = Candidate(key=key, without=tuple(sorted(set(range(world)) - ranks)))
+            if not state.without or (not whole and self._is_covered(state, listing)):
+                whole.append(state)
         return whole
 
-    def _is_covered(self, key: Key, gone: tuple[int, ...]) -> bool:
+    def _is_covered(self, state: Candidate, listing: Listing) -> bool:
+        if len(state.without) > MOST_MISSING:
+            return False
         try:
-            with self.open(Candidate(key=key, without=gone)) as images:
+            with self._opened(state, listing, None) as images:
                 layout = images.reader(min(images.held.ranks)).layout
                 return layout.alike and not not_covered(layout.entries, images.held)
         except CheckpointDamaged:
@@ -107,12 +114,7 @@ class MemorySource:
 
     def newest_lineage(self) -> int:
         """The highest lineage that any image, of a complete state or not, was computed by; 0 if there is none."""
-        return max((image.key.lineage for image in self._found()), default=0)
-
-    def _found(self) -> list[Found]:
-        here, peers, _ = self._keeper.everywhere()
-        images = [*here, *(image for held in peers.values() for image in held)]
-        return [Found(key=image.key, rank=image.rank, world=image.world) for image in images]
+        return max((image.key.lineage for image in _found(self._keeper.everywhere())), default=0)
 
     @contextmanager
     def open(self, state: Candidate, rank: int | None = None) -> Iterator[Images]:
@@ -125,8 +127,13 @@ class MemorySource:
         Raises:
             CheckpointDamaged: if one that was there is gone.
         """
+        with self._opened(state, self._keeper.everywhere(), rank) as images:
+            yield images
+
+    @contextmanager
+    def _opened(self, state: Candidate, listing: Listing, rank: int | None) -> Iterator[Images]:
         key = state.key
-        here, endpoints, secret = self._keeper.everywhere()
+        here, endpoints, secret = listing
         local = {image.rank: image for image in sorted(_of(key, here), key=lambda image: not image.replica)}
         originals = [image.rank for held in (here, *endpoints.values()) for image in _of(key, held, replicas=False)]
         if len(set(originals)) != len(originals):
@@ -163,6 +170,12 @@ class MemorySource:
             images = Images(Holders(world=world, ranks=expected, near=near), open_image, whole=True)
             yield images
             images.release()
+
+
+def _found(listing: Listing) -> list[Found]:
+    here, peers, _ = listing
+    images = [*here, *(image for held in peers.values() for image in held)]
+    return [Found(key=image.key, rank=image.rank, world=image.world) for image in images]
 
 
 def _with_copies(owner: int, view: memoryview, open_copy: Callable[[int], ImageReader] | None) -> ImageReader:
