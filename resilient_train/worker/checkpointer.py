@@ -15,14 +15,21 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StorageError
+from resilient_train.errors import (
+    CheckpointDamaged,
+    ConfigError,
+    PeerFailed,
+    ResilientError,
+    StateMismatch,
+    StorageError,
+)
 from resilient_train.image.native import checksum
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
 from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
-from resilient_train.worker.fill import fill
+from resilient_train.worker.fill import Filled, fill
 from resilient_train.worker.slots import OwnSlot
 from resilient_train.worker.snapshots import Snapshots
 from resilient_train.worker.sources import Candidate, Images, MemorySource, TierSource
@@ -438,11 +445,12 @@ class Checkpointer:
                 raise CheckpointDamaged(
                     f"every state that is left is damaged ({named}); not starting over on top of it"
                 )
-            problem = None
+            problem, filled = None, None
             if key is not None:
-                problem = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
+                problem, filled = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
             well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
             if well == 0:
+                self._check_all_wanted(filled)
                 break
             assert key is not None
             if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
@@ -521,15 +529,31 @@ class Checkpointer:
         received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
-    def _try(self, place: str, state: Candidate) -> ResilientError | None:
+    def _try(self, place: str, state: Candidate) -> tuple[ResilientError | None, Filled | None]:
         """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(state, self._rank) as images:
-                fill(self._state, images, self._rank, self._size, self._restore_threads(source))
+                filled = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
         except ResilientError as error:
-            return error
-        return None
+            return error, None
+        return None, filled
+
+    def _check_all_wanted(self, filled: Filled | None) -> None:
+        """Where ranks have parts of their own, nothing of the checkpoint may have been left to others by all of them.
+
+        Raises:
+            StateMismatch: naming it.
+        """
+        if filled is None or not filled.unwanted:
+            return
+        left = torch.tensor([here for _, here in filled.unwanted], dtype=torch.uint8, device=self._host.device)
+        if self._size > 1:
+            dist.all_reduce(left, op=dist.ReduceOp.MIN)
+        names = [name for (name, _), nobodys in zip(filled.unwanted, left.tolist(), strict=True) if nobodys]
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise StateMismatch(f"the checkpoint holds {names[0]}{more}, which no rank's state has")
 
     def _restore_threads(self, source: Source) -> int:
         """This rank's share of the processor's cores; more where they would only wait."""

@@ -15,7 +15,7 @@ from resilient_train.image.device import Uploads
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import addressable
-from resilient_train.plan.partition import may_differ
+from resilient_train.plan.partition import PRIVATE, may_differ
 from resilient_train.plan.recovery import (
     Copy,
     Want,
@@ -43,6 +43,8 @@ class Filled:
     """Bytes copied from images in this node's memory."""
     far: int
     """Bytes copied from elsewhere."""
+    unwanted: tuple[tuple[str, bool], ...] = ()
+    """Where ranks have parts of their own: each tensor of the checkpoint, and whether this rank leaves it to others."""
 
 
 def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) -> Filled:
@@ -105,9 +107,12 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
                 done.result()
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
+    unwanted = tuple((name, name not in places) for name in sorted(there) if not name.startswith(PRIVATE))
     near = sum(wanted.size for source in ranges.keys() & set(held.near) for wanted in ranges[source])
     moved = sum(wanted.size for of_rank in ranges.values() for wanted in of_rank)
-    return Filled(elements=sum(want.box.size for want in wants), near=near, far=moved - near)
+    return Filled(
+        elements=sum(want.box.size for want in wants), near=near, far=moved - near, unwanted=unwanted if partial else ()
+    )
 
 
 def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:
@@ -146,7 +151,11 @@ def _document(images: Images, own: ImageReader | None, first: ImageReader) -> tu
     if len(documents) == 1:
         return told, documents[0], False
     try:
-        return told, merged(documents), sum(len(document) > 1 for document in documents) > 1
+        everything = merged(documents)
+        if own is not None and len(documents[0]) > 1:
+            # Parts of other names are other ranks' own.
+            everything = {name: part for name, part in everything.items() if name in documents[0]}
+        return told, everything, sum(len(document) > 1 for document in documents) > 1
     except (FormatError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointDamaged(f"{told.name}: malformed document: {error!r:.500}") from error
 

@@ -135,14 +135,14 @@ class State:
         Args:
             document: the checkpoint's.
             entries: one entry of every tensor in the checkpoint, for shapes and dtypes.
-            partial: whether the checkpoint has parts of other ranks besides, which this one does not have.
+            partial: whether modules and optimizers of the checkpoint have, besides, what only other ranks have here.
 
         Raises:
             StateMismatch: if the document describes other things than this state.
             FormatError: if it is malformed.
         """
         here, there = set(self._things), set(document) - {"rng"}
-        if here != there and not (partial and here < there):
+        if here != there:
             raise StateMismatch(
                 f"the checkpoint holds {', '.join(sorted(there))}; this state has {', '.join(sorted(here))}"
             )

@@ -79,7 +79,7 @@ def test_spawned_ranks_save_one_state_and_find_what_is_their_own(tmp_path: Path)
     assert again == first
     (alone,) = run(tmp_path, 4, "experts", ranks=1)
     assert "StateMismatch" in alone, "what rank 1 had is not left out in silence"
-    assert "expert1/weight" in alone
+    assert "expert1" in alone
 
 
 def test_one_name_for_different_parameters_is_refused(tmp_path: Path) -> None:
