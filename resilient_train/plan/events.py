@@ -46,6 +46,14 @@ class StoreSilent:
 
 
 @dataclass(frozen=True, slots=True)
+class Vouched:
+    """The store has said that ``revision`` is the record's newest; it was asked at ``asked_at``."""
+
+    revision: int
+    asked_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class KeeperServes:
     """This node's keeper serves images to other nodes at host:port."""
 
@@ -145,6 +153,7 @@ Event = (
     RecordSeen
     | NodesSeen
     | StoreSilent
+    | Vouched
     | KeeperServes
     | WorkerSpawned
     | WorkerSaid
@@ -199,6 +208,13 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Vouch:
+    """The local workers may step, in the world that they were told of, until this time of the node's clock."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """Print a line for people."""
 
@@ -228,4 +244,4 @@ class End:
     text: str
 
 
-Effect = Swap | Announce | Spawn | Stop | Save | Say | Tell | Wake | End
+Effect = Swap | Announce | Spawn | Stop | Save | Vouch | Say | Tell | Wake | End

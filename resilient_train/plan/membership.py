@@ -35,6 +35,8 @@ from resilient_train.plan.events import (
     Swap,
     Tell,
     Tick,
+    Vouch,
+    Vouched,
     Wake,
     Wished,
     WorkerExited,
@@ -135,6 +137,10 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
+    if isinstance(event, Vouched) and state.view.record is not None:
+        # Where there is a newer version, what it says is heard first.
+        current = event.revision == state.view.record.revision
+        effects += [Vouch(event.asked_at + state.view.timing.vouch)] if current else []
     state, tellings = _tell(before, state, event)
     effects += tellings
     state, doings = _local(state, now)
@@ -223,7 +229,7 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
-        case Tick():
+        case Tick() | Vouched():
             return state
 
 
@@ -261,6 +267,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         state = replace(state, seen_at=now, devices=_devices(state, record))
         lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
         view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
+        state = _with_info(replace(state, view=view), generation=record.generation)
+        view = state.view
     elif old.planned is not None and record.planned is None and _declined(view, old.planned.number):
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
@@ -414,12 +422,18 @@ def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[E
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
         return state, [*effects, *([Wake(limit)] if now < limit else [])]
-    if record.resumed() is None and record.members and now < state.seen_at + LET_GO and not state.hurried:
+    wanted = bool(record.members) or _is_taken_over(state)
+    if record.resumed() is None and wanted and now < state.seen_at + LET_GO and not state.hurried:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
     if _goes_on(state, record):
         return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
     return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, f"{text}; it waits for nodes to go on")]
+
+
+def _is_taken_over(state: State) -> bool:
+    """Whether enough workers elsewhere wait for this node's to have left."""
+    return state.view.enough(state.view.fitting(state.view.idle()))
 
 
 def _goes_on(state: State, record: WorldRecord) -> bool:

@@ -6,6 +6,8 @@ nobody has a broken way out itself, and takes them for silent.  One that falls s
 announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
+- one that is heard, and whose announcement stays away, cannot reach the store: it goes too, before the store's word
+  runs out that lets its world step (`resilient_train.plan.fence`), and so before it stops the others;
 - among nodes that all reach the store but not each other, whoever most others cannot reach goes (`_most_doubted`).
   All see the same announcements and reckon alike; a node that finds itself among those to go proposes nothing.
 
@@ -28,6 +30,9 @@ _FEW = 8
 """So many expired announcements every agent looks into; more at once say something about the store."""
 _PROBE = 0.2
 """Share of ``within`` after which a node without a line and without an announcement is given up."""
+_UNHEARD = (3.0, 3.0)
+"""How long a node may be heard without an announcement, in which the store, its own line to it and its agent may be
+slow: times ``within``, and so many seconds more."""
 _FAINT = 0.4
 """Share of ``within`` of silence, two beats, after which a node may be on its way to be lost."""
 AGENT_GONE = "its agent is gone"
@@ -48,6 +53,8 @@ class Peer:
     """When it was last heard over a line; None: never since it is wanted."""
     refused: bool = False
     """Nobody listens any more where its agent did."""
+    expired_at: float = 0.0
+    """When its announcement was found to have expired, if it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +95,16 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Deaf:
+    """The store did not answer, so who was not announced may be by now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Looked:
     """Time has passed."""
 
 
-Event = Announced | Heard | Refused | Looked
+Event = Announced | Heard | Refused | Deaf | Looked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +175,7 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
             standing = {node.node: node for node in nodes if node.node != me.node}
             for name, peer in peers.items():
                 if peer.announced != (name in standing):
-                    peers[name] = replace(peer, announced=name in standing)
+                    peers[name] = replace(peer, announced=name in standing, expired_at=now)
             for name, info in standing.items():
                 known = peers.get(name)
                 if known is None or known.info.link != info.link:
@@ -174,11 +186,20 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
             for name in nodes & peers.keys():
                 known = peers[name]
                 peers[name] = Peer(
-                    info=known.info, announced=known.announced, wanted_at=known.wanted_at, heard_at=now, refused=False
+                    info=known.info,
+                    announced=known.announced,
+                    wanted_at=known.wanted_at,
+                    heard_at=now,
+                    refused=False,
+                    expired_at=known.expired_at,
                 )
         case Refused(node):
             if node in peers:
                 peers[node] = replace(peers[node], refused=True)
+        case Deaf():
+            for name, peer in peers.items():
+                if not peer.announced:
+                    peers[name] = replace(peer, expired_at=now)
         case Looked():
             pass
 
@@ -186,7 +207,7 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
 def _excused(peer: Peer, now: float) -> Peer:
     wanted_at = None if peer.wanted_at is None else now
     heard_at = None if peer.heard_at is None else now
-    return replace(peer, wanted_at=wanted_at, heard_at=heard_at)
+    return replace(peer, wanted_at=wanted_at, heard_at=heard_at, expired_at=now)
 
 
 def with_own(state: State, me: NodeInfo) -> State:
@@ -230,6 +251,12 @@ def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[
     return frozenset(found)
 
 
+def _unheard_at(state: State, peer: Peer) -> float:
+    """When a node has been without an announcement for too long."""
+    times, more = _UNHEARD
+    return peer.expired_at + times * state.within + more
+
+
 def _refusals_count(state: State, now: float) -> bool:
     """Whether refusals tell of the nodes that refuse, rather than of this one's way to them."""
     if len(state.peers) == 1:
@@ -247,6 +274,9 @@ def _judge(state: State, now: float) -> Verdict:
             lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"
+    for name, peer in state.peers.items():
+        if not peer.announced and name not in suspects and now >= _unheard_at(state, peer):
+            lost[name] = "it does not reach the control store"
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
     doubts = {name: frozenset(info.suspects) for name, info in infos.items() if state.peers[name].announced}
     doubts[state.me.node] = suspects
@@ -305,4 +335,5 @@ def _wanted(
 def _next_look(state: State, now: float) -> float | None:
     times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
     times += [_faint_at(state, peer) for peer in state.peers.values()]
+    times += [_unheard_at(state, peer) for peer in state.peers.values() if not peer.announced]
     return min((at for at in times if at is not None and at > now), default=None)

@@ -19,6 +19,8 @@ from resilient_train.spec.world import WorldRecord
 
 BEATS = 5
 """Signs of life within the time after which a silent node is a suspect; as in the real one."""
+ASKS = 6
+"""Times in which the store is asked for its word, within the time that it holds; as in the real one."""
 _CALL_TIMEOUT = 3.0
 """Seconds for the store to answer a call, and to show that it is there to whoever watches it."""
 _RETRY = 0.5
@@ -37,6 +39,9 @@ class Crew(Protocol):
     def tell(self, member: str, world: WorldIs) -> None:
         """Send a message to a worker."""
 
+    def vouch(self, until: float) -> None:
+        """Until when workers may step, on the node's clock."""
+
     def progress(self, record: WorldRecord) -> tuple[int, int] | None:
         """What the board shows: (generation, finished steps) of the furthest member of the current generation."""
 
@@ -54,6 +59,8 @@ class _Call:
     again: bool = False
     """To be made until it is answered."""
     over: bool = False
+    anyway: Action = lambda: None
+    """Done when it is over, whatever came of it."""
 
 
 class StoreLine:
@@ -72,9 +79,14 @@ class StoreLine:
         self.heard: Callable[[Snapshot], None] = lambda _: None
         """Told of news."""
 
-    def ask(self, call: Callable[[Store], Any] | None, then: Callable[[Any], None] | None = None) -> None:
+    def ask(
+        self,
+        call: Callable[[Store], Any] | None,
+        then: Callable[[Any], None] | None = None,
+        anyway: Action = lambda: None,
+    ) -> None:
         """Make a call after those before it."""
-        self._calls.append(_Call(call, then))
+        self._calls.append(_Call(call, then, anyway=anyway))
         if len(self._calls) == 1:
             self._begin()
 
@@ -124,6 +136,7 @@ class StoreLine:
         del self._calls[0]
         if self._calls:
             self._begin()
+        call.anyway()
         then()
 
     def _watch(self, number: int) -> None:
@@ -195,6 +208,7 @@ class Agent:
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
+        self._asking = False
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
         self._store.silent, self._store.heard = self._store_silent, self._news
@@ -208,6 +222,7 @@ class Agent:
         self._beat_store()
         self._store.listen()
         self._look_at_board()
+        self._every(self.state.view.timing.vouch / ASKS, self._ask_for_word)
 
     # ---- the process ------------------------------------------------------------------------------------------------
 
@@ -289,6 +304,8 @@ class Agent:
             case ev.Tell(member, message):
                 assert isinstance(message, WorldIs)
                 self._crew.tell(member, message)
+            case ev.Vouch(until):
+                self._crew.vouch(until)
             case ev.Wake(at):
                 self._at(at, self._tick)
             case ev.End():
@@ -363,8 +380,29 @@ class Agent:
 
         self._every(self._beat_every, beat)
 
+    def _ask_for_word(self) -> None:
+        """Whether the record that this agent knows is the newest."""
+        if self._asking:
+            return
+        self._asking = True
+        asked_at = 0.0
+
+        def ask(store: Store) -> int:
+            return store.record.revision if store.record is not None else 0
+
+        def begun(_: object) -> None:
+            nonlocal asked_at
+            asked_at = self._clock.now()
+            self._store.ask(ask, lambda revision: self.feed(ev.Vouched(revision, asked_at)), self._asked)
+
+        self._store.ask(None, begun)
+
+    def _asked(self) -> None:
+        self._asking = False
+
     def _store_heard(self) -> None:
         if self.state.view.silent:
+            self._ask_for_word()
             self._store.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: Snapshot) -> None:
@@ -372,6 +410,7 @@ class Agent:
         self._step(suspicion.Announced(news.nodes))
 
     def _store_silent(self, text: str) -> None:
+        self._step(suspicion.Deaf())
         self.feed(ev.StoreSilent(text, lasting=True))
 
     # ---- the other nodes --------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ class Site(Protocol):
     network: Network
     total: int
     """Steps of the training."""
+    mesh: tuple[int, int]
+    """What the world size must be a multiple of, and the most that it may be (0: any)."""
 
     def step_time(self) -> float:
         """Seconds that a step takes one rank."""
@@ -70,6 +72,10 @@ class Site(Protocol):
 
     def entered(self, worker: Worker, record: WorldRecord) -> None:
         """A worker begins to form a generation."""
+        ...
+
+    def vouched(self, worker: Worker) -> bool:
+        """Whether the board says that the worker's world may step."""
         ...
 
     def stepped(self, group: Group, step: int) -> None:
@@ -109,7 +115,7 @@ class Worker:
         """Import torch and all that, for so long; then say hello."""
 
         def ready() -> None:
-            self._say(Hello(member=self.member))
+            self._say(self._hello())
             self._next_world()
 
         self.main("starting", seconds, ready)
@@ -168,6 +174,10 @@ class Worker:
     def _say(self, message: Message) -> None:
         self.site.say(self, message)
 
+    def _hello(self) -> Hello:
+        multiple, most = self.site.mesh
+        return Hello(member=self.member, multiple=multiple, most=most)
+
     # ---- the monitor thread -----------------------------------------------------------------------------------------
 
     def hear(self, record: WorldRecord) -> None:
@@ -183,7 +193,7 @@ class Worker:
             self._say(Promise(number=planned.number, accepted=accepted))
         elif planned is None and record.generation == self.generation:
             self._stop_at = None
-        if self.doing in ("waiting", "boundary", "verdict", "done"):
+        if self.doing in ("waiting", "boundary", "verdict", "done", "held"):
             # The main thread waits for just this.
             self.main(self.doing, 0.0, self._look)
         elif self._busy and self._over() and not self._leaving_later() and record.phase is not Phase.FINISHED:
@@ -210,6 +220,8 @@ class Worker:
         assert self.record is not None
         if self.doing == "waiting":
             self._look_for_world()
+        elif self.doing == "held" and (not self._over() or self._leaving_later()):
+            self._compute(self.step)
         elif self._over():
             if self.record.phase is Phase.FINISHED and self.doing == "done":
                 self.end(0)
@@ -240,7 +252,7 @@ class Worker:
             self.group.arrive(self)
         elif not named and not self._said:
             self._said = True
-            self._say(Hello(member=self.member))
+            self._say(self._hello())
 
     def formed(self) -> None:
         """The group is there: restore."""
@@ -275,6 +287,8 @@ class Worker:
             self._wait("done")
             if self._over():
                 self.main("done", 0.0, self._look)
+        elif not self.site.vouched(self):
+            self.main("held", _AGAIN, self._look)
         else:
             self.main("computing", self.site.step_time(), lambda: self._enter(step))
 
