@@ -13,6 +13,9 @@ from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
+_ASKS = 6
+"""Times in which the store is asked for its word, within the time that it holds."""
+
 
 class Cluster:
     """Feeds the agent's machine with what the store and the other nodes say."""
@@ -24,6 +27,7 @@ class Cluster:
         links: Links | None,
         info: NodeInfo,
         within: float,
+        vouch: float,
         say: Callable[[str], None],
         feed: Callable[[ev.Event], None],
     ) -> None:
@@ -33,12 +37,14 @@ class Cluster:
         links: lines to the other agents; None on a job's only node, which announces nothing.
         info: this node.
         within: seconds of silence after which a node is a suspect.
+        vouch: seconds that the store's word holds.
         say: prints a line for people.
         feed: hands an event to the agent's machine.
         """
         self._loop = loop
         self._links = links
         self._within = within
+        self._ask_every = vouch / _ASKS
         self._say = say
         self._feed = feed
         self._info = info
@@ -58,6 +64,7 @@ class Cluster:
         self._neighbours.begin(self._links)
         self._loop.every(self._within / BEATS, self._show_life)
         self._line.listen(self._news)
+        self._loop.every(self._ask_every, self._ask_for_word)
 
     def heard(self, node: str) -> None:
         """A line brought a sign of life."""
@@ -107,7 +114,17 @@ class Cluster:
     def _alive(self) -> None:
         """After an outage in which nothing has changed no news come by themselves."""
         if self._silent_since is not None:
+            self._ask_for_word()
             self._line.ask(lambda store: store.look(), self._news)
+
+    def _ask_for_word(self) -> None:
+        """Whether the record that this agent knows is the newest."""
+
+        def ask(store: ControlStore) -> ev.Vouched:
+            asked_at = self._loop.clock.now()
+            return ev.Vouched(revision=store.revision(), asked_at=asked_at)
+
+        self._line.ask(ask, self._feed)
 
     def _news(self, news: News) -> None:
         if self._silent_since is not None:
@@ -124,5 +141,6 @@ class Cluster:
         if self._silent_since is None:
             self._silent_since = now
             self._say(f"{text}; training goes on, changes of the world wait")
+        self._neighbours.deaf()
         # A store that ends with its host may have lost a single call.
         self._feed(ev.StoreSilent(text, self._line.lasting or now < self._silent_since + self._within))

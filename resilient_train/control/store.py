@@ -62,6 +62,13 @@ class ControlStore(Protocol):
         """Take this node's announcement back: it leaves in good order."""
         ...
 
+    def revision(self) -> int:
+        """The revision of the newest version of the record at some time after this was called; 0 if there is none.
+
+        What other methods return may be older than that.
+        """
+        ...
+
     def look(self) -> News:
         """Everything as it is now."""
         ...

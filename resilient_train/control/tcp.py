@@ -141,6 +141,9 @@ class TcpControlStore:
 
         self._mapped(withdraw)
 
+    def revision(self) -> int:
+        return self._mapped(lambda: self._revision(self._store()))
+
     def look(self) -> News:
         return self._mapped(lambda: self._look(self._store()))
 
@@ -194,11 +197,15 @@ class TcpControlStore:
         for old in range(first + 1, revision + 1):
             store.delete_key(self._key(old))
 
-    def _load(self, store: Store) -> WorldRecord | None:
+    def _revision(self, store: Store) -> int:
         head = self._prefix + "head"
         revision = int(store.get(head)) if store.check([head]) else 0
         while store.check([self._key(revision + 1)]):
             revision += 1
+        return revision
+
+    def _load(self, store: Store) -> WorldRecord | None:
+        revision = self._revision(store)
         return _record(store.get(self._key(revision))) if revision else None
 
     def _look(self, store: Store) -> News:

@@ -69,6 +69,8 @@ class State:
     """The other nodes of the job that are not known to be gone."""
     at: float = 0.0
     """When this agent last did anything."""
+    standing: bool = False
+    """This node's own announcement was among those that stand, when they were last heard of."""
     last: Verdict | None = None
     """The newest verdict; what was heard since has changed nothing about it."""
 
@@ -133,7 +135,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
         # Nearly all signs of life; with thousands of nodes the rest of this is work.
         peers = dict(state.peers)
         _take_in(peers, state.me, event, now)
-        return State(me=state.me, within=state.within, peers=peers, at=now, last=state.last), state.last
+        return replace(state, peers=peers, at=now), state.last
     peers = dict(state.peers)
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
@@ -142,7 +144,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
         # Who refused while nobody was heard has to do so again.
         peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
     _take_in(peers, state.me, event, now)
-    state = State(me=state.me, within=state.within, peers=peers, at=now)
+    if isinstance(event, Announced):
+        state = replace(state, standing=any(node.node == state.me.node for node in event.nodes))
+    state = replace(state, peers=peers, at=now, last=None)
     verdict = _judge(state, now)
     for name, peer in list(peers.items()):
         if not peer.announced and name in verdict.lost:
@@ -275,7 +279,8 @@ def _judge(state: State, now: float) -> Verdict:
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"
     for name, peer in state.peers.items():
-        if not peer.announced and name not in suspects and now >= _unheard_at(state, peer):
+        # A store that has forgotten this node too says nothing about the others.
+        if state.standing and not peer.announced and name not in suspects and now >= _unheard_at(state, peer):
             lost[name] = "it does not reach the control store"
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
     doubts = {name: frozenset(info.suspects) for name, info in infos.items() if state.peers[name].announced}

@@ -59,8 +59,6 @@ class _Call:
     again: bool = False
     """To be made until it is answered."""
     over: bool = False
-    anyway: Action = lambda: None
-    """Done when it is over, whatever came of it."""
 
 
 class StoreLine:
@@ -79,14 +77,9 @@ class StoreLine:
         self.heard: Callable[[Snapshot], None] = lambda _: None
         """Told of news."""
 
-    def ask(
-        self,
-        call: Callable[[Store], Any] | None,
-        then: Callable[[Any], None] | None = None,
-        anyway: Action = lambda: None,
-    ) -> None:
+    def ask(self, call: Callable[[Store], Any] | None, then: Callable[[Any], None] | None = None) -> None:
         """Make a call after those before it."""
-        self._calls.append(_Call(call, then, anyway=anyway))
+        self._calls.append(_Call(call, then))
         if len(self._calls) == 1:
             self._begin()
 
@@ -136,7 +129,6 @@ class StoreLine:
         del self._calls[0]
         if self._calls:
             self._begin()
-        call.anyway()
         then()
 
     def _watch(self, number: int) -> None:
@@ -208,7 +200,6 @@ class Agent:
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
-        self._asking = False
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
         self._store.silent, self._store.heard = self._store_silent, self._news
@@ -382,23 +373,12 @@ class Agent:
 
     def _ask_for_word(self) -> None:
         """Whether the record that this agent knows is the newest."""
-        if self._asking:
-            return
-        self._asking = True
-        asked_at = 0.0
-
-        def ask(store: Store) -> int:
-            return store.record.revision if store.record is not None else 0
 
         def begun(_: object) -> None:
-            nonlocal asked_at
-            asked_at = self._clock.now()
-            self._store.ask(ask, lambda revision: self.feed(ev.Vouched(revision, asked_at)), self._asked)
+            at = self._clock.now()
+            self._store.ask(lambda store: store.revision(), lambda revision: self.feed(ev.Vouched(revision, at)))
 
         self._store.ask(None, begun)
-
-    def _asked(self) -> None:
-        self._asking = False
 
     def _store_heard(self) -> None:
         if self.state.view.silent:

@@ -64,7 +64,9 @@ class Node:
         self.ended: ev.End | None = None
         self.vouched_until = float("inf")
         self._cluster = cluster
-        self.clock = clock = DriftingClock(cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1))
+        self.clock = clock = DriftingClock(
+            cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1)
+        )
         info = NodeInfo(
             node=name, order=order, endpoint=f"{name}:0", slots=job.slots, standby=job.standby, link=f"{name}:link"
         )

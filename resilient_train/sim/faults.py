@@ -283,13 +283,14 @@ def draw(seed: int) -> Scenario:
         return _split(random, seed)
     nodes = random.choice((2, 3, 3, 4, 5))
     least = random.randint(1, max(1, nodes - 1))
+    slots = random.choice((1, 1, 2))
     job = Job(
         nodes=nodes,
-        slots=random.choice((1, 1, 2)),
+        slots=slots,
         min_nodes=least,
         max_nodes=random.choice((nodes, nodes, nodes, max(least, nodes - 1))),
         standby=random.choice((0, 0, 0, 1)),
-        multiple=random.choice((1, 1, 1, 2)),
+        multiple=random.choice((1, slots)),
         steps=random.choice((30, 60, 100)),
         seed=seed,
     )

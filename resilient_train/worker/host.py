@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -114,6 +115,17 @@ class Host:
     def long_operation(self, name: str) -> AbstractContextManager[None]:
         """Announce that this rank is away for long."""
         return self._session.operations.announce(name) if self._session is not None else nullcontext()
+
+    def wait_for_word(self) -> None:
+        """Go on only in a world that is known to be the current one.
+
+        Raises:
+            LeaveGeneration: if it is not any more.
+            LinkLost: if the agent is gone.
+        """
+        if self._session is not None and time.monotonic() >= self.board.vouched():
+            with self.long_operation("waiting for the control store"):
+                self._session.wait_while(lambda: time.monotonic() >= self.board.vouched())
 
     def reach(self, step: int) -> bool:
         """At the boundary before ``step``; whether a planned change takes place here."""

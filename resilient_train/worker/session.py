@@ -137,6 +137,16 @@ class Session:
         if self.link.over():
             raise LeaveGeneration
 
+    def wait_while(self, condition: Callable[[], bool]) -> None:
+        """Wait for ``condition`` to end.
+
+        Raises:
+            LeaveGeneration: if the generation has ended by a loss.
+            LinkLost: if the agent is gone.
+        """
+        if self.link.wait_while(condition):
+            raise LeaveGeneration
+
     def leave_at_boundary(self) -> None:
         """Wait for the planned change; returns if it is taken back, leaves the user's function if it is committed."""
         if self.link.wait_at_boundary():

@@ -130,12 +130,27 @@ def test_silence_and_an_expired_announcement_are_a_loss() -> None:
 
 
 def test_an_expired_announcement_alone_is_no_loss() -> None:
-    """The line still brings signs of life."""
+    """The line still brings signs of life; but who stays away from the store for long would stop its world."""
     bench = Bench()
     bench.run_for(2)
     bench.announced("n2")
-    assert bench.run_for(60).lost == {}
+    assert bench.run_for(17.9).lost == {}
     assert bench.alive() == ["n1", "n2", "n3"]
+    bench.now += 0.2
+    assert bench.feed(s.Looked()).lost == {"n2": "it does not reach the control store"}
+
+
+def test_while_the_store_is_silent_nobody_goes_for_not_being_announced() -> None:
+    """Who was not announced when it was last heard may be since; the time begins anew when it answers."""
+    bench = Bench()
+    bench.run_for(2)
+    bench.announced("n2")
+    for _ in range(30):
+        assert bench.run_for(2).lost == {}
+        bench.feed(s.Deaf())
+    assert bench.run_for(17.9).lost == {}
+    bench.now += 0.2
+    assert bench.feed(s.Looked()).lost.keys() == {"n2"}
 
 
 def test_everybodys_announcement_may_expire_at_once() -> None:
