@@ -167,7 +167,7 @@ class Agent:
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)
         self._state = m.State(view=view)
         self._cluster = Cluster(loop, store, links, info, settings.within, timing.vouch, say, self._feed)
-        self._keeping = Keeping(keeper, loop, sink, _Surroundings(self))
+        self._keeping = Keeping(keeper, loop, sink, _Surroundings(self), settings.within)
         self._keeper = keeper
         self._hangs = Hangs(settings.within, workers, _Surroundings(self), clock)
         self._interrupts = 0
@@ -181,7 +181,7 @@ class Agent:
         with self._signals():
             if self._several:
                 self._keeper.serve(self._settings.host, self._settings.secret)
-            self._keeping.start()
+            self._keeping.begin()
             self._cluster.begin()
             self._loop.every(1.0, self._watch_board)
             self._loop.every(self._hangs.period, self._hangs.look)

@@ -42,7 +42,9 @@ from resilient_train.spec.messages import (
     Opened,
     OpenImages,
     Peers,
+    Ping,
     Policy,
+    Pong,
     Published,
     Refused,
     Save,
@@ -278,6 +280,8 @@ class Keeper:
                 self._inherited.discard(member)
             case Save():
                 self._persist_newest()
+            case Ping():
+                self.answer(client, Pong())
             case Flush():
                 self._word.last = True
                 self._flushing.append(client)

@@ -141,6 +141,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         # Where there is a newer version, what it says is heard first.
         current = event.revision == state.view.record.revision
         effects += [Vouch(event.asked_at + state.view.timing.vouch)] if current else []
+    if (lost := _waits_in_vain(state, now)) and not state.ended:
+        return replace(state, ended=True), [*effects, End(ExitCode.STORE_LOST, lost)]
     state, tellings = _tell(before, state, event)
     effects += tellings
     state, doings = _local(state, now)
@@ -170,10 +172,28 @@ def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[
         if failed or now < since + STORE_RETRY:
             return state, Wake(now + STORE_RETRY)
         return replace(state, swapping=True), Swap(record)
-    text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
-    if not silence.lasting:
-        text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+    text = f"{silence.text}; it is needed to agree on a change ({record.reason}){_advice(silence)}"
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
+
+
+def _advice(silence: StoreSilent) -> str:
+    if silence.lasting:
+        return ""
+    return ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+
+
+def _waits_in_vain(state: State, now: float) -> str:
+    """Why no rank of this node will ever step again, if so: nobody will say that its world is the job's."""
+    silence, since, record = state.silence, state.silent_since, state.view.record
+    if silence is None or since is None or record is None or record.phase is not Phase.RUNNING:
+        return ""
+    limits, timing = state.view.limits, state.view.timing
+    if now < since + (max(limits.patience, timing.vouch) if silence.lasting else timing.vouch):
+        return ""
+    if not state.info.link or not any(worker.stepping == record.generation for worker in state.info.workers):
+        return ""
+    text = f"{silence.text}; for {now - since:.0f} s nobody has known whether this world is still the job's"
+    return f"{text}{_advice(silence)}"
 
 
 def _without_progress(info: NodeInfo) -> NodeInfo:

@@ -6,7 +6,7 @@ import pytest
 
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
-from resilient_train.plan.view import Limits
+from resilient_train.plan.view import Limits, Timing
 from resilient_train.spec.node import WorkerInfo
 
 from .membership_bench import node, training
@@ -72,7 +72,7 @@ def test_a_deadlock_that_was_none_is_forgotten() -> None:
 
 
 def test_a_change_that_is_not_needed_ends_nothing() -> None:
-    """Somebody could join while the store is away: training goes on without, for as long as it takes."""
+    """Somebody could join while the store is away: nobody gives up on it for that."""
     bench = training(0, 1)
     bench.feed(ev.Progress(1, 7))
     bench.answers = False
@@ -81,7 +81,7 @@ def test_a_change_that_is_not_needed_ends_nothing() -> None:
         *(info for info in bench.state.view.nodes.values() if info.node == "n1"),
         node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True)),
     )
-    for _ in range(200):
+    for _ in range(59):
         bench.run_for(10)
         bench.feed(ev.StoreSilent("no answer", lasting=True))
     assert bench.taken(ev.End) == []
@@ -89,3 +89,23 @@ def test_a_change_that_is_not_needed_ends_nothing() -> None:
     bench.feed(ev.RecordSeen(bench.record))
     bench.run_for(1)
     assert bench.record.planned is not None
+
+
+@pytest.mark.parametrize(("lasting", "limit"), [(True, Limits().patience), (False, Timing().vouch)])
+def test_ranks_that_wait_for_the_stores_word_do_not_wait_for_ever(lasting: bool, limit: float) -> None:
+    """Nothing has to change, but nobody steps any more: the job ends when the store was away for too long.
+
+    It ends at once if the store is gone for good.
+    """
+    bench = training(0, 1)
+    bench.answers = False
+    began = bench.now
+    while bench.now < began + limit - 1:
+        bench.feed(ev.StoreSilent("no answer", lasting=lasting))
+        bench.run_for(1)
+    assert bench.taken(ev.End) == []
+    bench.run_for(2)
+    bench.feed(ev.StoreSilent("no answer", lasting=lasting))
+    (end,) = bench.taken(ev.End)
+    assert end.code is ExitCode.STORE_LOST
+    assert ("--rdzv-backend=etcd" in end.text) is not lasting
