@@ -53,6 +53,10 @@ class Peer:
     """When it was last heard over a line; None: never since it is wanted."""
     refused: bool = False
     """Nobody listens any more where its agent did."""
+    refused_at: float = 0.0
+    """Since when, if so."""
+    contradicted: bool = False
+    """It has announced something new since, so its agent is there, and only this node's way to it is barred."""
     expired_at: float = 0.0
     """When its announcement was found to have expired, if it has."""
 
@@ -134,7 +138,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if _says_nothing_new(state, event, now) and state.last is not None:
         # Nearly all signs of life; with thousands of nodes the rest of this is work.
         peers = dict(state.peers)
-        _take_in(peers, state.me, event, now)
+        _take_in(peers, state.me, state.within, event, now)
         return replace(state, peers=peers, at=now), state.last
     peers = dict(state.peers)
     if now > state.at + state.within / 2:
@@ -143,7 +147,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if isinstance(event, Heard) and event.nodes & peers.keys() and not _refusals_count(state, now):
         # Who refused while nobody was heard has to do so again.
         peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
-    _take_in(peers, state.me, event, now)
+    _take_in(peers, state.me, state.within, event, now)
     if isinstance(event, Announced):
         state = replace(state, standing=any(node.node == state.me.node for node in event.nodes))
     state = replace(state, peers=peers, at=now, last=None)
@@ -173,7 +177,7 @@ def _says_nothing_new(state: State, event: Event, now: float) -> bool:
     )
 
 
-def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:
+def _take_in(peers: dict[str, Peer], me: NodeInfo, within: float, event: Event, now: float) -> None:
     match event:
         case Announced(nodes):
             standing = {node.node: node for node in nodes if node.node != me.node}
@@ -184,8 +188,9 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
                 known = peers.get(name)
                 if known is None or known.info.link != info.link:
                     peers[name] = Peer(info=info)
-                elif known.info is not info:
-                    peers[name] = replace(known, info=info)
+                elif known.info != info:
+                    lives = known.refused and now >= known.refused_at + _PROBE * within
+                    peers[name] = replace(known, info=info, contradicted=known.contradicted or lives)
         case Heard(nodes):
             for name in nodes & peers.keys():
                 known = peers[name]
@@ -198,8 +203,8 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
                     expired_at=known.expired_at,
                 )
         case Refused(node):
-            if node in peers:
-                peers[node] = replace(peers[node], refused=True)
+            if node in peers and not peers[node].refused:
+                peers[node] = replace(peers[node], refused=True, refused_at=now)
         case Deaf():
             for name, peer in peers.items():
                 if not peer.announced:
@@ -274,7 +279,7 @@ def _judge(state: State, now: float) -> Verdict:
     lost = {}
     for name in suspects:
         peer = state.peers[name]
-        if peer.refused and (at_once or not peer.announced):
+        if peer.refused and not (peer.contradicted and peer.announced) and (at_once or not peer.announced):
             lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"

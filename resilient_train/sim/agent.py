@@ -10,6 +10,7 @@ from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan import suspicion
 from resilient_train.sim.engine import Action, DriftingClock
+from resilient_train.sim.hangs import Hangs, Processes
 from resilient_train.sim.links import Links
 from resilient_train.sim.network import Network
 from resilient_train.sim.store import Server, Snapshot, Store
@@ -27,7 +28,7 @@ _RETRY = 0.5
 """Seconds before a store that did not answer is asked again."""
 
 
-class Crew(Protocol):
+class Crew(Processes, Protocol):
     """The workers of one node."""
 
     def spawn(self, member: str, record: WorldRecord) -> None:
@@ -200,6 +201,7 @@ class Agent:
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
+        self._hangs = Hangs(within, crew, lambda: self.state.view, clock.now, self._at, self.feed)
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
         self._store.silent, self._store.heard = self._store_silent, self._news
@@ -213,6 +215,7 @@ class Agent:
         self._beat_store()
         self._store.listen()
         self._look_at_board()
+        self._every(self._hangs.period, self._hangs.look)
         self._every(self.state.view.timing.vouch / ASKS, self._ask_for_word)
 
     # ---- the process ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -18,6 +19,7 @@ from resilient_train.sim.store import Server
 from resilient_train.sim.worker import LOCAL, Group, Worker
 from resilient_train.spec.messages import Message, WorldIs
 from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.rank import RankReport
 from resilient_train.spec.world import Key, Phase, WorldRecord, ancestry, in_ancestry, node_of, slot_of
 
 _DRIFT = 0.005
@@ -120,6 +122,28 @@ class Node:
 
     def running(self) -> list[str]:
         return list(self.workers)
+
+    def board(self) -> dict[str, tuple[int, int]]:
+        return {member: worker.board for member, worker in self.workers.items()}
+
+    def stopped(self) -> set[str]:
+        return {member for member, worker in self.workers.items() if worker.is_stopped}
+
+    def ask(self, member: str, answer: Callable[[RankReport], None]) -> None:
+        worker, engine = self.workers.get(member), self._cluster.engine
+        if worker is None:
+            return
+
+        def say() -> None:
+            report = worker.report()
+            engine.after(LOCAL, lambda: self.agent.guard(lambda: answer(report)))
+
+        engine.after(LOCAL, lambda: worker.run(say))
+
+    def kill(self, member: str) -> None:
+        worker = self.workers.get(member)
+        if worker is not None:
+            worker.end(-9)
 
 
 class Cluster:

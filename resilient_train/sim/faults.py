@@ -117,6 +117,14 @@ def _busy_worker(cluster: Cluster, fault: Fault) -> None:
         worker.busy_until = cluster.engine.now + fault.seconds
 
 
+def _stick_worker(cluster: Cluster, fault: Fault) -> None:
+    """Its main thread never comes out of what it does; not in first steps, which take as long as they take."""
+    worker = cluster.worker(fault.whom[0])
+    steps = sum(worker is not None and at[1] == worker.generation for at in cluster.checker.steps)
+    if worker is not None and steps > _SETTLED:
+        worker.busy_until = float("inf")
+
+
 def _kill_agent(cluster: Cluster, fault: Fault) -> None:
     node = cluster.node(fault.whom[0])
     if node is not None:
@@ -224,6 +232,7 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "kill-worker": _kill_worker,
     "stop-worker": _stop_worker,
     "busy-worker": _busy_worker,
+    "stick-worker": _stick_worker,
     "kill-agent": _kill_agent,
     "kill-host": _kill_hosts,
     "stop-agent": _stop_agent,
@@ -251,6 +260,7 @@ _WEIGHTS = {
     "kill-worker": 4,
     "stop-worker": 1,
     "busy-worker": 2,
+    "stick-worker": 2,
     "kill-agent": 4,
     "kill-host": 4,
     "stop-agent": 4,
@@ -267,6 +277,8 @@ _WEIGHTS = {
     "lose-answer": 2,
     "slow-store": 1,
 }
+_SETTLED = 25
+"""Steps after which the agents, which look once a second, have seen enough of a generation to find a hang in it."""
 _SPECIAL = 20
 """One seed of so many loses a rack; another has a world cut off from the store, beside nodes that are not."""
 
@@ -350,7 +362,8 @@ def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
     seconds = round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 12.0))), 3)
     if verb.endswith("-worker"):
         place = f"{node}/{random.randrange(job.slots)}"
-        return Fault(at=at, what=verb, whom=(place,), seconds=0.0 if verb == "kill-worker" else seconds)
+        lasts = verb in ("stop-worker", "busy-worker")
+        return Fault(at=at, what=verb, whom=(place,), seconds=seconds if lasts else 0.0)
     if verb == "wish-scale":
         return Fault(at=at, what=verb, whom=(str(random.randint(job.min_nodes, job.nodes)),))
     if verb in ("kill-agent", "kill-host", *_DRAINS):

@@ -14,6 +14,7 @@ from resilient_train.sim.network import Network
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
+    Busy,
     Done,
     Hello,
     Message,
@@ -22,6 +23,7 @@ from resilient_train.spec.messages import (
     Stage,
     Troubled,
 )
+from resilient_train.spec.rank import RankReport, Where
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of
 
 VERDICT = 30.0
@@ -95,6 +97,9 @@ class Worker:
         self.step = -1
         """Finished steps, at the last boundary of this generation."""
         self.ended = False
+        self.board = (0, 0)
+        """(generation, finished steps), as the agent sees them."""
+        self._entered = 0
         self.record: WorldRecord | None = None
         self.group: Group | None = None
         self.busy_until = 0.0
@@ -199,6 +204,18 @@ class Worker:
         elif self._busy and self._over() and not self._leaving_later() and record.phase is not Phase.FINISHED:
             self.main("freed", _FREED, self._leave)
 
+    def report(self) -> RankReport:
+        """Where the main thread is."""
+        return RankReport(
+            member=self.member,
+            generation=self.generation,
+            step=self.step,
+            where=Where.COMMUNICATION if self.doing in ("collective", "forming") else Where.ELSEWHERE,
+            frame=self.doing,
+            counts=(("all", self._entered),),
+            finished=0 <= self._last == self.step,
+        )
+
     def _over(self) -> bool:
         record = self.record
         return record is not None and (record.generation > self.generation or record.phase is not Phase.RUNNING)
@@ -245,6 +262,7 @@ class Worker:
         named = self.member in record.members
         if named and record.generation > self.generation:
             self.generation, self._busy, self.step, self._last = record.generation, True, -1, -1
+            self._entered = 0
             self._say(Acknowledge(generation=record.generation, at=self.site.engine.now))
             self.site.entered(self, record)
             self._wait("forming")
@@ -273,6 +291,7 @@ class Worker:
             self._leave()
             return
         self.step = step
+        self.board = (self.generation, step)
         self.site.at_boundary(self, Key(self.generation, step))
         if self._stop_at == step:
             self._wait("boundary")
@@ -288,12 +307,17 @@ class Worker:
             if self._over():
                 self.main("done", 0.0, self._look)
         elif not self.site.vouched(self):
+            if self.doing != "held":
+                self._say(Busy(name="waiting for the control store"))
             self.main("held", _AGAIN, self._look)
         else:
+            if self.doing == "held":
+                self._say(Busy(name=""))
             self.main("computing", self.site.step_time(), lambda: self._enter(step))
 
     def _enter(self, step: int) -> None:
         self._wait("collective")
+        self._entered += 1
         assert self.group is not None
         self.group.enter(self, step)
 
@@ -316,6 +340,8 @@ class Worker:
 
     def _leave(self) -> None:
         self._leave_group()
+        if self.doing == "held":
+            self._say(Busy(name=""))
         if self.record is not None and self.record.phase is Phase.FAILED:
             self.end(1)
             return
