@@ -29,7 +29,8 @@ PROBERS = 3
 _FEW = 8
 """So many expired announcements every agent looks into; more at once say something about the store."""
 _PROBE = 0.2
-"""Share of ``within`` after which a node without a line and without an announcement is given up."""
+"""Share of ``within`` after which a node without a line and without an announcement is given up; and so long after it
+refused, what it announces was not on its way before."""
 _UNHEARD = (3.0, 3.0)
 """How long a node may be heard without an announcement, in which the store, its own line to it and its agent may be
 slow: times ``within``, and so many seconds more."""

@@ -310,3 +310,17 @@ def test_signs_of_life_that_change_nothing_are_not_thought_about() -> None:
             assert replace(verdict, wake_at=None) == replace(expected, wake_at=None)
             assert verdict.wake_at is None or expected.wake_at is None or verdict.wake_at <= expected.wake_at
             assert short.peers == long.peers
+
+
+def test_who_refuses_and_announces_something_new_is_there() -> None:
+    """This node's own firewall refuses what is sent to it: that is no reason to put it out again and again."""
+    bench = Bench()
+    bench.run_for(2)
+    bench.hears.discard("n1")
+    assert bench.feed(s.Refused("n1")).lost == {"n1": s.AGENT_GONE}
+    bench.infos["n1"] = node(1, generation=2)
+    assert bench.announced().lost == {"n1": s.AGENT_GONE}, "that was on its way before"
+    bench.run_for(2)
+    bench.infos["n1"] = node(1, generation=3)
+    assert s.AGENT_GONE not in bench.announced().lost.values()
+    assert bench.verdict.suspects == {"n1"}
