@@ -82,7 +82,9 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
     meant = record is not None and (
         (bool(verbs & {"drain", "wish-drain"}) and record.exit_code == ExitCode.INTERRUPTED)
         # Until a script is known to be elastic, a killed worker means what it means to torchrun.
-        or ("kill-worker" in verbs and "nobody had called an elastic function yet" in record.error)
+        or (
+            bool(verbs & {"kill-worker", "stop-worker"}) and "nobody had called an elastic function yet" in record.error
+        )
     )
     if record is not None and record.phase is Phase.RUNNING and _all_left(cluster, verbs):
         return
