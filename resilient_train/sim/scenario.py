@@ -79,12 +79,11 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
     if checker.problems:
         return
     verbs = {fault.what for fault in scenario.faults}
+    killed = bool(verbs & {"kill-worker", "stop-worker"})
     meant = record is not None and (
         (bool(verbs & {"drain", "wish-drain"}) and record.exit_code == ExitCode.INTERRUPTED)
         # Until a script is known to be elastic, a killed worker means what it means to torchrun.
-        or (
-            bool(verbs & {"kill-worker", "stop-worker"}) and "nobody had called an elastic function yet" in record.error
-        )
+        or (killed and "nobody had called an elastic function yet" in record.error)
     )
     if record is not None and record.phase is Phase.RUNNING and _all_left(cluster, verbs):
         return

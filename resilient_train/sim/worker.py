@@ -165,7 +165,7 @@ class Worker:
         def act() -> None:
             if turn != self.turn:
                 return
-            if engine.now < self.busy_until:
+            if engine.now < self.busy_until and doing != "done":  # What it does behind its function is nobody's.
                 engine.at(self.busy_until, lambda: self.run(act))
             else:
                 action()
