@@ -9,6 +9,7 @@ from resilient_train.agent.loop import Loop
 from resilient_train.agent.neighbours import BEATS, Neighbours
 from resilient_train.agent.store_line import StoreLine
 from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import ResilientError, StoreGone
 from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
@@ -51,6 +52,7 @@ class Cluster:
         self._line = StoreLine(store, loop.post, self._silent)
         self._neighbours = Neighbours(info, within, loop.clock, loop.at, feed)
         self._silent_since: float | None = None
+        self._gone = False
         self._unreadable: set[str] = set()
         self._announcing = False
         self._unsaid: NodeInfo | None = None
@@ -128,7 +130,7 @@ class Cluster:
 
     def _news(self, news: News) -> None:
         if self._silent_since is not None:
-            self._silent_since = None
+            self._silent_since, self._gone = None, False
             self._say("the control store answers again")
         for text in set(news.unreadable) - self._unreadable:
             self._say(f"a node announces itself in a way that this version does not understand: {text}")
@@ -136,11 +138,16 @@ class Cluster:
         self._feed(ev.RecordSeen(news.record))
         self._neighbours.announced(news.nodes)
 
-    def _silent(self, text: str) -> None:
-        now = self._loop.clock.now()
+    def _silent(self, error: ResilientError) -> None:
+        now, text, gone = self._loop.clock.now(), str(error), isinstance(error, StoreGone)
+        if gone and not self._gone:
+            self._say(f"{text}; training goes on until the world has to change, which ends the job")
+        elif self._silent_since is None:
+            self._say(f"{text}; training goes on, changes of the world wait")
+        self._gone = self._gone or gone
         if self._silent_since is None:
             self._silent_since = now
-            self._say(f"{text}; training goes on, changes of the world wait")
         self._neighbours.deaf()
         # A store that ends with its host may have lost a single call.
-        self._feed(ev.StoreSilent(text, self._line.lasting or now < self._silent_since + self._within))
+        lasting = self._line.lasting or now < self._silent_since + self._within
+        self._feed(ev.StoreSilent(text, lasting, gone))

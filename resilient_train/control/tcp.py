@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,11 +24,13 @@ from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control.caller import Caller
 from resilient_train.control.store import News
 from resilient_train.control.stored import announcements, json_object
-from resilient_train.errors import StoreLost
+from resilient_train.errors import StoreGone, StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
 _KEPT_VERSIONS = 16
+_PROBE = 1.0
+"""Seconds for a host to refuse a connection."""
 _KEPT_NEWS = 1024
 """Whoever is further behind than this hears at its next look."""
 _T = TypeVar("_T")
@@ -150,7 +153,7 @@ class TcpControlStore:
     def watch(self, number: int, timeout: float) -> News | None:
         def watch() -> News | None:
             if self._watching is None:
-                self._watching = _connect(*self._where, self._timeout / 4)
+                self._watching = self._connected()
             try:
                 self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=timeout))
             except dist.DistStoreError as error:
@@ -172,8 +175,14 @@ class TcpControlStore:
 
     def _store(self) -> TCPStore:
         if self._calls is None:
-            self._calls = _connect(*self._where, self._timeout / 4)
+            self._calls = self._connected()
         return self._calls
+
+    def _connected(self) -> TCPStore:
+        try:
+            return _connect(*self._where, self._timeout / 4)
+        except StoreLost as error:
+            raise self._lost(str(error)) from error
 
     def _key(self, revision: int) -> str:
         return self._prefix + f"record/{revision}"
@@ -256,7 +265,10 @@ class TcpControlStore:
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> StoreLost:
-        return StoreLost(f"the control store at {self._where[0]}:{self._where[1]} does not answer: {why}")
+        host, port = self._where
+        if _refuses(host, port):
+            return StoreGone(f"the control store at {host}:{port} has ended: nobody listens there any more")
+        return StoreLost(f"the control store at {host}:{port} does not answer: {why}")
 
 
 def _connect(host: str, port: int, timeout: float) -> TCPStore:
@@ -264,6 +276,17 @@ def _connect(host: str, port: int, timeout: float) -> TCPStore:
         return TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
+
+
+def _refuses(host: str, port: int) -> bool:
+    """Whether nobody listens there; a host that is silent may only be cut off."""
+    try:
+        socket.create_connection((host, port), _PROBE).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _record(data: bytes) -> WorldRecord:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -246,13 +247,13 @@ class Board(Memory):
 
     def vouched(self) -> float:
         """Until when of the node's monotonic clock, in seconds, the store's word holds that this node's world is the
-        current one; infinity where there is no store to ask."""
+        current one; infinity where no word is needed."""
         word = engine.observe(self.address + _VOUCHED)
         return word / 1e9 if word else float("inf")
 
     def vouch(self, until: float) -> None:
-        """Say until when the store's word holds."""
-        engine.publish(self.address + _VOUCHED, max(1, int(until * 1e9)))
+        """Say until when the store's word holds; infinity: none is needed."""
+        engine.publish(self.address + _VOUCHED, 0 if until == math.inf else max(1, int(until * 1e9)))
 
     def kept(self) -> Key | None:
         """The newest state that is copied to other nodes everywhere; None if none is."""

@@ -39,10 +39,11 @@ class NodesSeen:
 
 @dataclass(frozen=True, slots=True)
 class StoreSilent:
-    """The control store did not answer; ``lasting``: it may come back."""
+    """The control store did not answer; ``lasting``: it may come back; ``gone``: the record has ended with it."""
 
     text: str
     lasting: bool
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,8 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class Vouch:
-    """The local workers may step, in the world that they were told of, until this time of the node's clock."""
+    """The local workers may step, in the world that they were told of, until this time of the node's clock; infinity
+    where nobody can ever replace it."""
 
     until: float
 

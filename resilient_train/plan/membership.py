@@ -7,6 +7,7 @@ and no IO; `resilient_train.agent.agent` runs it, tests run it under a manual cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -107,6 +108,8 @@ class State:
     """Since when the store has not answered."""
     silence: StoreSilent | None = None
     """How it did not, when last asked."""
+    gone: bool = False
+    """It has ended, and with it the record, so that nobody can ever take over from this world."""
     devices: Mapping[str, int] = field(default_factory=dict)
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
     deadlocked: bool = False
@@ -137,10 +140,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
-    if isinstance(event, Vouched) and state.view.record is not None:
-        # Where there is a newer version, what it says is heard first.
-        current = event.revision == state.view.record.revision
-        effects += [Vouch(event.asked_at + state.view.timing.vouch)] if current else []
+    effects += _word(before, state, event, now)
     if (lost := _waits_in_vain(state, now)) and not state.ended:
         return replace(state, ended=True), [*effects, End(ExitCode.STORE_LOST, lost)]
     state, tellings = _tell(before, state, event)
@@ -176,6 +176,18 @@ def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
 
 
+def _word(before: State, state: State, event: Event, now: float) -> list[Effect]:
+    """How long the local workers may step."""
+    if state.gone and not before.gone:
+        return [Vouch(math.inf)]
+    record = state.view.record
+    if isinstance(event, Vouched) and record is not None and event.revision == record.revision:
+        return [Vouch(event.asked_at + state.view.timing.vouch)]
+    # Where there is a newer version, what it says is heard first.  One that answers though it was gone knows nothing
+    # of this world.
+    return [Vouch(now)] if before.gone and not state.gone else []
+
+
 def _advice(silence: StoreSilent) -> str:
     if silence.lasting:
         return ""
@@ -185,7 +197,7 @@ def _advice(silence: StoreSilent) -> str:
 def _waits_in_vain(state: State, now: float) -> str:
     """Why no rank of this node will ever step again, if so: nobody will say that its world is the job's."""
     silence, since, record = state.silence, state.silent_since, state.view.record
-    if silence is None or since is None or record is None or record.phase is not Phase.RUNNING:
+    if silence is None or since is None or record is None or record.phase is not Phase.RUNNING or state.gone:
         return ""
     limits, timing = state.view.limits, state.view.timing
     if now < since + (max(limits.patience, timing.vouch) if silence.lasting else timing.vouch):
@@ -213,7 +225,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case StoreSilent():
             begun = state.silent_since
             state = replace(state, view=replace(state.view, silent=True))
-            return replace(state, swapping=False, silence=event, silent_since=now if begun is None else begun)
+            state = replace(state, swapping=False, silence=event, gone=state.gone or event.gone)
+            return replace(state, silent_since=now if begun is None else begun)
         case KeeperServes(endpoint):
             return _with_info(state, keeper=endpoint)
         case WorkerSpawned(member):
@@ -249,7 +262,9 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
-        case Tick() | Vouched():
+        case Vouched():
+            return replace(state, gone=False)
+        case Tick():
             return state
 
 
@@ -277,7 +292,7 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
     view = replace(state.view, silent=False) if state.view.silent else state.view
-    state = replace(state, view=view, looked=True, swapping=False, silence=None, silent_since=None)
+    state = replace(state, view=view, looked=True, swapping=False, silence=None, silent_since=None, gone=False)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
