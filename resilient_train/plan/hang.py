@@ -286,7 +286,8 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
 
 
 def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple[Watch, list[Effect]]:
-    if not watch.settled and (watch.began_at is None or not (watch.longest_start or _others_suspect(record, look))):
+    known = watch.settled or (watch.began_at is not None and watch.longest_start > 0)
+    if not known and not _others_suspect(record, look):
         return watch, []
     limit = watch.limit(record)
     mine = tuple(m for m in record.members if node_of(m) == look.view.me)
@@ -312,9 +313,9 @@ def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple
 
 
 def _others_suspect(record: WorldRecord, look: Look) -> bool:
-    """Whether an agent that has seen a generation settle finds that the job stands still.
+    """Whether an agent that has seen ranks settle says that the job stands still.
 
-    One that came later does not know how long first steps take, and without its reports there is no verdict.
+    One that came later knows of no usual step, and without its reports there is no verdict.
     """
     others = (node for node in look.view.nodes.values() if node.node != look.view.me)
     return any(report.member in record.members for node in others for report in node.stuck)

@@ -296,6 +296,12 @@ class Cluster:
             return f"{record.size} of {wanted} ranks train"
         return ""
 
+    def unhelped(self) -> bool:
+        """Whether the only rank of the world is stuck: nobody waits for it, so it may as well be slow."""
+        members = self.record.members if self.record is not None else ()
+        workers = [self.nodes[node_of(member)].workers.get(member) for member in members]
+        return len(workers) == 1 and workers[0] is not None and workers[0].is_stuck
+
     def _wanted(self, nodes: int, record: WorldRecord) -> int:
         """The ranks that can train on so many nodes."""
         job = self.job
@@ -313,6 +319,8 @@ class Cluster:
         ends = sorted({node.ended.code.name.lower() for node in self.nodes.values() if node.ended is not None})
         if record.phase is Phase.RUNNING and ends and self.over():
             return f"all have left ({', '.join(ends)})"
+        if self.unhelped():
+            return "running, its only rank is stuck"
         return str(record.phase)
 
     def story(self) -> list[str]:

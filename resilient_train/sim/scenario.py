@@ -47,6 +47,8 @@ def run(scenario: Scenario) -> Result:
         if not missing:
             break
         limit = SETTLED + _fences(cluster)
+        if settled_after >= limit and cluster.unhelped():
+            break
         if settled_after >= limit:
             cluster.checker.wrong(f"{limit:g} s after the last fault {missing}")
         settled_after += 0.25
@@ -85,7 +87,7 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
         # Until a script is known to be elastic, a killed worker means what it means to torchrun.
         or (killed and "nobody had called an elastic function yet" in record.error)
     )
-    if record is not None and record.phase is Phase.RUNNING and _all_left(cluster, verbs):
+    if record is not None and record.phase is Phase.RUNNING and (_all_left(cluster, verbs) or cluster.unhelped()):
         return
     if record is None or record.phase is Phase.RUNNING:
         checker.wrong(f"the job did not end: {cluster.outcome()}")

@@ -147,6 +147,11 @@ class Worker:
         """Whether it is stopped."""
         return self._stopped > 0
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its main thread never comes back from what it does."""
+        return self.busy_until == float("inf")
+
     def run(self, action: Action) -> None:
         """Run an action of this process, once it is not stopped."""
         if self.ended:
