@@ -311,14 +311,17 @@ class Worker:
             self._wait("done")
             if self._over():
                 self.main("done", 0.0, self._look)
-        elif not self.site.vouched(self):
-            if self.doing != "held":
+        elif not self._may_step():
+            if self.doing != "held" and self.record is not None and self.record.elastic:
                 self._say(Busy(name="waiting for the control store"))
             self.main("held", _AGAIN, self._look)
         else:
             if self.doing == "held":
                 self._say(Busy(name=""))
             self.main("computing", self.site.step_time(), lambda: self._enter(step))
+
+    def _may_step(self) -> bool:
+        return self.record is not None and self.record.elastic and self.site.vouched(self)
 
     def _enter(self, step: int) -> None:
         self._wait("collective")

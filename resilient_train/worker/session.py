@@ -158,6 +158,11 @@ class Session:
         same = heard is not None and self.record is not None and heard.generation == self.record.generation
         return heard if same else self.record
 
+    def known_as_elastic(self) -> bool:
+        """Whether the record says that the script is elastic, which it does from the job's first restore on."""
+        heard = self.link.heard()
+        return heard is not None and heard.elastic
+
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self, function: Callable[[World], _R], mesh: Mapping[str, int], backend: str | None) -> _R:

@@ -21,7 +21,11 @@ class Session:
     def __init__(self, meanwhile: Callable[[], None]) -> None:
         self.operations = self
         self.told: list[str] = []
+        self.elastic = True
         self._meanwhile = meanwhile
+
+    def known_as_elastic(self) -> bool:
+        return self.elastic
 
     def announce(self, name: str) -> AbstractContextManager[None]:
         @contextmanager
@@ -35,8 +39,8 @@ class Session:
         return announced()
 
     def wait_while(self, condition: Callable[[], bool]) -> None:
-        assert condition()
-        self._meanwhile()
+        if condition():
+            self._meanwhile()
         assert not condition()
 
 
@@ -76,6 +80,20 @@ def test_a_rank_without_the_word_waits_as_a_long_operation(board: Board) -> None
     session = Session(lambda: board.vouch(time.monotonic() + 60))
     host(board, session).wait_for_word()
     assert session.told == ["waiting for the control store", ""]
+
+
+def test_a_rank_waits_until_the_record_says_that_it_is_elastic(board: Board) -> None:
+    """Who does not know it may follow this world at once; the word says nothing about it."""
+
+    def heard() -> None:
+        session.elastic = True
+
+    board.vouch(time.monotonic() + 60)
+    session = Session(heard)
+    session.elastic = False
+    host(board, session).wait_for_word()
+    assert session.elastic
+    assert session.told == []
 
 
 def test_a_rank_whose_world_was_replaced_meanwhile_leaves_it(board: Board) -> None:
