@@ -11,8 +11,8 @@ after `Timing.fence`, which is longer than `Timing.vouch` by more than clocks ca
 its nodes says so, or its agent is gone and took its workers along.  The record names the worlds of which that is not
 known yet (`WorldRecord.former`).
 
-A world whose script nobody knows to be elastic is followed at once, as none of its processes would wait.  One that turns
-out to be elastic has not stepped by then: its ranks wait for the record to say so.
+A world whose script nobody knows to be elastic is followed at once, as none of its processes would wait.  One that
+turns out to be elastic has not stepped by then: its ranks wait for the record to say so.
 """
 
 from __future__ import annotations

@@ -286,8 +286,8 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
 
 
 def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple[Watch, list[Effect]]:
-    known = watch.settled or (watch.began_at is not None and watch.longest_start > 0)
-    if not known and not _others_suspect(record, look):
+    informed = watch.settled or (watch.began_at is not None and watch.longest_start > 0)
+    if not informed and not _others_suspect(record, look):
         return watch, []
     limit = watch.limit(record)
     mine = tuple(m for m in record.members if node_of(m) == look.view.me)

@@ -389,9 +389,8 @@ def test_any_stuck_rank_after_any_steps(rank: int, step_time: float, detect_with
 
 def newcomer(bench: Bench) -> None:
     """n2 is to join at the boundary after the one at which ranks stand, and its agent has seen none of their steps."""
-    bench.infos["n2"] = NodeInfo(
-        node="n2", order=2, endpoint="h:1", slots=1, workers=(WorkerInfo(member="n2/0.0", elastic=True, acknowledged=2),)
-    )
+    waiting = WorkerInfo(member="n2/0.0", elastic=True, acknowledged=2)
+    bench.infos["n2"] = NodeInfo(node="n2", order=2, endpoint="h:1", slots=1, workers=(waiting,))
     bench.watches["n2"] = hang.Watch(detect_within=5.0)
     bench.wakes["n2"] = []
     members = (*bench.record.members, "n2/0.0")

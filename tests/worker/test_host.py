@@ -66,7 +66,7 @@ def never() -> None:
 
 @pytest.mark.parametrize("until", [None, math.inf, 60.0])
 def test_a_rank_with_the_word_goes_on(board: Board, until: float | None) -> None:
-    """The word holds for a while yet; none is needed; or there is nobody who would give one, as on a job's only node."""
+    """It holds for a while yet; none is needed; or there is nobody who would give it, as on a job's only node."""
     if until is not None:
         board.vouch(time.monotonic() + until)
     session = Session(never)
