@@ -179,6 +179,9 @@ class TcpControlStore:
         return self._calls
 
     def _connected(self) -> TCPStore:
+        if _refuses(*self._where):
+            # torch's client would go on trying, and write a stack each time.
+            raise self._gone()
         try:
             return _connect(*self._where, self._timeout / 4)
         except StoreLost as error:
@@ -265,10 +268,14 @@ class TcpControlStore:
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> StoreLost:
-        host, port = self._where
-        if _refuses(host, port):
-            return StoreGone(f"the control store at {host}:{port} has ended: nobody listens there any more")
-        return StoreLost(f"the control store at {host}:{port} does not answer: {why}")
+        if _refuses(*self._where):
+            return self._gone()
+        return StoreLost(f"the control store at {self._where[0]}:{self._where[1]} does not answer: {why}")
+
+    def _gone(self) -> StoreGone:
+        return StoreGone(
+            f"the control store at {self._where[0]}:{self._where[1]} has ended: nobody listens there any more"
+        )
 
 
 def _connect(host: str, port: int, timeout: float) -> TCPStore:
