@@ -75,6 +75,10 @@ class StoreLost(OutsideError):
     """The control store does not answer any more."""
 
 
+class StoreGone(StoreLost):
+    """The control store has ended, and with it the record, which it held in memory only: nobody can change it again."""
+
+
 class LinkLost(OutsideError):
     """The agent or the keeper on this node is gone."""
 

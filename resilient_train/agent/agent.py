@@ -148,6 +148,7 @@ class Agent:
         self._channels: dict[str, Channel] = {}
         self._outcome: Outcome | None = None
         self._progress = (0, 0)
+        self._vouched_until = 0.0
         self._several = bool(settings.secret)
         links = None
         if self._several:
@@ -165,8 +166,8 @@ class Agent:
         timing = Timing.scaled(settings.within)
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)
         self._state = m.State(view=view)
-        self._cluster = Cluster(loop, store, links, info, settings.within, say, self._feed)
-        self._keeping = Keeping(keeper, loop, sink, _Surroundings(self))
+        self._cluster = Cluster(loop, store, links, info, settings.within, timing.vouch, say, self._feed)
+        self._keeping = Keeping(keeper, loop, sink, _Surroundings(self), settings.within)
         self._keeper = keeper
         self._hangs = Hangs(settings.within, workers, _Surroundings(self), clock)
         self._interrupts = 0
@@ -180,7 +181,7 @@ class Agent:
         with self._signals():
             if self._several:
                 self._keeper.serve(self._settings.host, self._settings.secret)
-            self._keeping.start()
+            self._keeping.begin()
             self._cluster.begin()
             self._loop.every(1.0, self._watch_board)
             self._loop.every(self._hangs.period, self._hangs.look)
@@ -222,6 +223,9 @@ class Agent:
                 self._stop(member)
             case ev.Save():
                 self._keeper.tell(Save())
+            case ev.Vouch(until):
+                self._vouched_until = until
+                self._show_word()
             case ev.Tell(member, message):
                 self._tell(member, message)
             case ev.Say(text):
@@ -241,6 +245,11 @@ class Agent:
         if channel is not None:
             with contextlib.suppress(LinkLost):
                 channel.post(message)
+
+    def _show_word(self) -> None:
+        """The workers and the keeper see until when this node's world is known to be the current one."""
+        if self._several and self._keeper.board is not None:
+            self._keeper.board.vouch(self._vouched_until)
 
     def _tick(self) -> None:
         self._watch_board()
@@ -379,6 +388,7 @@ class Agent:
 
     def _watch_board(self) -> None:
         """How far the local members of the current generation are."""
+        self._show_word()
         board, record = self._keeper.board, self._state.view.record
         if board is None or record is None:
             return

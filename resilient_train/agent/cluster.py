@@ -9,9 +9,13 @@ from resilient_train.agent.loop import Loop
 from resilient_train.agent.neighbours import BEATS, Neighbours
 from resilient_train.agent.store_line import StoreLine
 from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import ResilientError, StoreGone
 from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
+
+_ASKS = 6
+"""Times in which the store is asked for its word, within the time that it holds."""
 
 
 class Cluster:
@@ -24,6 +28,7 @@ class Cluster:
         links: Links | None,
         info: NodeInfo,
         within: float,
+        vouch: float,
         say: Callable[[str], None],
         feed: Callable[[ev.Event], None],
     ) -> None:
@@ -33,18 +38,21 @@ class Cluster:
         links: lines to the other agents; None on a job's only node, which announces nothing.
         info: this node.
         within: seconds of silence after which a node is a suspect.
+        vouch: seconds that the store's word holds.
         say: prints a line for people.
         feed: hands an event to the agent's machine.
         """
         self._loop = loop
         self._links = links
         self._within = within
+        self._ask_every = vouch / _ASKS
         self._say = say
         self._feed = feed
         self._info = info
         self._line = StoreLine(store, loop.post, self._silent)
         self._neighbours = Neighbours(info, within, loop.clock, loop.at, feed)
         self._silent_since: float | None = None
+        self._gone = False
         self._unreadable: set[str] = set()
         self._announcing = False
         self._unsaid: NodeInfo | None = None
@@ -58,6 +66,7 @@ class Cluster:
         self._neighbours.begin(self._links)
         self._loop.every(self._within / BEATS, self._show_life)
         self._line.listen(self._news)
+        self._loop.every(self._ask_every, self._ask_for_word)
 
     def heard(self, node: str) -> None:
         """A line brought a sign of life."""
@@ -107,11 +116,21 @@ class Cluster:
     def _alive(self) -> None:
         """After an outage in which nothing has changed no news come by themselves."""
         if self._silent_since is not None:
+            self._ask_for_word()
             self._line.ask(lambda store: store.look(), self._news)
+
+    def _ask_for_word(self) -> None:
+        """Whether the record that this agent knows is the newest."""
+
+        def ask(store: ControlStore) -> ev.Vouched:
+            asked_at = self._loop.clock.now()
+            return ev.Vouched(revision=store.revision(), asked_at=asked_at)
+
+        self._line.ask(ask, self._feed)
 
     def _news(self, news: News) -> None:
         if self._silent_since is not None:
-            self._silent_since = None
+            self._silent_since, self._gone = None, False
             self._say("the control store answers again")
         for text in set(news.unreadable) - self._unreadable:
             self._say(f"a node announces itself in a way that this version does not understand: {text}")
@@ -119,10 +138,16 @@ class Cluster:
         self._feed(ev.RecordSeen(news.record))
         self._neighbours.announced(news.nodes)
 
-    def _silent(self, text: str) -> None:
-        now = self._loop.clock.now()
+    def _silent(self, error: ResilientError) -> None:
+        now, text, gone = self._loop.clock.now(), str(error), isinstance(error, StoreGone)
+        if gone and not self._gone:
+            self._say(f"{text}; training goes on until the world has to change, which ends the job")
+        elif self._silent_since is None:
+            self._say(f"{text}; training goes on, changes of the world wait")
+        self._gone = self._gone or gone
         if self._silent_since is None:
             self._silent_since = now
-            self._say(f"{text}; training goes on, changes of the world wait")
+        self._neighbours.deaf()
         # A store that ends with its host may have lost a single call.
-        self._feed(ev.StoreSilent(text, self._line.lasting or now < self._silent_since + self._within))
+        lasting = self._line.lasting or now < self._silent_since + self._within
+        self._feed(ev.StoreSilent(text, lasting, gone))

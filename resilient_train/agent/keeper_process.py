@@ -139,6 +139,11 @@ class KeeperProcess:
         """Ask it to make the last state durable; whether it could be asked."""
         return self.tell(Flush())
 
+    def kill(self) -> None:
+        """SIGKILL; its pidfd tells the rest."""
+        if self._process is not None and self.pidfd >= 0:
+            self._process.kill()
+
     def died(self) -> int:
         """Reap it; its exit code."""
         if self.channel is not None:

@@ -11,11 +11,17 @@ from resilient_train.agent.loop import Loop
 from resilient_train.errors import FormatError, LinkLost
 from resilient_train.events import Event, Sink
 from resilient_train.ipc.channel import Channel
-from resilient_train.spec.messages import Flushed, Gone, Notice, Serving
+from resilient_train.spec.messages import Flushed, Gone, Notice, Ping, Pong, Serving
 
 _RESTARTS = 5
 """Keepers in a row that may die without having made a state durable or served for `_PROVEN` seconds."""
 _PROVEN = 60.0
+_UNANSWERED = 5
+"""Questions in a row without an answer after which a keeper that lives is taken for hanging.  Counted, not timed: an
+agent that was stopped itself has not asked."""
+_SILENT = (3.0, 10.0)
+"""Seconds that this takes: times what a loss may go unnoticed, and at least so many, as a keeper computes nothing but
+may be short of processor time."""
 _FLUSH_TIMEOUT = 600.0
 _STOP = 30.0
 
@@ -43,20 +49,46 @@ class Surroundings(Protocol):
 class Keeping:
     """This node's keeper, whichever process it is."""
 
-    def __init__(self, process: KeeperProcess, loop: Loop, sink: Sink, around: Surroundings) -> None:
+    def __init__(self, process: KeeperProcess, loop: Loop, sink: Sink, around: Surroundings, within: float) -> None:
+        """Args:
+        process: how to run one.
+        loop: the agent's.
+        sink: where events go.
+        around: the agent.
+        within: seconds in which a loss is to be noticed.
+        """
         self.process = process
         self.saved = False
         """Whether some state of this job is durable."""
         self._loop = loop
+        self._within = within
         self._sink = sink
         self._around = around
         self._flushed: str | None = None
         self._deaths = 0
         self._since = 0.0
+        self._unanswered = 0
 
-    def start(self) -> None:
-        """Start one (from the main thread)."""
+    def begin(self) -> None:
+        """Start one (from the main thread), and see to it that there is one that answers."""
+        self._start()
+        times, least = _SILENT
+        self._loop.every(max(least, times * self._within) / _UNANSWERED, self._ask)
+
+    def _ask(self) -> None:
+        if self.process.channel is None:
+            return
+        if self._unanswered >= _UNANSWERED:
+            self._around.say(f"the keeper has not answered {self._unanswered} times in a row; it is killed")
+            self._unanswered = 0
+            self.process.kill()
+            return
+        self._unanswered += 1
+        self.process.tell(Ping())
+
+    def _start(self) -> None:
         self.process.start()
+        self._unanswered = 0
         self._since = self._loop.clock.now()
         pidfd = self.process.pidfd
         self._loop.selector.register(pidfd, selectors.EVENT_READ, lambda: self._died(pidfd))
@@ -83,6 +115,8 @@ class Keeping:
             for message, descriptors in channel.pending():
                 if self.process.take_in(message, descriptors):
                     continue
+                if isinstance(message, Pong):
+                    self._unanswered = 0
                 if isinstance(message, Notice):
                     self._around.say(message.text)
                     if message.kind == "persisted":
@@ -114,7 +148,7 @@ class Keeping:
             self._around.no_keeper(f"the keeper of this node died {self._deaths} times in a row (exit code {code})")
             return
         self._around.say(f"the keeper died (exit code {code}); another takes over its images")
-        self.start()
+        self._start()
 
     def flush(self, once: Callable[[], None], hurry: Callable[[], bool]) -> str:
         """Have the last state made durable, by the keeper or the one that takes over from it; why it is not, if so.

@@ -62,6 +62,10 @@ class Neighbours:
         """Nobody listens where this node's agent did."""
         self._step(suspicion.Refused(node))
 
+    def deaf(self) -> None:
+        """The store does not answer."""
+        self._step(suspicion.Deaf())
+
     def close(self) -> None:
         """Hang up."""
         if self._links is not None:

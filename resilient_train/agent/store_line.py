@@ -24,11 +24,16 @@ class StoreLine:
     Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.
     """
 
-    def __init__(self, store: ControlStore, post: Callable[[Callable[[], None]], None], silent: Callable[[str], None]):
+    def __init__(
+        self,
+        store: ControlStore,
+        post: Callable[[Callable[[], None]], None],
+        silent: Callable[[ResilientError], None],
+    ) -> None:
         """Args:
         store: where to ask.
         post: has an action run on the agent's thread.
-        silent: told, there, of a call that the store did not answer, and why.
+        silent: told, there, why a call was not answered.
         """
         self.lasting = store.lasting
         self._store = store
@@ -46,7 +51,7 @@ class StoreLine:
             try:
                 result = call(self._store)
             except ResilientError as error:
-                self._post(functools.partial(self._silent, str(error)))
+                self._post(functools.partial(self._silent, error))
                 return
             if then is not None:
                 self._post(functools.partial(then, result))
@@ -69,7 +74,7 @@ class StoreLine:
                 try:
                     return store.look()
                 except ResilientError as error:
-                    self._post(functools.partial(self._silent, str(error)))
+                    self._post(functools.partial(self._silent, error))
                     self._closed.wait(_RETRY)
             raise StoreLost("this line is closed")
 
@@ -93,7 +98,7 @@ class StoreLine:
             try:
                 news = self._store.watch(number, _WATCH)
             except ResilientError as error:
-                self._post(functools.partial(self._silent, str(error)))
+                self._post(functools.partial(self._silent, error))
                 self._closed.wait(_RETRY)
                 continue
             if news is not None:

@@ -135,6 +135,13 @@ class EtcdControlStore:
                 self._call("LeaseRevoke", excuses=("NOT_FOUND",), ID=self._lease)
             self._lease, self._said = 0, None
 
+    def revision(self) -> int:
+        keys = self._call("Range", key=self._key("record"), range_end=self._key("secret\0"), keys_only=True)
+        found = {kv.key: kv for kv in keys.kvs}
+        self._recognize(found.get(self._key("secret")))
+        record = found.get(self._key("record"))
+        return 0 if record is None else int(record.version)
+
     def look(self) -> News:
         answer = read(self._client, self._prefix, self._timeout)
         return self._news(answer.header.revision, {kv.key: kv for kv in answer.kvs})

@@ -18,7 +18,7 @@ _MESSAGES = {
     "KeyValue": "key bytes 1, create_revision int64 2, mod_revision int64 3, version int64 4, value bytes 5,"
     " lease int64 6",
     "Event": "type int32 1, kv KeyValue 2",
-    "RangeRequest": "key bytes 1, range_end bytes 2",
+    "RangeRequest": "key bytes 1, range_end bytes 2, keys_only bool 8",
     "RangeResponse": "header Header 1, kvs KeyValue* 2, count int64 4",
     "PutRequest": "key bytes 1, value bytes 2, lease int64 3, ignore_lease bool 6",
     "PutResponse": "header Header 1",

@@ -26,9 +26,11 @@ class News:
 class ControlStore(Protocol):
     """One job's record, changed by compare-and-swap, and the announcements of its nodes, which expire.
 
-    All methods may block for a bounded time and raise `resilient_train.errors.StoreLost` if the store does not answer;
-    none may be called from a thread that must stay live.  After `StoreLost` the next call tries to reach the store
-    again.  `watch` has a connection of its own and may be called beside the others, from one thread at a time.
+    All methods may block for a bounded time and raise `resilient_train.errors.StoreLost` if the store does not
+    answer; none may be called from a thread that must stay live.  After `StoreLost` the next call tries to reach the
+    store again.  A store that holds the record in the memory of one process raises `StoreGone` once that process has
+    ended; one that may come back with the record never does.  `watch` has a connection of its own and may be called
+    beside the others, from one thread at a time.
     """
 
     lasting: bool
@@ -60,6 +62,13 @@ class ControlStore(Protocol):
 
     def withdraw(self) -> None:
         """Take this node's announcement back: it leaves in good order."""
+        ...
+
+    def revision(self) -> int:
+        """The revision of the newest version of the record at some time after this was called; 0 if there is none.
+
+        What other methods return may be older than that.
+        """
         ...
 
     def look(self) -> News:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import socket
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,11 +24,13 @@ from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control.caller import Caller
 from resilient_train.control.store import News
 from resilient_train.control.stored import announcements, json_object
-from resilient_train.errors import StoreLost
+from resilient_train.errors import StoreGone, StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
 _KEPT_VERSIONS = 16
+_PROBE = 1.0
+"""Seconds for a host to refuse a connection."""
 _KEPT_NEWS = 1024
 """Whoever is further behind than this hears at its next look."""
 _T = TypeVar("_T")
@@ -141,13 +144,16 @@ class TcpControlStore:
 
         self._mapped(withdraw)
 
+    def revision(self) -> int:
+        return self._mapped(lambda: self._revision(self._store()))
+
     def look(self) -> News:
         return self._mapped(lambda: self._look(self._store()))
 
     def watch(self, number: int, timeout: float) -> News | None:
         def watch() -> News | None:
             if self._watching is None:
-                self._watching = _connect(*self._where, self._timeout / 4)
+                self._watching = self._connected()
             try:
                 self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=timeout))
             except dist.DistStoreError as error:
@@ -169,8 +175,17 @@ class TcpControlStore:
 
     def _store(self) -> TCPStore:
         if self._calls is None:
-            self._calls = _connect(*self._where, self._timeout / 4)
+            self._calls = self._connected()
         return self._calls
+
+    def _connected(self) -> TCPStore:
+        if _refuses(*self._where):
+            # torch's client would go on trying, and write a stack each time.
+            raise self._gone()
+        try:
+            return _connect(*self._where, self._timeout / 4)
+        except StoreLost as error:
+            raise self._lost(str(error)) from error
 
     def _key(self, revision: int) -> str:
         return self._prefix + f"record/{revision}"
@@ -194,11 +209,15 @@ class TcpControlStore:
         for old in range(first + 1, revision + 1):
             store.delete_key(self._key(old))
 
-    def _load(self, store: Store) -> WorldRecord | None:
+    def _revision(self, store: Store) -> int:
         head = self._prefix + "head"
         revision = int(store.get(head)) if store.check([head]) else 0
         while store.check([self._key(revision + 1)]):
             revision += 1
+        return revision
+
+    def _load(self, store: Store) -> WorldRecord | None:
+        revision = self._revision(store)
         return _record(store.get(self._key(revision))) if revision else None
 
     def _look(self, store: Store) -> News:
@@ -249,7 +268,14 @@ class TcpControlStore:
             raise self._lost(str(error)) from error
 
     def _lost(self, why: str) -> StoreLost:
+        if _refuses(*self._where):
+            return self._gone()
         return StoreLost(f"the control store at {self._where[0]}:{self._where[1]} does not answer: {why}")
+
+    def _gone(self) -> StoreGone:
+        return StoreGone(
+            f"the control store at {self._where[0]}:{self._where[1]} has ended: nobody listens there any more"
+        )
 
 
 def _connect(host: str, port: int, timeout: float) -> TCPStore:
@@ -257,6 +283,17 @@ def _connect(host: str, port: int, timeout: float) -> TCPStore:
         return TCPStore(host, port, None, False, timedelta(seconds=timeout), wait_for_workers=False)
     except (dist.DistError, RuntimeError, OSError) as error:
         raise StoreLost(f"no store answers at {host}:{port}: {error}") from error
+
+
+def _refuses(host: str, port: int) -> bool:
+    """Whether nobody listens there; a host that is silent may only be cut off."""
+    try:
+        socket.create_connection((host, port), _PROBE).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _record(data: bytes) -> WorldRecord:

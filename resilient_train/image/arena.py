@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -209,7 +210,7 @@ class Slot(Memory):
 LINE = 64
 """Bytes of one worker's line on the board: a cache line, so that workers do not disturb each other."""
 _GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE = 0, 8, 16, 24, 32, 40
-_PENDING, _KEPT = 8, 16
+_PENDING, _KEPT, _VOUCHED = 8, 16, 24
 
 
 class Board(Memory):
@@ -243,6 +244,16 @@ class Board(Memory):
         # In this order: whoever sees that another is pending sees also that the one before it is kept.
         words = [engine.observe(self.address + at) for at in (_PENDING, _KEPT)]
         return tuple(Key.unpack(word) for word in words if word)
+
+    def vouched(self) -> float:
+        """Until when of the node's monotonic clock, in seconds, the store's word holds that this node's world is the
+        current one; infinity where no word is needed."""
+        word = engine.observe(self.address + _VOUCHED)
+        return word / 1e9 if word else float("inf")
+
+    def vouch(self, until: float) -> None:
+        """Say until when the store's word holds; infinity: none is needed."""
+        engine.publish(self.address + _VOUCHED, 0 if until == math.inf else max(1, int(until * 1e9)))
 
     def kept(self) -> Key | None:
         """The newest state that is copied to other nodes everywhere; None if none is."""

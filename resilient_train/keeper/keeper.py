@@ -21,6 +21,7 @@ from resilient_train.keeper.clients import Client
 from resilient_train.keeper.job import JobWide, Last
 from resilient_train.keeper.saving import Saving
 from resilient_train.keeper.shelf import Shelf, source_of
+from resilient_train.keeper.word import Word
 from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import (
     Adopt,
@@ -41,7 +42,9 @@ from resilient_train.spec.messages import (
     Opened,
     OpenImages,
     Peers,
+    Ping,
     Policy,
+    Pong,
     Published,
     Refused,
     Save,
@@ -99,7 +102,8 @@ class Keeper:
         self._flushed = False
         self._alone_since = clock.now()
         self._backing = Backing(self._wake)
-        self._saving = Saving(self.shelf, clock, self._wake, self)
+        self._word = Word(lambda: self.board.vouched(), clock)
+        self._saving = Saving(self.shelf, clock, self._wake, self, self._word)
         self._job = JobWide(self.shelf, lambda: self.board, clock, self)
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -182,6 +186,7 @@ class Keeper:
     def _forget(self, client: Client) -> None:
         if client is self._agent:
             self._agent = None
+            self._word.last = True
             # Nobody is left to ask for it, so make the last state durable unasked.
             self._persist_newest()
         elif client in self._clients:
@@ -275,7 +280,10 @@ class Keeper:
                 self._inherited.discard(member)
             case Save():
                 self._persist_newest()
+            case Ping():
+                self.answer(client, Pong())
             case Flush():
+                self._word.last = True
                 self._flushing.append(client)
                 self._flush()
             case _:

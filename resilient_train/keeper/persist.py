@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from resilient_train.errors import CheckpointDamaged, OutsideError, StorageError
 from resilient_train.image.arena import Slot
@@ -15,11 +15,12 @@ from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import VerifiedImage
 from resilient_train.keeper.alike import of_each_rank
 from resilient_train.keeper.progress import Progress
+from resilient_train.keeper.word import Word
 from resilient_train.plan.partition import assign
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, complete, listing, read_manifest, sorted_keys
+from resilient_train.storage.catalogue import commit, complete, listing, put_part, read_manifest, sorted_keys
 from resilient_train.storage.commit import ImageFile, Manifest, folder_of, image_name
 from resilient_train.storage.tier import Tier
 
@@ -50,6 +51,8 @@ class Job:
     """How many checkpoints to keep there."""
     progress: Progress
     """Counts, and keeps to the agreed pace."""
+    word: Word = field(default_factory=Word)
+    """Whether this world is the job's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +102,13 @@ def persist(tier: Tier, job: Job) -> Written:
                 tier.delete(folder_of(job.key))
         raise
     # From here on another keeper may have committed what is there, so nothing of it is removed.
-    done = commit(tier, job.key, job.world, files, job.past)
+    if job.word.may_commit():
+        done = commit(tier, job.key, job.world, files, job.past)
+    else:
+        put_part(tier, part)
+        done = False
     if done:
-        _remove_superseded(tier, job.keep_last)
+        _remove_superseded(tier, job.keep_last, job.word)
     return Written(part=part, committed=done, nbytes=sum(image.file.size for image in left))
 
 
@@ -119,7 +126,7 @@ def _shares(job: Job, headers: Mapping[int, tuple[ImageLayout, Stamp]]) -> dict[
     return shares
 
 
-def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, keep_last: int) -> Key | None:
+def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, keep_last: int, word: Word) -> Key | None:
     """The newest durable state, if that of ``part`` is durable by now or will not be any more.
 
     Whoever commits it may have died over that, so where everything is written it is committed from here.
@@ -129,6 +136,7 @@ def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, kee
         folders: what is in it.
         part: what this node has written.
         keep_last: how many checkpoints to keep there.
+        word: whether this world is the job's.
 
     Raises:
         OutsideError: if it cannot be committed now.
@@ -141,9 +149,9 @@ def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, kee
     names = folders.get(folder_of(part.key), set())
     if not {image_name(rank, part.world) for rank in range(part.world)} <= set(names):
         return None
-    if not complete(tier, part, names):
+    if not word.may_commit() or not complete(tier, part, names):
         return None
-    _remove_superseded(tier, keep_last)
+    _remove_superseded(tier, keep_last, word)
     return part.key
 
 
@@ -157,10 +165,13 @@ def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
     return (image.layout.total, image.header_crc, image.stamp.crc) == (file.size, file.header_crc, file.table_crc)
 
 
-def _remove_superseded(tier: Tier, keep_last: int) -> None:
+def _remove_superseded(tier: Tier, keep_last: int, word: Word) -> None:
     """What cannot be removed costs room; what was just written is durable all the same."""
     try:
         for key in superseded(*listing(tier), keep_last):
+            if not word.holds():
+                # Another world may have resumed from it; whoever is current removes it later.
+                return
             tier.delete(folder_of(key))
     except OutsideError as error:
         logger.warning("superseded checkpoints are left behind: %s", error)

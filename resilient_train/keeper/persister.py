@@ -117,10 +117,10 @@ class Persister:
         job, part = waiting.job, waiting.written.part
         newest = None
         try:
-            newest = look(open_tier(job.url), folders, part, job.keep_last)
+            newest = look(open_tier(job.url), folders, part, job.keep_last, job.word)
         except Exception as trouble:
             failure = _said(trouble)  # It may be gone a moment later.
-        if newest is None and time.monotonic() < waiting.deadline:
+        if newest is None and (time.monotonic() < waiting.deadline or not job.word.may_commit()):
             return
         error = ""
         if newest is None:

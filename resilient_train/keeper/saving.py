@@ -13,6 +13,7 @@ from resilient_train.keeper.persist import Job
 from resilient_train.keeper.persister import Outcome, Persister
 from resilient_train.keeper.progress import Progress
 from resilient_train.keeper.shelf import Shelf, origin_of
+from resilient_train.keeper.word import Word
 from resilient_train.plan.interval import due
 from resilient_train.spec.messages import Persisted, Policy, Published, Standing
 from resilient_train.spec.world import Key
@@ -65,13 +66,15 @@ class Handover:
 class Saving:
     """What is handed over, what is being written, what is durable."""
 
-    def __init__(self, shelf: Shelf, clock: Clock, wake: Callable[[], None], keeper: Surroundings) -> None:
+    def __init__(self, shelf: Shelf, clock: Clock, wake: Callable[[], None], keeper: Surroundings, word: Word) -> None:
         """Args:
         shelf: the images.
         clock: the node's clock.
         wake: called from another thread when `outcomes` has something to do.
         keeper: whom to tell.
+        word: whether this world is the job's.
         """
+        self._word = word
         self._shelf = shelf
         self._clock = clock
         self._wake = wake
@@ -234,6 +237,7 @@ class Saving:
                 url=self.policy.url,
                 keep_last=self.policy.keep_last,
                 progress=progress,
+                word=self._word,
             )
         )
 

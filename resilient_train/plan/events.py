@@ -39,10 +39,19 @@ class NodesSeen:
 
 @dataclass(frozen=True, slots=True)
 class StoreSilent:
-    """The control store did not answer; ``lasting``: it may come back."""
+    """The control store did not answer; ``lasting``: it may come back; ``gone``: the record has ended with it."""
 
     text: str
     lasting: bool
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """The store has said that ``revision`` is the record's newest; it was asked at ``asked_at``."""
+
+    revision: int
+    asked_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,7 @@ Event = (
     RecordSeen
     | NodesSeen
     | StoreSilent
+    | Vouched
     | KeeperServes
     | WorkerSpawned
     | WorkerSaid
@@ -199,6 +209,14 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Vouch:
+    """The local workers may step, in the world that they were told of, until this time of the node's clock; infinity
+    where nobody can ever replace it."""
+
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """Print a line for people."""
 
@@ -228,4 +246,4 @@ class End:
     text: str
 
 
-Effect = Swap | Announce | Spawn | Stop | Save | Say | Tell | Wake | End
+Effect = Swap | Announce | Spawn | Stop | Save | Vouch | Say | Tell | Wake | End

@@ -9,7 +9,8 @@ ended by forming the same ranks again.  Ranks that all work are left alone: they
 The limit is `detect_within` or `USUAL` times the longest recent time between boundaries, whichever is more; it doubles
 with every further loss that sets the job back to the same step, so that what is only slow gets through in the end.
 Nothing is suspected while a rank is in a long operation that it announced, nor in a job's first steps, until every rank
-has passed `SETTLED` boundaries.  The first steps of later generations may take `START` times what any first steps took
+has passed `SETTLED` boundaries.  An agent that has seen no generation get there begins to suspect when another does.
+The first steps of later generations may take `START` times what any first steps took
 before, and `START` times the limit: without a limit, a hang that comes back with the step that is computed again would
 last for ever.
 
@@ -285,7 +286,8 @@ def _progress(watch: Watch, record: WorldRecord, look: Look, now: float) -> tupl
 
 
 def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple[Watch, list[Effect]]:
-    if not watch.settled and (watch.began_at is None or not watch.longest_start):
+    informed = watch.settled or (watch.began_at is not None and watch.longest_start > 0)
+    if not informed and not _others_suspect(record, look):
         return watch, []
     limit = watch.limit(record)
     mine = tuple(m for m in record.members if node_of(m) == look.view.me)
@@ -308,6 +310,15 @@ def _suspect(watch: Watch, record: WorldRecord, look: Look, now: float) -> tuple
     effects: list[Effect] = [Announce(reports)] if reports != watch.reports else []
     watch = replace(watch, reports=reports)
     return _decide(watch, record, look, effects, now, limit)
+
+
+def _others_suspect(record: WorldRecord, look: Look) -> bool:
+    """Whether an agent that has seen ranks settle says that the job stands still.
+
+    One that came later knows of no usual step, and without its reports there is no verdict.
+    """
+    others = (node for node in look.view.nodes.values() if node.node != look.view.me)
+    return any(report.member in record.members for node in others for report in node.stuck)
 
 
 def _next_ask(watch: Watch, limit: float) -> float | None:

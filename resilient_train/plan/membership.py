@@ -7,6 +7,7 @@ and no IO; `resilient_train.agent.agent` runs it, tests run it under a manual cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,8 @@ from resilient_train.plan.events import (
     Swap,
     Tell,
     Tick,
+    Vouch,
+    Vouched,
     Wake,
     Wished,
     WorkerExited,
@@ -105,6 +108,8 @@ class State:
     """Since when the store has not answered."""
     silence: StoreSilent | None = None
     """How it did not, when last asked."""
+    gone: bool = False
+    """It has ended, and with it the record, so that nobody can ever take over from this world."""
     devices: Mapping[str, int] = field(default_factory=dict)
     """The accelerators of this node's members; a process keeps the one that it has computed on."""
     deadlocked: bool = False
@@ -135,6 +140,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         effects.append(Announce(state.info))
     for slot in sorted(_given_up(state) - _given_up(before)):
         effects.append(Say(f"slot {slot} is given up: {FAILED_STARTS} replacements in a row died while starting"))
+    effects += _word(before, state, event, now)
+    if (lost := _waits_in_vain(state, now)) and not state.ended:
+        return replace(state, ended=True), [*effects, End(ExitCode.STORE_LOST, lost)]
     state, tellings = _tell(before, state, event)
     effects += tellings
     state, doings = _local(state, now)
@@ -164,10 +172,40 @@ def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[
         if failed or now < since + STORE_RETRY:
             return state, Wake(now + STORE_RETRY)
         return replace(state, swapping=True), Swap(record)
-    text = f"{silence.text}; it is needed to agree on a change ({record.reason})"
-    if not silence.lasting:
-        text += ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+    text = f"{silence.text}; it is needed to agree on a change ({record.reason}){_advice(silence)}"
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
+
+
+def _word(before: State, state: State, event: Event, now: float) -> list[Effect]:
+    """How long the local workers may step."""
+    if state.gone and not before.gone:
+        return [Vouch(math.inf)]
+    record = state.view.record
+    if isinstance(event, Vouched) and record is not None and event.revision == record.revision:
+        return [Vouch(event.asked_at + state.view.timing.vouch)]
+    # Where there is a newer version, what it says is heard first.  One that answers though it was gone knows nothing
+    # of this world.
+    return [Vouch(now)] if before.gone and not state.gone else []
+
+
+def _advice(silence: StoreSilent) -> str:
+    if silence.lasting:
+        return ""
+    return ". It ended with the node that served it; the job outlives every node with --rdzv-backend=etcd"
+
+
+def _waits_in_vain(state: State, now: float) -> str:
+    """Why no rank of this node will ever step again, if so: nobody will say that its world is the job's."""
+    silence, since, record = state.silence, state.silent_since, state.view.record
+    if silence is None or since is None or record is None or record.phase is not Phase.RUNNING or state.gone:
+        return ""
+    limits, timing = state.view.limits, state.view.timing
+    if now < since + (max(limits.patience, timing.vouch) if silence.lasting else timing.vouch):
+        return ""
+    if not state.info.link or not any(worker.stepping == record.generation for worker in state.info.workers):
+        return ""
+    text = f"{silence.text}; for {now - since:.0f} s nobody has known whether this world is still the job's"
+    return f"{text}{_advice(silence)}"
 
 
 def _without_progress(info: NodeInfo) -> NodeInfo:
@@ -187,7 +225,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case StoreSilent():
             begun = state.silent_since
             state = replace(state, view=replace(state.view, silent=True))
-            return replace(state, swapping=False, silence=event, silent_since=now if begun is None else begun)
+            state = replace(state, swapping=False, silence=event, gone=state.gone or event.gone)
+            return replace(state, silent_since=now if begun is None else begun)
         case KeeperServes(endpoint):
             return _with_info(state, keeper=endpoint)
         case WorkerSpawned(member):
@@ -223,6 +262,8 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return replace(state, view=replace(state.view, wish=wish))
         case StopAsked(text, exit_code):
             return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
+        case Vouched():
+            return replace(state, gone=False)
         case Tick():
             return state
 
@@ -251,7 +292,7 @@ def _with_worker(state: State, member: str, **changes: Any) -> State:
 def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
     old = state.view.record
     view = replace(state.view, silent=False) if state.view.silent else state.view
-    state = replace(state, view=view, looked=True, swapping=False, silence=None, silent_since=None)
+    state = replace(state, view=view, looked=True, swapping=False, silence=None, silent_since=None, gone=False)
     if record is None or (old is not None and record.revision <= old.revision):
         return state
     view = replace(state.view, record=record)
@@ -261,6 +302,8 @@ def _new_record(state: State, record: WorldRecord | None, now: float) -> State:
         state = replace(state, seen_at=now, devices=_devices(state, record))
         lost = {node: why for node, why in view.lost.items() if node not in view.nodes}
         view = replace(view, margin=2, lost=lost, before=old.members if old is not None else ())
+        state = _with_info(replace(state, view=view), generation=record.generation)
+        view = state.view
     elif old.planned is not None and record.planned is None and _declined(view, old.planned.number):
         view = replace(view, margin=min(256, view.margin * 2))
     if record.phase is not Phase.RUNNING and state.over_at is None:
@@ -414,12 +457,18 @@ def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[E
     state = replace(state, stopping=state.stopping | set(gone))
     if state.info.workers or state.spawning:
         return state, [*effects, *([Wake(limit)] if now < limit else [])]
-    if record.resumed() is None and record.members and now < state.seen_at + LET_GO and not state.hurried:
+    wanted = bool(record.members) or _is_taken_over(state)
+    if record.resumed() is None and wanted and now < state.seen_at + LET_GO and not state.hurried:
         return state, [*effects, Wake(state.seen_at + LET_GO)]
     text = f"this node has left the job: {state.info.leaving}"
     if _goes_on(state, record):
         return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
     return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, f"{text}; it waits for nodes to go on")]
+
+
+def _is_taken_over(state: State) -> bool:
+    """Whether enough workers elsewhere wait for this node's to have left."""
+    return state.view.enough(state.view.fitting(state.view.idle()))
 
 
 def _goes_on(state: State, record: WorldRecord) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan import fence
 from resilient_train.plan.suspicion import AGENT_GONE
 from resilient_train.plan.view import View
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
@@ -46,9 +47,25 @@ class Proposal:
 def propose(view: View, now: float) -> Proposal:
     """The next version of the record, or what is being waited for."""
     proposal = _propose(view, now)
+    if view.record is not None and view.elastic():
+        proposal = _fenced(view, view.record, proposal, now)
     if proposal.record is not None and not proposal.record.elastic and view.elastic():
         return replace(proposal, record=replace(proposal.record, elastic=True))
     return proposal
+
+
+def _fenced(view: View, record: WorldRecord, proposal: Proposal, now: float) -> Proposal:
+    """The proposal, once no world before can train beside it any more."""
+    waits = _Waits(view, now)
+    pending = [wait.world for wait in fence.waits(view, record) if not waits.over(wait.reason, wait.seconds)]
+    new = None if proposal.record is None else fence.after(view, record, proposal.record)
+    if new is not None and new.generation > record.generation and new.members:
+        new = None if any(not fence.shares(view, world.nodes, new.members) for world in pending) else new
+    standing = waits.proposal(new)
+    times = [at for at in (proposal.wake_at, standing.wake_at) if at is not None]
+    return replace(
+        proposal, record=new, reasons=proposal.reasons | standing.reasons, wake_at=min(times) if times else None
+    )
 
 
 def _propose(view: View, now: float) -> Proposal:
@@ -424,6 +441,9 @@ def _wished_change(view: View, record: WorldRecord, waits: _Waits) -> WorldRecor
     if starting and not waits.over(f"{starting} are starting", view.timing.gather):
         return None
     text = _describe_change(view, record, members)
+    if not fence.shares(view, [node_of(m) for m in record.members], members):
+        # Those who are to go on must not begin before those who leave have come to the boundary.
+        members = set()
     if not all(alive[m].stepping == generation for m in record.members):
         # Without a state to resume, a change would cost everything that was computed so far; a node that leaves will
         # cost that anyway.

@@ -6,6 +6,8 @@ nobody has a broken way out itself, and takes them for silent.  One that falls s
 announced.  Silence alone proves little, because either end may be cut off:
 
 - a suspect whose announcement has expired too is dead, since it reaches neither us nor the store;
+- one that is heard, and whose announcement stays away, cannot reach the store: it goes too, before the store's word
+  runs out that lets its world step (`resilient_train.plan.fence`), and so before it stops the others;
 - among nodes that all reach the store but not each other, whoever most others cannot reach goes (`_most_doubted`).
   All see the same announcements and reckon alike; a node that finds itself among those to go proposes nothing.
 
@@ -27,7 +29,11 @@ PROBERS = 3
 _FEW = 8
 """So many expired announcements every agent looks into; more at once say something about the store."""
 _PROBE = 0.2
-"""Share of ``within`` after which a node without a line and without an announcement is given up."""
+"""Share of ``within`` after which a node without a line and without an announcement is given up; and so long after it
+refused, what it announces was not on its way before."""
+_UNHEARD = (3.0, 3.0)
+"""How long a node may be heard without an announcement, in which the store, its own line to it and its agent may be
+slow: times ``within``, and so many seconds more."""
 _FAINT = 0.4
 """Share of ``within`` of silence, two beats, after which a node may be on its way to be lost."""
 AGENT_GONE = "its agent is gone"
@@ -48,6 +54,12 @@ class Peer:
     """When it was last heard over a line; None: never since it is wanted."""
     refused: bool = False
     """Nobody listens any more where its agent did."""
+    refused_at: float = 0.0
+    """Since when, if so."""
+    contradicted: bool = False
+    """It has announced something new since, so its agent is there, and only this node's way to it is barred."""
+    expired_at: float = 0.0
+    """When its announcement was found to have expired, if it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +74,8 @@ class State:
     """The other nodes of the job that are not known to be gone."""
     at: float = 0.0
     """When this agent last did anything."""
+    standing: bool = False
+    """This node's own announcement was among those that stand, when they were last heard of."""
     last: Verdict | None = None
     """The newest verdict; what was heard since has changed nothing about it."""
 
@@ -88,11 +102,16 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Deaf:
+    """The store did not answer, so who was not announced may be by now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Looked:
     """Time has passed."""
 
 
-Event = Announced | Heard | Refused | Looked
+Event = Announced | Heard | Refused | Deaf | Looked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,8 +139,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if _says_nothing_new(state, event, now) and state.last is not None:
         # Nearly all signs of life; with thousands of nodes the rest of this is work.
         peers = dict(state.peers)
-        _take_in(peers, state.me, event, now)
-        return State(me=state.me, within=state.within, peers=peers, at=now, last=state.last), state.last
+        _take_in(peers, state.me, state.within, event, now)
+        return replace(state, peers=peers, at=now), state.last
     peers = dict(state.peers)
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
@@ -129,8 +148,10 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if isinstance(event, Heard) and event.nodes & peers.keys() and not _refusals_count(state, now):
         # Who refused while nobody was heard has to do so again.
         peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
-    _take_in(peers, state.me, event, now)
-    state = State(me=state.me, within=state.within, peers=peers, at=now)
+    _take_in(peers, state.me, state.within, event, now)
+    if isinstance(event, Announced):
+        state = replace(state, standing=any(node.node == state.me.node for node in event.nodes))
+    state = replace(state, peers=peers, at=now, last=None)
     verdict = _judge(state, now)
     for name, peer in list(peers.items()):
         if not peer.announced and name in verdict.lost:
@@ -157,28 +178,38 @@ def _says_nothing_new(state: State, event: Event, now: float) -> bool:
     )
 
 
-def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> None:
+def _take_in(peers: dict[str, Peer], me: NodeInfo, within: float, event: Event, now: float) -> None:
     match event:
         case Announced(nodes):
             standing = {node.node: node for node in nodes if node.node != me.node}
             for name, peer in peers.items():
                 if peer.announced != (name in standing):
-                    peers[name] = replace(peer, announced=name in standing)
+                    peers[name] = replace(peer, announced=name in standing, expired_at=now)
             for name, info in standing.items():
                 known = peers.get(name)
                 if known is None or known.info.link != info.link:
                     peers[name] = Peer(info=info)
-                elif known.info is not info:
-                    peers[name] = replace(known, info=info)
+                elif known.info != info:
+                    lives = known.refused and now >= known.refused_at + _PROBE * within
+                    peers[name] = replace(known, info=info, contradicted=known.contradicted or lives)
         case Heard(nodes):
             for name in nodes & peers.keys():
                 known = peers[name]
                 peers[name] = Peer(
-                    info=known.info, announced=known.announced, wanted_at=known.wanted_at, heard_at=now, refused=False
+                    info=known.info,
+                    announced=known.announced,
+                    wanted_at=known.wanted_at,
+                    heard_at=now,
+                    refused=False,
+                    expired_at=known.expired_at,
                 )
         case Refused(node):
-            if node in peers:
-                peers[node] = replace(peers[node], refused=True)
+            if node in peers and not peers[node].refused:
+                peers[node] = replace(peers[node], refused=True, refused_at=now)
+        case Deaf():
+            for name, peer in peers.items():
+                if not peer.announced:
+                    peers[name] = replace(peer, expired_at=now)
         case Looked():
             pass
 
@@ -186,7 +217,7 @@ def _take_in(peers: dict[str, Peer], me: NodeInfo, event: Event, now: float) -> 
 def _excused(peer: Peer, now: float) -> Peer:
     wanted_at = None if peer.wanted_at is None else now
     heard_at = None if peer.heard_at is None else now
-    return replace(peer, wanted_at=wanted_at, heard_at=heard_at)
+    return replace(peer, wanted_at=wanted_at, heard_at=heard_at, expired_at=now)
 
 
 def with_own(state: State, me: NodeInfo) -> State:
@@ -230,6 +261,12 @@ def _fading(state: State, alive: tuple[NodeInfo, ...], now: float) -> frozenset[
     return frozenset(found)
 
 
+def _unheard_at(state: State, peer: Peer) -> float:
+    """When a node has been without an announcement for too long."""
+    times, more = _UNHEARD
+    return peer.expired_at + times * state.within + more
+
+
 def _refusals_count(state: State, now: float) -> bool:
     """Whether refusals tell of the nodes that refuse, rather than of this one's way to them."""
     if len(state.peers) == 1:
@@ -243,10 +280,14 @@ def _judge(state: State, now: float) -> Verdict:
     lost = {}
     for name in suspects:
         peer = state.peers[name]
-        if peer.refused and (at_once or not peer.announced):
+        if peer.refused and not (peer.contradicted and peer.announced) and (at_once or not peer.announced):
             lost[name] = AGENT_GONE
         elif not peer.announced:
             lost[name] = f"nothing was heard from it for {state.within:g} s"
+    for name, peer in state.peers.items():
+        # A store that has forgotten this node too says nothing about the others.
+        if state.standing and not peer.announced and name not in suspects and now >= _unheard_at(state, peer):
+            lost[name] = "it does not reach the control store"
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
     doubts = {name: frozenset(info.suspects) for name, info in infos.items() if state.peers[name].announced}
     doubts[state.me.node] = suspects
@@ -305,4 +346,5 @@ def _wanted(
 def _next_look(state: State, now: float) -> float | None:
     times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
     times += [_faint_at(state, peer) for peer in state.peers.values()]
+    times += [_unheard_at(state, peer) for peer in state.peers.values() if not peer.announced]
     return min((at for at in times if at is not None and at > now), default=None)

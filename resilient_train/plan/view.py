@@ -8,6 +8,11 @@ from dataclasses import dataclass, field
 from resilient_train.spec.node import ExitInfo, NodeInfo, WorkerInfo
 from resilient_train.spec.world import Restore, WorldRecord, node_of, slot_of
 
+_VOUCH, _VOUCH_LEAST = 6.0, 20.0
+"""How long the store's word holds: times what a loss may go unnoticed, and at least so many seconds, as a store that
+is restarted must not stop training."""
+_DRIFT = 1.05
+"""How much faster than another a node's clock may go, with much to spare."""
 _KEPT_LOST = 64
 """Lost nodes that are remembered besides those that the record names."""
 
@@ -36,11 +41,18 @@ class Timing:
     """For nodes that fall silent together with one that is lost: one change instead of several."""
     unseen: float = 6.0
     """For a node that the record names and that was never seen to announce itself, before it counts as lost."""
+    vouch: float = 30.0
+    """For a world to go on without the store's word that it is the current one."""
+    fence: float = 36.5
+    """For a world of which nothing is heard to have run out of that word."""
 
     @classmethod
     def scaled(cls, within: float) -> Timing:
         """The timing of a job that wants to notice a loss within so many seconds."""
+        vouch = max(_VOUCH_LEAST, _VOUCH * within)
         return cls(
+            vouch=vouch,
+            fence=_DRIFT * vouch + within,
             acknowledge=2 * within,
             no_boundary=within,
             rejoin=0.4 * within,

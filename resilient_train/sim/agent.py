@@ -10,6 +10,7 @@ from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan import suspicion
 from resilient_train.sim.engine import Action, DriftingClock
+from resilient_train.sim.hangs import Hangs, Processes
 from resilient_train.sim.links import Links
 from resilient_train.sim.network import Network
 from resilient_train.sim.store import Server, Snapshot, Store
@@ -19,13 +20,15 @@ from resilient_train.spec.world import WorldRecord
 
 BEATS = 5
 """Signs of life within the time after which a silent node is a suspect; as in the real one."""
+ASKS = 6
+"""Times in which the store is asked for its word, within the time that it holds; as in the real one."""
 _CALL_TIMEOUT = 3.0
 """Seconds for the store to answer a call, and to show that it is there to whoever watches it."""
 _RETRY = 0.5
 """Seconds before a store that did not answer is asked again."""
 
 
-class Crew(Protocol):
+class Crew(Processes, Protocol):
     """The workers of one node."""
 
     def spawn(self, member: str, record: WorldRecord) -> None:
@@ -36,6 +39,9 @@ class Crew(Protocol):
 
     def tell(self, member: str, world: WorldIs) -> None:
         """Send a message to a worker."""
+
+    def vouch(self, until: float) -> None:
+        """Until when workers may step, on the node's clock."""
 
     def progress(self, record: WorldRecord) -> tuple[int, int] | None:
         """What the board shows: (generation, finished steps) of the furthest member of the current generation."""
@@ -195,6 +201,7 @@ class Agent:
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
+        self._hangs = Hangs(within, crew, lambda: self.state.view, clock.now, self._at, self.feed)
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
         self._store.silent, self._store.heard = self._store_silent, self._news
@@ -208,6 +215,8 @@ class Agent:
         self._beat_store()
         self._store.listen()
         self._look_at_board()
+        self._every(self._hangs.period, self._hangs.look)
+        self._every(self.state.view.timing.vouch / ASKS, self._ask_for_word)
 
     # ---- the process ------------------------------------------------------------------------------------------------
 
@@ -289,6 +298,8 @@ class Agent:
             case ev.Tell(member, message):
                 assert isinstance(message, WorldIs)
                 self._crew.tell(member, message)
+            case ev.Vouch(until):
+                self._crew.vouch(until)
             case ev.Wake(at):
                 self._at(at, self._tick)
             case ev.End():
@@ -363,8 +374,18 @@ class Agent:
 
         self._every(self._beat_every, beat)
 
+    def _ask_for_word(self) -> None:
+        """Whether the record that this agent knows is the newest."""
+
+        def begun(_: object) -> None:
+            at = self._clock.now()
+            self._store.ask(lambda store: store.revision(), lambda revision: self.feed(ev.Vouched(revision, at)))
+
+        self._store.ask(None, begun)
+
     def _store_heard(self) -> None:
         if self.state.view.silent:
+            self._ask_for_word()
             self._store.ask(lambda store: store.look(), self._news)
 
     def _news(self, news: Snapshot) -> None:
@@ -372,6 +393,7 @@ class Agent:
         self._step(suspicion.Announced(news.nodes))
 
     def _store_silent(self, text: str) -> None:
+        self._step(suspicion.Deaf())
         self.feed(ev.StoreSilent(text, lasting=True))
 
     # ---- the other nodes --------------------------------------------------------------------------------------------

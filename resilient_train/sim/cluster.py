@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -18,6 +19,7 @@ from resilient_train.sim.store import Server
 from resilient_train.sim.worker import LOCAL, Group, Worker
 from resilient_train.spec.messages import Message, WorldIs
 from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.rank import RankReport
 from resilient_train.spec.world import Key, Phase, WorldRecord, ancestry, in_ancestry, node_of, slot_of
 
 _DRIFT = 0.005
@@ -42,6 +44,10 @@ class Job:
     """As in ``--nnodes``."""
     standby: int = 0
     """As in ``--standby``."""
+    multiple: int = 1
+    """The mesh takes multiples of so many ranks."""
+    most: int = 0
+    """The mesh takes so many ranks at most; 0 for any number."""
     steps: int = 40
     """Steps of the training."""
     within: float = 5.0
@@ -58,8 +64,11 @@ class Node:
         self.name = name
         self.workers: dict[str, Worker] = {}
         self.ended: ev.End | None = None
+        self.vouched_until = float("inf")
         self._cluster = cluster
-        clock = DriftingClock(cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1))
+        self.clock = clock = DriftingClock(
+            cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1)
+        )
         info = NodeInfo(
             node=name, order=order, endpoint=f"{name}:0", slots=job.slots, standby=job.standby, link=f"{name}:link"
         )
@@ -103,6 +112,9 @@ class Node:
             record = self._cluster.checker.records[world.record["revision"]]
             self._cluster.engine.after(LOCAL, lambda: worker.run(lambda: worker.hear(record)))
 
+    def vouch(self, until: float) -> None:
+        self.vouched_until = until
+
     def progress(self, record: WorldRecord) -> tuple[int, int] | None:
         steps = [w.step for w in self.workers.values() if w.member in record.members and w.step >= 0]
         current = [w.step for w in self.workers.values() if w.generation == record.generation and w.step >= 0]
@@ -110,6 +122,28 @@ class Node:
 
     def running(self) -> list[str]:
         return list(self.workers)
+
+    def board(self) -> dict[str, tuple[int, int]]:
+        return {member: worker.board for member, worker in self.workers.items()}
+
+    def stopped(self) -> set[str]:
+        return {member for member, worker in self.workers.items() if worker.is_stopped}
+
+    def ask(self, member: str, answer: Callable[[RankReport], None]) -> None:
+        worker, engine = self.workers.get(member), self._cluster.engine
+        if worker is None:
+            return
+
+        def say() -> None:
+            report = worker.report()
+            engine.after(LOCAL, lambda: self.agent.guard(lambda: answer(report)))
+
+        engine.after(LOCAL, lambda: worker.run(say))
+
+    def kill(self, member: str) -> None:
+        worker = self.workers.get(member)
+        if worker is not None:
+            worker.end(-9)
 
 
 class Cluster:
@@ -127,6 +161,7 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.spawned: set[str] = set()
         self.total = job.steps
+        self.mesh = (job.multiple, job.most)
         self.starting = 0
         """Nodes that are on their way."""
         self._groups: dict[int, Group] = {}
@@ -177,6 +212,10 @@ class Cluster:
                 self._deaf_at[host] = now
         deaf = all(now - self._deaf_at.get(host, -_HEARS) < _HEARS for host in hosts)
         self.checker.stepped(now, group.record, step, deaf)
+
+    def vouched(self, worker: Worker) -> bool:
+        node = self.nodes[worker.host]
+        return node.clock.now() < node.vouched_until
 
     def at_boundary(self, worker: Worker, key: Key) -> None:
         self._images.setdefault(worker.host, {})[key.lineage] = key.step
@@ -251,11 +290,24 @@ class Cluster:
         if group is None or not self.checker.steps or self.checker.steps[-1][1] != record.generation:
             return f"generation {record.generation} does not train"
         given_up = any(count >= m.FAILED_STARTS for n in alive for count in n.agent.state.failed_starts.values())
-        wanted = min(len(alive), self.job.max_nodes) * self.job.slots
+        wanted = self._wanted(len(alive), record)
         ending = any(w.doing == "done" for node in alive for w in node.workers.values())
         if record.size < wanted and not given_up and not ending:
             return f"{record.size} of {wanted} ranks train"
         return ""
+
+    def unhelped(self) -> bool:
+        """Whether the only rank of the world is stuck: nobody waits for it, so it may as well be slow."""
+        members = self.record.members if self.record is not None else ()
+        workers = [self.nodes[node_of(member)].workers.get(member) for member in members]
+        return len(workers) == 1 and workers[0] is not None and workers[0].is_stuck
+
+    def _wanted(self, nodes: int, record: WorldRecord) -> int:
+        """The ranks that can train on so many nodes."""
+        job = self.job
+        ranks = min(nodes, record.room or job.max_nodes) * job.slots
+        ranks = min(ranks, job.most or ranks)
+        return ranks - ranks % job.multiple
 
     def outcome(self) -> str:
         """How the job stands or ended."""
@@ -267,6 +319,8 @@ class Cluster:
         ends = sorted({node.ended.code.name.lower() for node in self.nodes.values() if node.ended is not None})
         if record.phase is Phase.RUNNING and ends and self.over():
             return f"all have left ({', '.join(ends)})"
+        if self.unhelped():
+            return "running, its only rank is stuck"
         return str(record.phase)
 
     def story(self) -> list[str]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, fields, replace
 from random import Random
 
 from resilient_train.errors import FormatError
-from resilient_train.plan.events import LeaveAsked
+from resilient_train.plan.events import LeaveAsked, Wished
 from resilient_train.sim.cluster import Cluster, Job
 from resilient_train.sim.network import STORE
+from resilient_train.spec.world import node_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,14 @@ def _busy_worker(cluster: Cluster, fault: Fault) -> None:
         worker.busy_until = cluster.engine.now + fault.seconds
 
 
+def _stick_worker(cluster: Cluster, fault: Fault) -> None:
+    """Its main thread never comes out of what it does; not in first steps, which take as long as they take."""
+    worker = cluster.worker(fault.whom[0])
+    steps = sum(worker is not None and at[1] == worker.generation for at in cluster.checker.steps)
+    if worker is not None and steps > _SETTLED:
+        worker.busy_until = float("inf")
+
+
 def _kill_agent(cluster: Cluster, fault: Fault) -> None:
     node = cluster.node(fault.whom[0])
     if node is not None:
@@ -155,6 +164,26 @@ def _cut(cluster: Cluster, fault: Fault) -> None:
     for way in ways:
         cluster.network.cut(*way)
         cluster.engine.after(fault.seconds, lambda way=way: cluster.network.heal(*way))  # type: ignore[misc]
+
+
+def _cut_world(cluster: Cluster, fault: Fault) -> None:
+    """All nodes of the world are cut off from the store and from all other nodes, but not from each other."""
+    record = cluster.record
+    world = {node_of(member) for member in record.members} if record is not None else set()
+    others = [*(name for name in cluster.nodes if name not in world), STORE]
+    for one in sorted(world):
+        _cut(cluster, Fault(at=fault.at, what="cut", whom=(one, *others), seconds=fault.seconds))
+
+
+def _wish(cluster: Cluster, fault: Fault) -> None:
+    """``rtctl drain``, or ``scale`` to a number of nodes, said to the first node that lives."""
+    node = next((node for node in cluster.nodes.values() if node.alive), None)
+    if node is None:
+        return
+    leave = fault.whom if fault.what == "wish-drain" else ()
+    room = int(fault.whom[0]) if fault.what == "wish-scale" else 0
+    if set(leave) <= node.agent.state.view.nodes.keys() and node.agent.state.view.elastic():
+        node.agent.guard(lambda: node.agent.feed(Wished(leave, room)))
 
 
 def _reject(cluster: Cluster, fault: Fault) -> None:
@@ -203,6 +232,7 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "kill-worker": _kill_worker,
     "stop-worker": _stop_worker,
     "busy-worker": _busy_worker,
+    "stick-worker": _stick_worker,
     "kill-agent": _kill_agent,
     "kill-host": _kill_hosts,
     "stop-agent": _stop_agent,
@@ -211,6 +241,9 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
     "cut": _cut,
     "cut-to": _cut,
     "reject": _reject,
+    "cut-world": _cut_world,
+    "wish-drain": _wish,
+    "wish-scale": _wish,
     "freeze-store": _freeze_store,
     "freeze-store-losing-leases": _freeze_store,
     "down-store": _down_store,
@@ -220,14 +253,20 @@ VERBS: dict[str, Callable[[Cluster, Fault], None]] = {
 """What can go wrong, by name."""
 OF_STORE = frozenset({"freeze-store", "freeze-store-losing-leases", "down-store", "lose-answer", "slow-store"})
 """Troubles of the store alone; they change no world."""
+PLANNED = frozenset({"drain", "start-node", "wish-drain", "wish-scale"})
+"""What is meant to change the world, and loses no step."""
+_DRAINS = ("drain", "wish-drain")
 _WEIGHTS = {
     "kill-worker": 4,
     "stop-worker": 1,
     "busy-worker": 2,
+    "stick-worker": 2,
     "kill-agent": 4,
     "kill-host": 4,
     "stop-agent": 4,
     "drain": 2,
+    "wish-drain": 2,
+    "wish-scale": 1,
     "start-node": 2,
     "cut": 5,
     "cut-to": 3,
@@ -238,8 +277,10 @@ _WEIGHTS = {
     "lose-answer": 2,
     "slow-store": 1,
 }
-_RACKS = 20
-"""One seed of so many loses a rack."""
+_SETTLED = 25
+"""Steps after which the agents, which look once a second, have seen enough of a generation to find a hang in it."""
+_SPECIAL = 20
+"""One seed of so many loses a rack; another has a world cut off from the store, beside nodes that are not."""
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -248,16 +289,20 @@ _RACKS = 20
 def draw(seed: int) -> Scenario:
     """The scenario of a seed: some faults, and nodes started again so that enough are left for the job."""
     random = Random(seed)
-    if seed % _RACKS == _RACKS - 1:
+    if seed % _SPECIAL == _SPECIAL - 1:
         return _rack(random, seed)
+    if seed % _SPECIAL == _SPECIAL - 2:
+        return _split(random, seed)
     nodes = random.choice((2, 3, 3, 4, 5))
     least = random.randint(1, max(1, nodes - 1))
+    slots = random.choice((1, 1, 2))
     job = Job(
         nodes=nodes,
-        slots=random.choice((1, 1, 2)),
+        slots=slots,
         min_nodes=least,
         max_nodes=random.choice((nodes, nodes, nodes, max(least, nodes - 1))),
         standby=random.choice((0, 0, 0, 1)),
+        multiple=random.choice((1, slots)),
         steps=random.choice((30, 60, 100)),
         seed=seed,
     )
@@ -269,12 +314,35 @@ def draw(seed: int) -> Scenario:
     for at in times:
         verb = random.choices(verbs, [_WEIGHTS[verb] for verb in verbs])[0]
         faults.append(_drawn(random, job, at, verb))
-        if verb in ("kill-agent", "kill-host", "drain") and random.random() < 0.5:
+        if verb in ("kill-agent", "kill-host", *_DRAINS) and random.random() < 0.5:
             faults.append(Fault(at=round(at + random.uniform(0.5, 6.0), 3), what="start-node"))
-    gone = {fault.whom[0] for fault in faults if fault.what in ("kill-agent", "kill-host", "drain")}
+    gone = {fault.whom[0] for fault in faults if fault.what in ("kill-agent", "kill-host", *_DRAINS)}
     come = sum(fault.what == "start-node" for fault in faults)
     for missing in range(least - (nodes - len(gone) + come)):
         faults.append(Fault(at=round(15.0 + missing, 3), what="start-node"))
+    return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
+def _split(random: Random, seed: int) -> Scenario:
+    """A world that only its own nodes hear of, and spare nodes that are there or come."""
+    nodes = random.randint(2, 5)
+    room = random.randint(1, nodes - 1)
+    job = Job(
+        nodes=nodes,
+        slots=random.choice((1, 2)),
+        min_nodes=random.randint(1, min(room, nodes - room)),
+        max_nodes=room,
+        standby=random.choice((0, 0, 1)),
+        steps=random.choice((300, 600)),
+        within=random.choice((2.0, 5.0)),
+        seed=seed,
+    )
+    at = round(random.uniform(6.0, 12.0), 3)
+    faults = [Fault(at=at, what="cut-world", seconds=round(random.uniform(5.0, 90.0), 3))]
+    for _ in range(random.choice((0, 0, 1, 2))):
+        when = round(at + random.uniform(-3.0, 60.0), 3)
+        verb = random.choice(("start-node", "stop-agent", "cut", "cut-to", "freeze-store", "kill-worker", "cut-world"))
+        faults.append(_drawn(random, job, when, verb))
     return Scenario(job=job, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
 
 
@@ -294,8 +362,11 @@ def _drawn(random: Random, job: Job, at: float, verb: str) -> Fault:
     seconds = round(random.choice((random.uniform(0.1, 3.0), random.uniform(3.0, 12.0))), 3)
     if verb.endswith("-worker"):
         place = f"{node}/{random.randrange(job.slots)}"
-        return Fault(at=at, what=verb, whom=(place,), seconds=0.0 if verb == "kill-worker" else seconds)
-    if verb in ("kill-agent", "kill-host", "drain"):
+        lasts = verb in ("stop-worker", "busy-worker")
+        return Fault(at=at, what=verb, whom=(place,), seconds=seconds if lasts else 0.0)
+    if verb == "wish-scale":
+        return Fault(at=at, what=verb, whom=(str(random.randint(job.min_nodes, job.nodes)),))
+    if verb in ("kill-agent", "kill-host", *_DRAINS):
         return Fault(at=at, what=verb, whom=(node,))
     if verb == "stop-agent":
         return Fault(at=at, what=verb, whom=(node,), seconds=seconds)

@@ -22,6 +22,8 @@ class Checker:
     newest: WorldRecord | None = None
     disturbed: float = 0.0
     """Until when something was wrong with nodes, workers or the network."""
+    beside: dict[int, int] = field(default_factory=dict)
+    """Steps that each generation has finished after a later one had finished a step."""
     begun: dict[int, float] = field(default_factory=dict)
     """When each generation was agreed."""
 
@@ -61,8 +63,14 @@ class Checker:
     def stepped(self, at: float, record: WorldRecord, step: int, deaf: bool) -> None:
         """A world trains only while the record names it, or the one that follows it at once.
 
-        One of whose nodes none can hear of the record goes on: nobody can tell it.
+        One of whose nodes none can hear of the record goes on: nobody can tell it.  But it never trains beside a later
+        one: what it may still finish then is the step that it was in.
         """
+        latest = max((generation for _, generation, _ in self.steps), default=0)
+        if record.generation < latest:
+            count = self.beside[record.generation] = self.beside.get(record.generation, 0) + 1
+            if count > 1:
+                self.wrong(f"generation {record.generation} trains beside generation {latest}")
         self.steps.append((at, record.generation, step))
         if self.newest is None or record.members != self.worlds[record.generation].members:
             self.wrong(f"generation {record.generation} trains and is not in the record")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from resilient_train.errors import ExitCode
+from resilient_train.plan.view import Timing
 from resilient_train.sim.cluster import Cluster
-from resilient_train.sim.faults import OF_STORE, VERBS, Fault, Scenario
+from resilient_train.sim.faults import OF_STORE, PLANNED, VERBS, Fault, Scenario
 from resilient_train.spec.world import Phase
 
 SETTLED = 40.0
-"""Seconds after the last fault within which all that is alive trains, for ``within`` = 5."""
+"""Seconds after the last fault within which all that is alive trains, for ``within`` = 5; where a world may have to be
+waited for that nobody hears of, so much more as that takes."""
 _START = 15.0
 """Seconds that a job needs to start where nothing goes wrong."""
 _SLOWEST = 0.3
@@ -44,11 +46,14 @@ def run(scenario: Scenario) -> Result:
         missing = cluster.settled()
         if not missing:
             break
-        if settled_after >= SETTLED:
-            cluster.checker.wrong(f"{SETTLED:g} s after the last fault {missing}")
+        limit = SETTLED + _fences(cluster)
+        if settled_after >= limit and cluster.unhelped():
+            break
+        if settled_after >= limit:
+            cluster.checker.wrong(f"{limit:g} s after the last fault {missing}")
         settled_after += 0.25
         cluster.run(quiet + settled_after)
-    cluster.run(quiet + settled_after + SETTLED + _SLOWEST * scenario.job.steps)
+    cluster.run(quiet + settled_after + SETTLED + _fences(cluster) + _SLOWEST * scenario.job.steps)
     _judge(cluster, scenario)
     return Result(
         problems=tuple(cluster.checker.problems),
@@ -58,8 +63,14 @@ def run(scenario: Scenario) -> Result:
     )
 
 
+def _fences(cluster: Cluster) -> float:
+    """Seconds that worlds took to have stopped for sure."""
+    count = sum(not world.members and bool(world.former) for world in cluster.checker.worlds.values())
+    return count * Timing.scaled(cluster.job.within).fence
+
+
 def _happen(cluster: Cluster, fault: Fault) -> None:
-    if fault.what not in OF_STORE | {"drain", "start-node"}:
+    if fault.what not in OF_STORE | PLANNED:
         cluster.checker.disturbed = max(cluster.checker.disturbed, fault.at + fault.seconds)
     VERBS[fault.what](cluster, fault)
 
@@ -70,12 +81,13 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
     if checker.problems:
         return
     verbs = {fault.what for fault in scenario.faults}
+    killed = bool(verbs & {"kill-worker", "stop-worker"})
     meant = record is not None and (
-        ("drain" in verbs and record.exit_code == ExitCode.INTERRUPTED)
+        (bool(verbs & {"drain", "wish-drain"}) and record.exit_code == ExitCode.INTERRUPTED)
         # Until a script is known to be elastic, a killed worker means what it means to torchrun.
-        or ("kill-worker" in verbs and "nobody had called an elastic function yet" in record.error)
+        or (killed and "nobody had called an elastic function yet" in record.error)
     )
-    if record is not None and record.phase is Phase.RUNNING and _all_left(cluster, verbs):
+    if record is not None and record.phase is Phase.RUNNING and (_all_left(cluster, verbs) or cluster.unhelped()):
         return
     if record is None or record.phase is Phase.RUNNING:
         checker.wrong(f"the job did not end: {cluster.outcome()}")
@@ -91,6 +103,6 @@ def _judge(cluster: Cluster, scenario: Scenario) -> None:
 
 def _all_left(cluster: Cluster, verbs: set[str]) -> bool:
     """Whether every agent has ended as one that was told to leave, or whose store was lost, and said so."""
-    meant = {ExitCode.INTERRUPTED: "drain", ExitCode.STORE_LOST: "down-store"}
+    meant = {ExitCode.INTERRUPTED: {"drain", "wish-drain"}, ExitCode.STORE_LOST: {"down-store"}}
     ends = [node.ended.code for node in cluster.nodes.values() if node.ended is not None]
-    return cluster.over() and any(meant.get(code) in verbs for code in ends)
+    return cluster.over() and any(meant.get(code, set()) & verbs for code in ends)

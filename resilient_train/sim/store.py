@@ -54,8 +54,7 @@ class Store:
 
     def swap(self, record: WorldRecord) -> WorldRecord:
         """Put ``record`` in the place of the version before it; the version that stands."""
-        newest = self.record.revision if self.record is not None else 0
-        if record.revision == newest + 1:
+        if record.revision == self.revision() + 1:
             self.record = record
             self._changed(record)
         assert self.record is not None
@@ -79,6 +78,10 @@ class Store:
         """Take an announcement back."""
         if self._leases.pop(order, None) is not None:
             self._changed()
+
+    def revision(self) -> int:
+        """The revision of the newest version of the record; 0 if there is none."""
+        return self.record.revision if self.record is not None else 0
 
     def look(self) -> Snapshot:
         """Everything as it is."""

@@ -14,6 +14,7 @@ from resilient_train.sim.network import Network
 from resilient_train.spec.messages import (
     Acknowledge,
     Boundaries,
+    Busy,
     Done,
     Hello,
     Message,
@@ -22,6 +23,7 @@ from resilient_train.spec.messages import (
     Stage,
     Troubled,
 )
+from resilient_train.spec.rank import RankReport, Where
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of
 
 VERDICT = 30.0
@@ -43,6 +45,8 @@ class Site(Protocol):
     network: Network
     total: int
     """Steps of the training."""
+    mesh: tuple[int, int]
+    """What the world size must be a multiple of, and the most that it may be (0: any)."""
 
     def step_time(self) -> float:
         """Seconds that a step takes one rank."""
@@ -72,6 +76,10 @@ class Site(Protocol):
         """A worker begins to form a generation."""
         ...
 
+    def vouched(self, worker: Worker) -> bool:
+        """Whether the board says that the worker's world may step."""
+        ...
+
     def stepped(self, group: Group, step: int) -> None:
         """All ranks of a world have finished a step."""
         ...
@@ -89,6 +97,9 @@ class Worker:
         self.step = -1
         """Finished steps, at the last boundary of this generation."""
         self.ended = False
+        self.board = (0, 0)
+        """(generation, finished steps), as the agent sees them."""
+        self._entered = 0
         self.record: WorldRecord | None = None
         self.group: Group | None = None
         self.busy_until = 0.0
@@ -109,7 +120,7 @@ class Worker:
         """Import torch and all that, for so long; then say hello."""
 
         def ready() -> None:
-            self._say(Hello(member=self.member))
+            self._say(self._hello())
             self._next_world()
 
         self.main("starting", seconds, ready)
@@ -136,6 +147,11 @@ class Worker:
         """Whether it is stopped."""
         return self._stopped > 0
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether its main thread never comes back from what it does."""
+        return self.busy_until == float("inf")
+
     def run(self, action: Action) -> None:
         """Run an action of this process, once it is not stopped."""
         if self.ended:
@@ -154,7 +170,7 @@ class Worker:
         def act() -> None:
             if turn != self.turn:
                 return
-            if engine.now < self.busy_until:
+            if engine.now < self.busy_until and doing != "done":  # What it does behind its function is nobody's.
                 engine.at(self.busy_until, lambda: self.run(act))
             else:
                 action()
@@ -167,6 +183,10 @@ class Worker:
 
     def _say(self, message: Message) -> None:
         self.site.say(self, message)
+
+    def _hello(self) -> Hello:
+        multiple, most = self.site.mesh
+        return Hello(member=self.member, multiple=multiple, most=most)
 
     # ---- the monitor thread -----------------------------------------------------------------------------------------
 
@@ -183,11 +203,23 @@ class Worker:
             self._say(Promise(number=planned.number, accepted=accepted))
         elif planned is None and record.generation == self.generation:
             self._stop_at = None
-        if self.doing in ("waiting", "boundary", "verdict", "done"):
+        if self.doing in ("waiting", "boundary", "verdict", "done", "held"):
             # The main thread waits for just this.
             self.main(self.doing, 0.0, self._look)
         elif self._busy and self._over() and not self._leaving_later() and record.phase is not Phase.FINISHED:
             self.main("freed", _FREED, self._leave)
+
+    def report(self) -> RankReport:
+        """Where the main thread is."""
+        return RankReport(
+            member=self.member,
+            generation=self.generation,
+            step=self.step,
+            where=Where.COMMUNICATION if self.doing in ("collective", "forming") else Where.ELSEWHERE,
+            frame=self.doing,
+            counts=(("all", self._entered),),
+            finished=0 <= self._last == self.step,
+        )
 
     def _over(self) -> bool:
         record = self.record
@@ -210,6 +242,8 @@ class Worker:
         assert self.record is not None
         if self.doing == "waiting":
             self._look_for_world()
+        elif self.doing == "held" and (not self._over() or self._leaving_later()):
+            self._compute(self.step)
         elif self._over():
             if self.record.phase is Phase.FINISHED and self.doing == "done":
                 self.end(0)
@@ -233,6 +267,7 @@ class Worker:
         named = self.member in record.members
         if named and record.generation > self.generation:
             self.generation, self._busy, self.step, self._last = record.generation, True, -1, -1
+            self._entered = 0
             self._say(Acknowledge(generation=record.generation, at=self.site.engine.now))
             self.site.entered(self, record)
             self._wait("forming")
@@ -240,7 +275,7 @@ class Worker:
             self.group.arrive(self)
         elif not named and not self._said:
             self._said = True
-            self._say(Hello(member=self.member))
+            self._say(self._hello())
 
     def formed(self) -> None:
         """The group is there: restore."""
@@ -261,6 +296,7 @@ class Worker:
             self._leave()
             return
         self.step = step
+        self.board = (self.generation, step)
         self.site.at_boundary(self, Key(self.generation, step))
         if self._stop_at == step:
             self._wait("boundary")
@@ -275,11 +311,21 @@ class Worker:
             self._wait("done")
             if self._over():
                 self.main("done", 0.0, self._look)
+        elif not self._may_step():
+            if self.doing != "held" and self.record is not None and self.record.elastic:
+                self._say(Busy(name="waiting for the control store"))
+            self.main("held", _AGAIN, self._look)
         else:
+            if self.doing == "held":
+                self._say(Busy(name=""))
             self.main("computing", self.site.step_time(), lambda: self._enter(step))
+
+    def _may_step(self) -> bool:
+        return self.record is not None and self.record.elastic and self.site.vouched(self)
 
     def _enter(self, step: int) -> None:
         self._wait("collective")
+        self._entered += 1
         assert self.group is not None
         self.group.enter(self, step)
 
@@ -302,6 +348,8 @@ class Worker:
 
     def _leave(self) -> None:
         self._leave_group()
+        if self.doing == "held":
+            self._say(Busy(name=""))
         if self.record is not None and self.record.phase is Phase.FAILED:
             self.end(1)
             return

@@ -422,6 +422,16 @@ class Save(Message):
 
 
 @message
+class Ping(Message):
+    """Agent: are you there?  Answered by `Pong`."""
+
+
+@message
+class Pong(Message):
+    """Keeper: I am."""
+
+
+@message
 class Flush(Message):
     """Agent, or every worker where there is none: persist the last complete state and say so with `Flushed`."""
 

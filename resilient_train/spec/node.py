@@ -90,6 +90,8 @@ class NodeInfo:
     """Its living workers."""
     exits: tuple[ExitInfo, ...] = ()
     """Its workers that ended."""
+    generation: int = 0
+    """The newest generation that its agent knows of."""
     progress: tuple[int, int] = (0, 0)
     """(generation, finished steps) of its furthest worker."""
     failed: str = ""

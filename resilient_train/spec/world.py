@@ -71,6 +71,16 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Former:
+    """A world before this one of which nobody has said that it has stopped."""
+
+    generation: int
+    """Its generation."""
+    nodes: tuple[str, ...]
+    """The nodes that it is on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorldRecord:
     """The one record of a job, changed only by compare-and-swap on its revision."""
 
@@ -112,6 +122,8 @@ class WorldRecord:
     """Nodes that were asked to leave."""
     room: int = 0
     """The most nodes that may take part, if that was changed since the start; 0: as the command line says."""
+    former: tuple[Former, ...] = ()
+    """Worlds that may still train, unheard of; until this generation has formed."""
     proposer: str = ""
     """The node that wrote this version."""
 
@@ -146,6 +158,8 @@ class WorldRecord:
             restores = tuple(restore_from_json(item) for item in fields.pop("restores"))
             fields.update({name: tuple(fields[name]) for name in ("members", "leave")})
             fields["phase"] = Phase(fields["phase"])
+            former = fields.pop("former", ())
+            fields["former"] = tuple(Former(generation=one["generation"], nodes=tuple(one["nodes"])) for one in former)
             if planned is not None:
                 planned = Planned(**{**known_fields(Planned, planned), "members": tuple(planned["members"])})
             return cls(planned=planned, restores=restores, **fields)

@@ -65,11 +65,19 @@ def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: M
     Raises:
         StorageError: if images that the part names are not there any more, or anything cannot be written.
     """
-    folder = folder_of(key)
     part = Manifest(key=key, world=world, files=tuple(files), past=past)
-    tier.put(f"{folder}/{part_name(files)}", [encode_part(part)])
-    names = tier.folders().get(folder, set())
+    put_part(tier, part)
+    names = tier.folders().get(folder_of(key), set())
     return MANIFEST in names or complete(tier, part, names)
+
+
+def put_part(tier: Tier, part: Manifest) -> None:
+    """Put a keeper's part; the checkpoint is committed by whoever finds all parts there.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    tier.put(f"{folder_of(part.key)}/{part_name(part.files)}", [encode_part(part)])
 
 
 def complete(tier: Tier, part: Manifest, names: Collection[str]) -> bool:

@@ -59,6 +59,14 @@ class ControlStoreConformance(ABC):
         assert other.swap(record(2, reason="next")) == record(2, reason="next")
         assert one.look().record == record(2, reason="next")
 
+    def test_the_newest_revision_can_be_asked_for(self) -> None:
+        """Whoever asks hears of every swap that ended before; none is 0."""
+        one, other = self.store(), self.store()
+        assert other.revision() == 0
+        for revision in (1, 2, 3):
+            one.swap(record(revision))
+            assert (one.revision(), other.revision()) == (revision, revision)
+
     def test_who_swaps_second_gets_the_firsts_record(self) -> None:
         """Compare-and-swap: a revision is written once."""
         one, other = self.store(), self.store()

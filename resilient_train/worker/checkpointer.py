@@ -221,6 +221,7 @@ class Checkpointer:
             self._finish()
         if stopping:
             self._host.leave_at_boundary()
+        self._host.wait_for_word()
 
     def _snapshot_at_last(self) -> None:
         """This state must not be lost, so wait until storage has let go of a slot."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
+import math
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -114,6 +116,23 @@ class Host:
     def long_operation(self, name: str) -> AbstractContextManager[None]:
         """Announce that this rank is away for long."""
         return self._session.operations.announce(name) if self._session is not None else nullcontext()
+
+    def wait_for_word(self) -> None:
+        """Go on only in a world that is known to be the current one, and to be elastic.
+
+        A world that nobody knows to be elastic may be followed by another at once, as no process of it would wait.
+
+        Raises:
+            LeaveGeneration: if it is not any more.
+            LinkLost: if the agent is gone.
+        """
+        session, board = self._session, self.board
+        if session is None or board.vouched() == math.inf:
+            return
+        session.wait_while(lambda: not session.known_as_elastic() and board.vouched() != math.inf)
+        if time.monotonic() >= board.vouched():
+            with self.long_operation("waiting for the control store"):
+                session.wait_while(lambda: time.monotonic() >= board.vouched())
 
     def reach(self, step: int) -> bool:
         """At the boundary before ``step``; whether a planned change takes place here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from resilient_train.errors import FormatError, LinkLost
@@ -14,6 +15,7 @@ from resilient_train.worker.position import entered, position
 
 _CONNECT_TIMEOUT = 30.0
 _ABORT_EVERY = 0.005
+_LOOK_EVERY = 0.02
 
 
 class Abortable(Protocol):
@@ -140,6 +142,19 @@ class AgentLink:
     def step(self) -> int:
         """The step that the main thread is in; -1 before its first boundary of the generation."""
         return self._step
+
+    def wait_while(self, condition: Callable[[], bool]) -> bool:
+        """Wait until ``condition`` does not hold any more (False), or the generation has ended by a loss (True).
+
+        Raises:
+            LinkLost: if the agent is gone.
+        """
+        with self._changed:
+            while condition() and not (self._over() and not self._leaving_later()):
+                if self._lost:
+                    raise LinkLost("the agent on this node is gone")
+                self._changed.wait(_LOOK_EVERY)
+            return self._over() and not self._leaving_later()
 
     def wait_at_boundary(self) -> bool:
         """Wait for the planned change to be committed (True: leave) or taken back (False: go on).

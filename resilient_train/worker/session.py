@@ -137,6 +137,16 @@ class Session:
         if self.link.over():
             raise LeaveGeneration
 
+    def wait_while(self, condition: Callable[[], bool]) -> None:
+        """Wait for ``condition`` to end.
+
+        Raises:
+            LeaveGeneration: if the generation has ended by a loss.
+            LinkLost: if the agent is gone.
+        """
+        if self.link.wait_while(condition):
+            raise LeaveGeneration
+
     def leave_at_boundary(self) -> None:
         """Wait for the planned change; returns if it is taken back, leaves the user's function if it is committed."""
         if self.link.wait_at_boundary():
@@ -147,6 +157,11 @@ class Session:
         heard = self.link.heard()
         same = heard is not None and self.record is not None and heard.generation == self.record.generation
         return heard if same else self.record
+
+    def known_as_elastic(self) -> bool:
+        """Whether the record says that the script is elastic, which it does from the job's first restore on."""
+        heard = self.link.heard()
+        return heard is not None and heard.elastic
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 

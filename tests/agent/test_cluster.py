@@ -14,14 +14,14 @@ from resilient_train.agent.cluster import Cluster
 from resilient_train.agent.loop import Loop
 from resilient_train.clock import MonotonicClock
 from resilient_train.control.store import News
-from resilient_train.errors import StoreLost
+from resilient_train.errors import StoreGone, StoreLost
 from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
 ME = NodeInfo(node="n0", order=0, endpoint="h:1", slots=1, link="h:0")
 OTHER = NodeInfo(node="n1", order=1, endpoint="h:2", slots=1, link="h:1")
-WITHIN = 0.2
+WITHIN, VOUCH = 0.2, 0.6
 pytestmark = pytest.mark.timeout(60)
 
 
@@ -31,9 +31,11 @@ class Store:
     lasting = True
 
     def __init__(self) -> None:
-        self.out = False
-        self.go = threading.Event()
+        self.out = self.gone = False
+        self.go, self.word = threading.Event(), threading.Event()
         self.go.set()
+        self.word.set()
+        self.asked = 0
         self.announced: list[NodeInfo] = []
         self.beats = 0
         self.withdrawn = False
@@ -44,7 +46,7 @@ class Store:
     def _called(self) -> None:
         self.go.wait()
         if self.out:
-            raise StoreLost("no answer")
+            raise StoreGone("nobody listens") if self.gone else StoreLost("no answer")
 
     def announce(self, info: NodeInfo) -> None:
         self._called()
@@ -57,6 +59,12 @@ class Store:
     def look(self) -> News:
         self._called()
         return News(number=self.number, record=None, nodes=(ME, OTHER), unreadable=self.unreadable)
+
+    def revision(self) -> int:
+        self._called()
+        self.asked += 1
+        self.word.wait()
+        return 7
 
     def watch(self, number: int, timeout: float) -> News | None:
         self._changes.get()
@@ -93,7 +101,11 @@ class Bench:
         self.fed: list[ev.Event] = []
         self.said: list[str] = []
         lines = None if alone else cast(Any, Lines())
-        self.cluster = Cluster(self.loop, cast(Any, self.store), lines, ME, WITHIN, self.said.append, self.fed.append)
+        self.cluster = self.made(lines)
+
+    def made(self, lines: Any) -> Cluster:
+        store = cast(Any, self.store)
+        return Cluster(self.loop, store, lines, ME, WITHIN, VOUCH, self.said.append, self.fed.append)
 
     def until(self, condition: Callable[[], object]) -> None:
         while not condition():
@@ -134,7 +146,7 @@ def test_what_the_store_did_not_take_is_announced_again() -> None:
     """By the next beat after it is back; a sign of life for an old announcement would say the wrong thing."""
     bench = Bench()
     bench.cluster.begin()
-    bench.until(lambda: bench.store.beats)
+    bench.until(lambda: bench.store.beats and bench.store.announced)
     bench.store.out = True
     bench.cluster.announce(replace(ME, leaving="SIGTERM"))
     bench.until(lambda: bench.of(ev.StoreSilent))
@@ -162,13 +174,47 @@ def test_a_store_that_ends_with_its_host_is_given_one_time_to_answer() -> None:
     """A single lost call is no end; silence for longer than a loss takes to be noticed is."""
     bench = Bench()
     bench.store.lasting = False
-    bench.cluster = Cluster(
-        bench.loop, cast(Any, bench.store), cast(Any, Lines()), ME, WITHIN, bench.said.append, bench.fed.append
-    )
+    bench.cluster = bench.made(Lines())
     bench.store.out = True
     bench.cluster.begin()
     bench.until(lambda: bench.of(ev.StoreSilent) and not bench.of(ev.StoreSilent)[-1].lasting)
     assert bench.of(ev.StoreSilent)[0].lasting
+    bench.cluster.close(10.0)
+
+
+def test_a_store_that_has_ended_is_said_to_have() -> None:
+    """Once, also where it was only silent before; that it is gone goes to the agent's machine."""
+    bench = Bench()
+    bench.store.lasting = False
+    bench.cluster = bench.made(Lines())
+    bench.cluster.begin()
+    bench.until(lambda: bench.store.beats)
+    bench.store.out = True
+    bench.until(lambda: bench.of(ev.StoreSilent))
+    assert not any(event.gone for event in bench.of(ev.StoreSilent))
+    bench.store.gone = True
+    bench.until(lambda: sum(event.gone for event in bench.of(ev.StoreSilent)) >= 4)
+    assert bench.said == [
+        "no answer; training goes on, changes of the world wait",
+        "nobody listens; training goes on until the world has to change, which ends the job",
+    ]
+    bench.cluster.close(10.0)
+
+
+def test_the_stores_word_counts_from_the_moment_of_asking() -> None:
+    """An answer that comes late says what was true when it was asked for."""
+    bench = Bench()
+    bench.cluster.begin()
+    bench.until(lambda: len(bench.of(ev.Vouched)) >= 3)
+    assert {event.revision for event in bench.of(ev.Vouched)} == {7}
+    bench.store.word.clear()
+    asked = bench.store.asked
+    bench.until(lambda: bench.store.asked > asked)
+    late, heard = bench.loop.clock.now(), len(bench.of(ev.Vouched))
+    bench.until(lambda: bench.loop.clock.now() > late + VOUCH)
+    bench.store.word.set()
+    bench.until(lambda: len(bench.of(ev.Vouched)) > heard)
+    assert bench.of(ev.Vouched)[heard].asked_at <= late
     bench.cluster.close(10.0)
 
 

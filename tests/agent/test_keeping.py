@@ -14,10 +14,11 @@ import pytest
 from resilient_train.agent.keeping import Keeping
 from resilient_train.agent.loop import Loop
 from resilient_train.events import ListSink
-from resilient_train.spec.messages import Flushed, Gone, Message, Notice, Serving, Standing
+from resilient_train.spec.messages import Flushed, Gone, Message, Notice, Ping, Pong, Serving, Standing
 
 POLICY = {"url": "s3://b", "every_steps": 1, "every_seconds": 0.0, "keep_last": 3, "bytes_per_second": 0.0}
-pytestmark = pytest.mark.timeout(30)
+WITHIN = 5.0
+pytestmark = pytest.mark.timeout(60)
 
 
 class Line:
@@ -108,8 +109,8 @@ class Bench:
         self.said: list[str] = []
         self.served: list[str] = []
         self.given_up = ""
-        self.keeping = Keeping(cast(Any, self.process), self.loop, self.sink, self)
-        self.keeping.start()
+        self.keeping = Keeping(cast(Any, self.process), self.loop, self.sink, self, WITHIN)
+        self.keeping.begin()
 
     def now(self) -> float:
         return self.time
@@ -133,6 +134,16 @@ class Bench:
         while not any(event.kind == "keeper_died" for event in self.sink.events[before:]):
             self.loop.once(1.0)
 
+    def ask(self) -> None:
+        """Let the agent ask it once more."""
+        asked = self.asked()
+        while self.asked() == asked and not self.said:
+            self.time += 1.0
+            self.loop.once(0.0)
+
+    def asked(self) -> int:
+        return sum(isinstance(message, Ping) for message in self.process.told)
+
     def hear(self, message: Message) -> None:
         assert self.process.channel is not None
         self.process.channel.say(message)
@@ -144,6 +155,38 @@ def bench() -> Iterator[Bench]:
     made = Bench()
     yield made
     made.process.close()
+
+
+def test_a_keeper_that_lives_and_does_not_answer_is_replaced(bench: Bench) -> None:
+    """After five questions in a row, which take three times what a loss may go unnoticed; one answer is enough."""
+    for _ in range(3):
+        for _ in range(4):
+            bench.ask()
+        bench.hear(Pong())
+    assert bench.said == []
+    began = bench.time
+    for _ in range(5):
+        bench.ask()
+    assert bench.said == []
+    bench.ask()
+    assert 2 * WITHIN <= bench.time - began <= 4 * WITHIN
+    assert bench.said == ["the keeper has not answered 5 times in a row; it is killed"]
+    while bench.process.started < 2:
+        bench.loop.once(1.0)
+    assert bench.said[1:] == ["the keeper died (exit code -9); another takes over its images"]
+
+
+def test_who_follows_a_keeper_that_did_not_answer_is_asked_anew(bench: Bench) -> None:
+    """What the one before owed is not held against it; nor is an agent's own absence held against a keeper."""
+    for _ in range(4):
+        bench.ask()
+    bench.kill()
+    bench.said.clear()
+    bench.time += 1000 * WITHIN  # The agent was stopped: it has not asked.
+    for _ in range(4):
+        bench.ask()
+    assert bench.said == []
+    assert bench.process.started == 2
 
 
 def persisted() -> Notice:

@@ -18,7 +18,7 @@ class Bench:
 
     def __init__(self, store: ControlStore) -> None:
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.said: list[str] = []
+        self.said: list[ResilientError] = []
         self.line = StoreLine(store, self.posted.put, self.said.append)
 
     def until(self, condition: Callable[[], object]) -> None:
@@ -41,7 +41,7 @@ def test_every_error_is_silence(error: ResilientError) -> None:
     bench.line.ask(fail, answers.append)
     bench.line.ask(lambda store: store.join(), answers.append)
     bench.until(lambda: answers)
-    assert bench.said == [str(error)]
+    assert bench.said == [error]
     assert answers == [0]
     bench.line.listen(news.append)
     bench.until(lambda: news)

@@ -12,7 +12,7 @@ import pytest
 
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
-from resilient_train.errors import StoreLost
+from resilient_train.errors import StoreGone, StoreLost
 from resilient_train.testing.control import ControlStoreConformance, record, wait_for
 
 
@@ -59,7 +59,10 @@ def test_a_version_that_was_deleted_long_ago_is_not_won() -> None:
 
 
 def test_a_server_that_is_stopped_is_lost_soon_and_found_again() -> None:
-    """A call ends after about twice the ttl; those behind it too; when the server goes on, so do the calls."""
+    """A call ends after about twice the ttl; those behind it too; when the server goes on, so do the calls.
+
+    Only when its process has ended it is gone for good.
+    """
     code = (
         "from resilient_train.control.tcp import serve as s; x = s('127.0.0.1', 0); print(x.port, flush=True); input()"
     )
@@ -70,13 +73,19 @@ def test_a_server_that_is_stopped_is_lost_soon_and_found_again() -> None:
         assert store.join() == 0
         process.send_signal(signal.SIGSTOP)
         for _ in range(2):
-            with pytest.raises(StoreLost, match="nothing for 2 s"):
+            with pytest.raises(StoreLost, match="nothing for 2 s") as silent:
                 store.swap(record(1))
+            assert not isinstance(silent.value, StoreGone)
         process.send_signal(signal.SIGCONT)
         wait_for(lambda: answers(lambda: store.swap(record(1)) == record(1)), 30.0)
         process.kill()
-        with pytest.raises(StoreLost):
+        process.wait()
+        with pytest.raises(StoreGone, match="nobody listens there any more"):
             store.look()
+        with pytest.raises(StoreGone):
+            store.watch(0, 30.0)
+        with pytest.raises(StoreGone):
+            store.revision()
 
 
 def answers(call: Callable[[], bool]) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 from resilient_train.errors import StorageError
 from resilient_train.keeper.persist import Job, look, persist
+from resilient_train.keeper.word import Word
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.filesystem import FilesystemTier
@@ -59,10 +60,10 @@ def test_the_keeper_that_puts_the_last_part_commits(make: Callable[..., Job], tm
     tier = FilesystemTier(str(tmp_path))
     first = persist(tier, make([0]))
     assert not first.committed
-    assert look(tier, tier.folders(), first.part, 3) is None
+    assert look(tier, tier.folders(), first.part, 3, Word()) is None
     assert listing(tier) == ([], [KEY])
     assert persist(tier, make([1])).committed
-    assert look(tier, tier.folders(), first.part, 3) == KEY
+    assert look(tier, tier.folders(), first.part, 3, Word()) == KEY
     assert listing(tier) == ([KEY], [])
 
 
@@ -73,7 +74,7 @@ def test_where_the_last_keeper_died_behind_its_part_another_commits(make: Callab
     first = persist(tier, make([0]))
     with pytest.raises(StorageError, match="503"):
         persist(Unlisted(str(tmp_path), after="part-00001"), make([1]))
-    assert look(tier, tier.folders(), first.part, 1) == KEY
+    assert look(tier, tier.folders(), first.part, 1, Word()) == KEY
     assert listing(tier) == ([KEY], [])
     assert [file.rank for file in read_manifest(tier, KEY).files] == [0, 1]
 
@@ -83,7 +84,7 @@ def test_what_was_overtaken_is_waited_for_no_longer(make: Callable[..., Job], tm
     tier = FilesystemTier(str(tmp_path))
     first = persist(tier, make([0]))
     persist(tier, make([0, 1], key=Key(1, 9)))
-    assert look(tier, tier.folders(), first.part, 3) == Key(1, 9)
+    assert look(tier, tier.folders(), first.part, 3, Word()) == Key(1, 9)
 
 
 def test_a_node_that_stands_in_for_another_writes_what_that_would_have(
@@ -125,3 +126,32 @@ def test_a_keeper_that_fails_late_leaves_what_another_has_committed(make: Callab
     with pytest.raises(StorageError, match="503"):
         persist(Overtaken(str(tmp_path)), make([0], keep_last=1))
     assert listing(FilesystemTier(str(tmp_path))) == ([KEY], [])
+
+
+def test_without_the_stores_word_nothing_is_removed_and_nothing_committed(
+    make: Callable[..., Job], tmp_path: Path
+) -> None:
+    """Another world may have gone on from an older checkpoint; with the word again, what waited is committed."""
+    tier, until = FilesystemTier(str(tmp_path)), [float("inf")]
+    word = Word(lambda: until[0])
+    for step in (3, 5):
+        assert persist(tier, replace(make([0, 1], key=Key(1, step), keep_last=2), word=word)).committed
+    until[0] = 0.0
+    waiting = persist(tier, replace(make([0, 1], keep_last=1), word=word))
+    assert not waiting.committed
+    assert look(tier, tier.folders(), waiting.part, 1, word) is None
+    assert listing(tier) == ([Key(1, 3), Key(1, 5)], [KEY])
+    until[0] = float("inf")
+    assert look(tier, tier.folders(), waiting.part, 1, word) == KEY
+    assert listing(tier) == ([KEY], [])
+
+
+def test_the_last_state_is_committed_without_the_stores_word_and_removes_nothing(
+    make: Callable[..., Job], tmp_path: Path
+) -> None:
+    """A job that ends because the store is lost loses nothing; nor does the one that may have taken over."""
+    tier, word = FilesystemTier(str(tmp_path)), Word(lambda: 0.0)
+    persist(tier, make([0, 1], key=Key(1, 3)))
+    word.last = True
+    assert persist(tier, replace(make([0, 1], keep_last=1), word=word)).committed
+    assert listing(tier) == ([Key(1, 3), KEY], [])

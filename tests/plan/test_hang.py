@@ -385,3 +385,40 @@ def test_any_stuck_rank_after_any_steps(rank: int, step_time: float, detect_with
     assert bench.evicted() == [member]
     assert bench.acts()[0][0] - began <= limit + 2 * bench.watches["n0"].period
     assert limit <= max(detect_within, 2 * (step_time + 2 * bench.watches["n0"].period))
+
+
+def newcomer(bench: Bench) -> None:
+    """n2 is to join at the boundary after the one at which ranks stand, and its agent has seen none of their steps."""
+    waiting = WorkerInfo(member="n2/0.0", elastic=True, acknowledged=2)
+    bench.infos["n2"] = NodeInfo(node="n2", order=2, endpoint="h:1", slots=1, workers=(waiting,))
+    bench.watches["n2"] = hang.Watch(detect_within=5.0)
+    bench.wakes["n2"] = []
+    members = (*bench.record.members, "n2/0.0")
+    bench.record = replace(bench.record, revision=2, generation=2, members=members, boundary=30)
+    bench.board["n2/0.0"] = (0, 0)
+
+
+def test_a_node_that_has_just_joined_says_where_its_ranks_are() -> None:
+    """It has seen no step, so it suspects nobody before others do; with its reports the stuck rank is found."""
+    bench = Bench()
+    bench.train(20, 0.3)
+    newcomer(bench)
+    began = bench.now
+    bench.place = lambda m: bench.report(m, Where.ELSEWHERE if m == "n1/0.0" else Where.COMMUNICATION)
+    bench.run_for(60)
+    assert bench.evicted() == ["n1/0.0"]
+    first = min(at for at, e in bench.effects if isinstance(e, hang.Announce) and e.reports)
+    assert 5.0 <= first - began <= 7.0
+    assert bench.acts()[0][0] - began <= 5.0 * hang.START + 2.0
+
+
+def test_a_node_that_has_just_joined_suspects_nobody_by_itself() -> None:
+    """Nobody else finds that the job stands still: its workers are not even asked."""
+    bench = Bench()
+    bench.train(20, 0.3)
+    newcomer(bench)
+    for node in ("n0", "n1"):
+        for info in bench.infos[node].workers:
+            bench.worker(info.member, acknowledged=2)
+    bench.run_for(100)
+    assert not [e for _, e in bench.effects if isinstance(e, (hang.Ask, hang.Evict, hang.Regroup))]

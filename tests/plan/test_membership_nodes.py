@@ -67,12 +67,14 @@ def test_a_node_that_was_never_seen_is_not_lost_at_once() -> None:
 
 
 def test_a_job_that_all_have_left_is_taken_over() -> None:
-    """Nobody whom the record names is ever seen: the newcomer goes on, as soon as its worker is warm."""
+    """Nobody whom the record names is ever seen: the newcomer goes on once they have stopped for sure."""
     bench = Bench(2)
     bench.feed(ev.RecordSeen(world(0, 1, elastic=True)))
     assert [effect.member for effect in bench.taken(ev.Spawn)] == ["n2/0.0"]
     bench.feed(ev.WorkerSaid("n2/0.0", Hello(member="n2/0.0")))
     bench.run_for(30)
+    assert bench.record.members == ()
+    bench.run_for(15)
     assert bench.record.members == ("n2/0.0",)
 
 

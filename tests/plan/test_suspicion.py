@@ -130,12 +130,27 @@ def test_silence_and_an_expired_announcement_are_a_loss() -> None:
 
 
 def test_an_expired_announcement_alone_is_no_loss() -> None:
-    """The line still brings signs of life."""
+    """The line still brings signs of life; but who stays away from the store for long would stop its world."""
     bench = Bench()
     bench.run_for(2)
     bench.announced("n2")
-    assert bench.run_for(60).lost == {}
+    assert bench.run_for(17.9).lost == {}
     assert bench.alive() == ["n1", "n2", "n3"]
+    bench.now += 0.2
+    assert bench.feed(s.Looked()).lost == {"n2": "it does not reach the control store"}
+
+
+def test_while_the_store_is_silent_nobody_goes_for_not_being_announced() -> None:
+    """Who was not announced when it was last heard may be since; the time begins anew when it answers."""
+    bench = Bench()
+    bench.run_for(2)
+    bench.announced("n2")
+    for _ in range(30):
+        assert bench.run_for(2).lost == {}
+        bench.feed(s.Deaf())
+    assert bench.run_for(17.9).lost == {}
+    bench.now += 0.2
+    assert bench.feed(s.Looked()).lost.keys() == {"n2"}
 
 
 def test_everybodys_announcement_may_expire_at_once() -> None:
@@ -295,3 +310,17 @@ def test_signs_of_life_that_change_nothing_are_not_thought_about() -> None:
             assert replace(verdict, wake_at=None) == replace(expected, wake_at=None)
             assert verdict.wake_at is None or expected.wake_at is None or verdict.wake_at <= expected.wake_at
             assert short.peers == long.peers
+
+
+def test_who_refuses_and_announces_something_new_is_there() -> None:
+    """This node's own firewall refuses what is sent to it: that is no reason to put it out again and again."""
+    bench = Bench()
+    bench.run_for(2)
+    bench.hears.discard("n1")
+    assert bench.feed(s.Refused("n1")).lost == {"n1": s.AGENT_GONE}
+    bench.infos["n1"] = node(1, generation=2)
+    assert bench.announced().lost == {"n1": s.AGENT_GONE}, "that was on its way before"
+    bench.run_for(2)
+    bench.infos["n1"] = node(1, generation=3)
+    assert s.AGENT_GONE not in bench.announced().lost.values()
+    assert bench.verdict.suspects == {"n1"}

@@ -62,6 +62,10 @@ class Facade:
         with self._shared.changed:
             self._begin().withdraw(self._order)
 
+    def revision(self) -> int:
+        with self._shared.changed:
+            return self._begin().revision()
+
     def look(self) -> News:
         with self._shared.changed:
             return news(self._begin().look())

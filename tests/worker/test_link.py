@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from resilient_train.errors import LinkLost
 from resilient_train.ipc.channel import Channel, Listener
 from resilient_train.spec.messages import Hello, Promise, Welcome, WorldIs
-from resilient_train.spec.world import Planned, WorldRecord
+from resilient_train.spec.world import Phase, Planned, WorldRecord
 from resilient_train.worker.link import AgentLink
 
 PATIENCE = 30.0
@@ -94,3 +95,55 @@ def test_a_rank_waits_at_its_boundary_for_the_outcome(agent: Agent, news: WorldR
     agent.tell(news)
     thread.join(PATIENCE)
     assert outcome == [leaves]
+
+
+def waits(agent: Agent, word: threading.Event) -> tuple[threading.Thread, list[bool | str]]:
+    """A rank at a boundary without the store's word: what comes of its wait."""
+    outcome: list[bool | str] = []
+
+    def wait() -> None:
+        try:
+            outcome.append(agent.link.wait_while(lambda: not word.is_set()))
+        except LinkLost as error:
+            outcome.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, outcome
+
+
+@pytest.mark.parametrize(
+    ("news", "leaves"),
+    [
+        (None, False),
+        (replace(BASE, revision=3), False),
+        (replace(BASE, revision=3, generation=2, boundary=5), False),
+        (replace(BASE, revision=3, generation=2), True),
+        (replace(BASE, revision=3, phase=Phase.FAILED, error="a bug"), True),
+    ],
+    ids=["the word", "taken back", "a planned change", "a loss", "the end"],
+)
+def test_a_rank_without_the_word_waits_for_it_or_for_another_world(
+    agent: Agent, news: WorldRecord | None, leaves: bool
+) -> None:
+    """Only a loss or the end of the job frees it; a change at a boundary still to come does not."""
+    word = threading.Event()
+    thread, outcome = waits(agent, word)
+    if news is not None:
+        agent.tell(news)
+    if not leaves:
+        while news is not None and (heard := agent.link.heard()) is not None and heard.revision != news.revision:
+            assert thread.is_alive()
+        thread.join(0.1)
+        assert outcome == []
+        word.set()
+    thread.join(PATIENCE)
+    assert outcome == [leaves]
+
+
+def test_a_rank_without_the_word_does_not_outlive_its_agent(agent: Agent) -> None:
+    """Nobody would ever give it one."""
+    thread, outcome = waits(agent, threading.Event())
+    agent.channel.close()
+    thread.join(PATIENCE)
+    assert outcome == ["the agent on this node is gone"]
