@@ -122,23 +122,24 @@ class Known:
         self._sharded = [i for i, tensor in enumerate(capture.origins) if isinstance(tensor, DTensor)]
         self._addresses = list(map(_address, capture.views))
         self._dtypes = list(map(_dtype, capture.views))
-        self._parameters = [i for i, tensor in enumerate(capture.origins) if isinstance(tensor, torch.nn.Parameter)]
-        self._parameters_at = [self._addresses[i] for i in self._parameters]
+        parameters = [tensor for tensor in capture.origins if isinstance(tensor, torch.nn.Parameter)]
+        self._sharded_parameters = [tensor for tensor in parameters if isinstance(tensor, DTensor)]
+        self._parameters = [tensor for tensor in parameters if not isinstance(tensor, DTensor)]
+        self._parameters_at = self._look_at_parameters()
 
     def _look(self) -> list[int]:
         # What was seen is held by the capture, so an identity or an address cannot have become another object's.
         return [id(thing) for contents in self.capture.contents for thing in contents()]
 
-    def _tensors(self) -> list[torch.Tensor]:
-        tensors = list(self.capture.origins)
-        for index in self._sharded:
-            tensors[index] = tensors[index]._local_tensor  # type: ignore[attr-defined]
-        return tensors
+    def _look_at_parameters(self) -> list[int]:
+        return [*map(_address, self._parameters), *(p._local_tensor.data_ptr() for p in self._sharded_parameters)]
 
     def in_place(self) -> bool:
         """Whether the objects that were seen, wherever they stand, have the same memory, shapes and dtypes."""
         # Thousands of tensors at every step, so without a loop in Python.  Storages may be given other memory.
-        tensors = self._tensors()
+        tensors = list(self.capture.origins)
+        for index in self._sharded:
+            tensors[index] = tensors[index]._local_tensor  # type: ignore[attr-defined]
         return (
             list(map(_address, tensors)) == self._addresses
             and list(map(_dtype, tensors)) == self._dtypes
@@ -154,10 +155,7 @@ class Known:
 
         That takes a third of the time; `in_place` later tells the rest.
         """
-        if not self._stands():
-            return False
-        tensors = self._tensors()
-        return [tensors[i].data_ptr() for i in self._parameters] == self._parameters_at
+        return self._stands() and self._look_at_parameters() == self._parameters_at
 
     def _stands(self) -> bool:
         for action in self.capture.before:

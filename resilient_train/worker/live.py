@@ -17,6 +17,7 @@ told whether what was computed then is of any worth.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,10 +40,13 @@ _version = operator.attrgetter("_version")
 class LiveState:
     """What was put aside at the last boundary, for images of one layout."""
 
-    def __init__(self, layout: ImageLayout, parts: Sequence[Part], known: Known, rank: int, world: int) -> None:
+    def __init__(
+        self, layout: ImageLayout, parts: Sequence[Part], order: Sequence[int], known: Known, rank: int, world: int
+    ) -> None:
         """Args:
         layout: the image's.
         parts: what fills ``layout.entries``, in their order; the lazy ones stay where they are.
+        order: the numbers of these parts in a `Frame`.
         known: where they were found.
         rank: whose image it would be.
         world: number of ranks.
@@ -63,19 +67,22 @@ class LiveState:
         total = sum(part.entry.nbytes for _, part in self._aside)
         self._memory = np.zeros(total + 4 * -(-total // BLOCK), dtype=np.uint8)
         self._starts: dict[int, int] = {}
-        self._placed: list[int] = []
+        self._placed: list[tuple[int, int]] = []
+        """what torch copies: (number in a frame, where to)"""
         pieces = []
         at = 0
         for index, part in self._aside:
             self._starts[index] = at
             direct = part.fixed and all(addressable(source) for source in part.sources)
             if not direct:
-                self._placed.append(index)
+                self._placed.append((order[index], at))
             for source in part.sources:
                 size = source.numel() * source.element_size()
                 pieces.append((at, source.data_ptr() if direct else 0, size, True))
                 at += size
         self._copier = engine.Copier(pieces, 0, total)
+        # Its threads go on for a moment after `keep`, and the memory must not go before them.
+        weakref.finalize(self, self._copier.wait)
 
     @staticmethod
     def why_not(parts: Sequence[Part], known: Known) -> str:
@@ -92,14 +99,14 @@ class LiveState:
 
         Args:
             key: the state's identity.
-            parts: as at construction, with the present sources of those that are not fixed.
+            parts: a frame's.
             document: non-tensor state.
         """
         self.key = None
         self._copier.wait()
         self._copier.start(self._memory.ctypes.data)
-        for index in self._placed:
-            place(self._memory.data, self._starts[index], parts[index].sources)
+        for number, at in self._placed:
+            place(self._memory.data, at, parts[number].sources)
         self._document = document
         self._versions = list(map(_version, self._watched))
         self.key = key

@@ -200,16 +200,15 @@ class Snapshots:
             writer = self._planned(frame)
         except (UnsupportedState, CudaError):
             return  # The next snapshot says so.
-        parts = [frame.parts[index] for index in self._order]
         if self._live is None or self._live.layout is not writer.layout:
-            lazily = [self._lazily(part) for part in parts]
-            why_not = LiveState.why_not(lazily, frame.known)
+            parts = [self._lazily(frame.parts[index]) for index in self._order]
+            why_not = LiveState.why_not(parts, frame.known)
             if why_not:
                 logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why_not)
                 self._keeps, self._live = False, None
                 return
-            self._live = LiveState(writer.layout, lazily, frame.known, self._rank, self._size)
-        self._live.keep(key, parts, frame.document)
+            self._live = LiveState(writer.layout, parts, self._order, frame.known, self._rank, self._size)
+        self._live.keep(key, frame.parts, frame.document)
 
     def publish_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
         """Make an image of the last boundary, if it has none and the live tensors still hold its state; its key.
