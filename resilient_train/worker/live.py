@@ -7,8 +7,9 @@ image of that boundary is made of both.
 
 Never of anything else: whoever begins an optimizer step has it forgotten first.  Version counters, objects, addresses
 and shapes must be what they were; at a boundary objects and the parameters' addresses are looked at, the others when
-the image is made.  Writes that none of these shows (``parameter.data.copy_()`` in a forward) are what the audits of
-snapshots are for, and are put aside from then on.
+the image is made.  Writes that none of these shows (``parameter.data.copy_()`` in a forward) are found by audits, those
+of snapshots and those of some of these boundaries, whose sums are compared before an optimizer steps; what is found is
+put aside from then on.
 
 Only for tensors on the host.  What stands on a device may not have been computed when the world ends, and it cannot be
 told whether what was computed then is of any worth.
@@ -60,7 +61,14 @@ class LiveState:
         self._parts = list(parts)
         self._document = b""
         self._versions: list[int] = []
+        self._sums: list[int] = []
         lazy = [part for part in parts if part.lazy]
+        self._summed = [
+            (part.entry.name, source, source.data_ptr(), part.entry.nbytes)
+            for part in lazy
+            for source in part.sources
+            if addressable(source)
+        ]
         # A plain tensor and what was made of it by detach() have one counter.
         self._watched = [t for part in lazy for t in part.watched[: 2 if isinstance(part.watched[0], DTensor) else 1]]
         self._aside = [(index, part) for index, part in enumerate(parts) if not part.lazy]
@@ -94,13 +102,14 @@ class LiveState:
         total = sum(part.entry.nbytes for part in parts if not part.lazy)
         return f"{total:,} bytes of it may change outside of optimizer steps" if total > MOST_ASIDE else ""
 
-    def keep(self, key: Key, parts: Sequence[Part], document: bytes) -> None:
+    def keep(self, key: Key, parts: Sequence[Part], document: bytes, *, audit: bool) -> None:
         """Put aside what may change before the next optimizer step.
 
         Args:
             key: the state's identity.
             parts: a frame's.
             document: non-tensor state.
+            audit: sum up what is not to change, for `changed`.
         """
         self.key = None
         self._copier.wait()
@@ -109,15 +118,28 @@ class LiveState:
             place(self._memory.data, at, parts[number].sources)
         self._document = document
         self._versions = list(map(_version, self._watched))
+        self._sums = self._sum() if audit else []
         self.key = key
 
     def forget(self) -> None:
         """The live tensors are about to become another state's, or there is an image of it."""
         self.key = None
 
+    def changed(self) -> list[str]:
+        """Names of the entries that changed since the boundary although nobody may; empty if it was not audited."""
+        if not self._sums:
+            return []
+        pairs = zip(self._summed, self._sums, self._sum(), strict=True)
+        return sorted({name for (name, *_), before, now in pairs if before != now})
+
+    def _sum(self) -> list[int]:
+        # Whose memory has been taken away has no sum.
+        return [engine.crc32c(at, size) if source.data_ptr() == at else -1 for _, source, at, size in self._summed]
+
     def is_clean(self) -> bool:
         """Whether nothing tells of a change since the boundary."""
-        return list(map(_version, self._watched)) == self._versions and self._known.in_place()
+        same = list(map(_version, self._watched)) == self._versions and self._known.in_place()
+        return same and not self.changed()
 
     def write(self, slot: Slot) -> bool:
         """Make the image in ``slot``; False, and there is none, if somebody reads it or something has changed."""

@@ -131,6 +131,8 @@ class Snapshots:
         self._live: LiveState | None = None
         self._keeps = lazy
         """Whether boundaries without a snapshot are kept in mind."""
+        self._kept = 0
+        """How many there were; those whose number is a power of 2 are audited."""
         self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
         self._hook: RemovableHandle | None = None
         self._undisturbed = False
@@ -208,7 +210,8 @@ class Snapshots:
                 self._keeps, self._live = False, None
                 return
             self._live = LiveState(writer.layout, parts, self._order, frame.known, self._rank, self._size)
-        self._live.keep(key, frame.parts, frame.document)
+        self._kept += 1
+        self._live.keep(key, frame.parts, frame.document, audit=self._kept & (self._kept - 1) == 0)
 
     def publish_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
         """Make an image of the last boundary, if it has none and the live tensors still hold its state; its key.
@@ -235,8 +238,10 @@ class Snapshots:
         return None
 
     def _forget_live(self) -> None:
-        if self._live is not None:
-            self._live.forget()
+        live = self._live
+        if live is not None and live.key is not None:
+            self._copy_at_once(live.changed())
+            live.forget()
 
     def settle(self) -> OwnSlot | None:
         """Wait until no copy is running; the slot of the newest image, if it was published."""

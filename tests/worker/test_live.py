@@ -261,6 +261,36 @@ def test_writers_that_audits_have_found() -> None:
     assert run.leave()
 
 
+def test_writers_that_no_snapshot_sees() -> None:
+    """What changes only in steps that begin without a snapshot is found by the audit of such a step."""
+    model = net()
+    optim = adamw(model)
+    run = Kept(model=model, optim=optim)
+    left = []
+    for _ in range(3):
+        run.boundary()
+        step_of(model, optim)
+        run.kept()
+        backward(model)
+        overwrite(model)
+        left.append(list(run.snapshots._eager))
+        optim.step()
+    assert left == [[], ["model/0.weight"], ["model/0.weight"]]
+    run.kept()
+    overwrite(model)
+    assert run.leave()
+
+
+def test_an_audited_boundary_is_proven() -> None:
+    """A write that no counter shows: nothing is left behind of a boundary that was audited."""
+    model = net()
+    run = Kept(model=model, optim=adamw(model))
+    run.boundary()
+    run.kept()
+    overwrite(model)
+    assert not run.leave()
+
+
 def test_a_snapshot_takes_the_place_of_what_was_kept() -> None:
     """There is one image of a boundary."""
     model, optim, run = started()
