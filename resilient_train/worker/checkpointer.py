@@ -76,7 +76,8 @@ class Checkpointer:
         state: what to save.
         url: where to make it durable: a path or any URL that fsspec knows. None: memory only.
         world: the elastic function's `World`; None outside of one.
-        snapshot_every: steps between snapshots to memory.
+        snapshot_every: steps between snapshots to memory. After a loss the steps in between are found in the survivors'
+            own tensors, on CPUs, where replicas cover the state.
         persist_every: steps between durable checkpoints, or seconds (``"300s"``), or ``"auto"``: every 30 s, less
             often where writing takes more than a tenth of the time. The last state is made durable in any case when
             the job ends.
