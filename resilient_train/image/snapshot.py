@@ -15,6 +15,7 @@ to its sources, as torch's allocator gives freed memory to others without asking
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -173,7 +174,7 @@ class ImageWriter:
             engine.retract(slot.address)
             slot.map[8 : layout.data_start] = layout.header[8:]
             for index in self._placed:
-                _place(slot, layout.starts[index], parts[index].sources)
+                place(slot.map, layout.starts[index], parts[index].sources)
             slot.map[layout.json_start : layout.crc_start] = document.ljust(layout.json_capacity)
             self._versions = [tensor._version for _, tensor in self._watched]
             self._torn_at_fence = None
@@ -259,15 +260,16 @@ class ImageWriter:
         return sorted({self._names[self._owners[piece]] for piece in self._copier.changed()})
 
 
-def _place(slot: Slot, start: int, sources: Sequence[torch.Tensor]) -> None:
+def place(memory: mmap.mmap | memoryview, start: int, sources: Sequence[torch.Tensor]) -> None:
+    """Have torch copy the elements of ``sources``, one after the other, to byte ``start`` of writable memory."""
     at = start
     for source in sources:
         count = source.numel()
         if count and at % source.element_size():
             # What is stored as bytes may stand anywhere, and torch relies on the alignment of its elements.
             data = source.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
-            torch.frombuffer(slot.map, dtype=torch.uint8, count=len(data), offset=at).copy_(data)
+            torch.frombuffer(memory, dtype=torch.uint8, count=len(data), offset=at).copy_(data)
         elif count:
-            target = torch.frombuffer(slot.map, dtype=source.dtype, count=count, offset=at)
+            target = torch.frombuffer(memory, dtype=source.dtype, count=count, offset=at)
             target.view(source.shape).copy_(source)
         at += count * source.element_size()

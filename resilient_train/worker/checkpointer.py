@@ -30,6 +30,7 @@ from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
 from resilient_train.worker.fill import Filled, fill
+from resilient_train.worker.session import LeaveGeneration
 from resilient_train.worker.slots import OwnSlot
 from resilient_train.worker.snapshots import Snapshots
 from resilient_train.worker.sources import Candidate, Images, MemorySource, TierSource
@@ -82,7 +83,8 @@ class Checkpointer:
         state: what to save.
         url: where to make it durable: a path or any URL that fsspec knows. None: memory only.
         world: the elastic function's `World`; None outside of one.
-        snapshot_every: steps between snapshots to memory.
+        snapshot_every: steps between snapshots to memory. After a loss the steps in between are found in the survivors'
+            own tensors, on CPUs, where replicas cover the state.
         persist_every: steps between durable checkpoints, or seconds (``"300s"``), or ``"auto"``: every 30 s, less
             often where writing takes more than a tenth of the time. The last state is made durable in any case when
             the job ends.
@@ -201,7 +203,14 @@ class Checkpointer:
         for step in range(first, total + 1):
             if step > first:
                 self._host.stage("first_step")
-            self._boundary(step, total)
+            try:
+                self._boundary(step, total)
+            except LeaveGeneration:
+                # This step is finished all the same.
+                newest = self._snapshots.newest
+                if newest is not None and newest < Key(self._lineage, step):
+                    self._snapshots.keep(Key(self._lineage, step))
+                raise
             if step < total:
                 yield step
 
@@ -217,6 +226,8 @@ class Checkpointer:
         if due and newest != Key(self._lineage, step) and not self.snapshot() and last:
             with self._host.long_operation("waiting for storage"):
                 self._snapshot_at_last()
+        if not due:
+            self._snapshots.keep(Key(self._lineage, step))
         if last:
             self._finish()
         if stopping:
@@ -280,6 +291,7 @@ class Checkpointer:
             else:
                 self._covered = key.step
             return True
+        self._snapshots.keep(key)
         self._skipped += 1
         if self._skipped & (self._skipped - 1) == 0:
             logger.warning(
@@ -583,10 +595,22 @@ class Checkpointer:
         """The generation is over: let go of the model."""
         try:
             self._finish()
+            if self._host.goes_on():
+                self._publish_live()
         finally:
             self._snapshots.close()
             del self._state
             self._host.release()
+
+    def _publish_live(self) -> None:
+        """Leave behind the last boundary's state, if only the live tensors hold it."""
+        try:
+            key = self._snapshots.publish_live(self._safe(), self._past())
+        except ResilientError as error:
+            logger.warning("the steps since the last snapshot are lost on this rank: %s", error)
+            return
+        if key is not None:
+            logger.info("%s is saved as it was left", key)
 
 
 def _check_steps(name: str, count: object) -> None:

@@ -149,6 +149,10 @@ class Host:
         if self._session is not None:
             self._session.leave_if_over()
 
+    def goes_on(self) -> bool:
+        """Whether the job goes on, so that what this rank leaves behind is of use."""
+        return self._session is not None and self._session.goes_on()
+
     def finished_steps(self) -> int:
         """The most steps that the job is known to have finished in earlier generations."""
         record = self._session.record if self._session else None

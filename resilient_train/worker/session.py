@@ -152,6 +152,11 @@ class Session:
         if self.link.wait_at_boundary():
             raise LeaveGeneration
 
+    def goes_on(self) -> bool:
+        """Whether the job is neither finished nor failed."""
+        heard = self.link.heard()
+        return heard is not None and heard.phase is Phase.RUNNING
+
     def latest(self) -> WorldRecord | None:
         """The record as it is now, if it is still this generation's."""
         heard = self.link.heard()

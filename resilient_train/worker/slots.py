@@ -92,6 +92,19 @@ class Slots:
             self._slots.append(slot)
             yield slot
 
+    def one_more(self, size: int) -> OwnSlot | None:
+        """A slot beyond those that snapshots take, for a state that is lost without; None if there was one already.
+
+        Raises:
+            MemoryRefused: if there is no memory.
+        """
+        fitting = [slot for slot in self._slots if slot.memory.size == size]
+        if len(fitting) > SLOTS + 1 + len(self._keeper.board.protected()):
+            return None
+        number, memory = self._keeper.allocate(size)
+        self._slots.append(OwnSlot(number, memory))
+        return self._slots[-1]
+
     def all(self) -> list[OwnSlot]:
         """Every slot of this worker."""
         return list(self._slots)

@@ -5,6 +5,9 @@ snapshot begins at a step boundary and its large parts are copied by native thre
 backward; a *fence*, run before any optimizer steps and at the next boundary, waits for them.  As soon as the copy is
 complete a thread publishes the image, so that a loss in the middle of a step still finds it.
 
+A boundary without a snapshot is kept in mind (`resilient_train.worker.live`): if the world ends before an optimizer
+steps, its image is made of the tensors as they stand there.
+
 A CUDA device copies by itself, and computes behind its host: the fence has its computing stream wait, the host goes on.
 Where the engine cannot work with the device, torch copies at the boundary, and the training waits for it.
 
@@ -15,6 +18,7 @@ on: its image is dropped, and its name is said once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
@@ -36,6 +40,7 @@ from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.spec.shard import plan_image
 from resilient_train.spec.world import Key
 from resilient_train.worker.host import Host
+from resilient_train.worker.live import LiveState
 from resilient_train.worker.slots import OwnSlot
 from resilient_train.worker.state import Frame, State
 
@@ -123,6 +128,11 @@ class Snapshots:
         """Whether all ranks' states have the same names, shapes and layouts."""
         self.newest: Key | None = None
         """The newest state that was begun and not dropped."""
+        self._live: LiveState | None = None
+        self._keeps = lazy
+        """Whether boundaries without a snapshot are kept in mind."""
+        self._kept = 0
+        """How many there were; those whose number is a power of 2 are audited."""
         self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
         self._hook: RemovableHandle | None = None
         self._undisturbed = False
@@ -170,6 +180,7 @@ class Snapshots:
             slot.key = None
             if writer.begin(slot.memory, key, parts, frame.document, audit=audit):
                 self._taken += 1
+                self._forget_live()
                 self.newest = key
                 self._running = _Running(writer=writer, slot=slot, key=key, host=self._host, audit=audit)
                 if self._lazy and (writer.on_device or writer.layout.total > AT_ONCE):
@@ -178,6 +189,59 @@ class Snapshots:
                     self._running.conclude()
                 return True
         return False
+
+    def keep(self, key: Key) -> None:
+        """Keep in mind the state as it is now, which gets no image unless `publish_live` makes one."""
+        self._forget_live()
+        self.settle()
+        if not self._keeps:
+            return
+        self._guard()
+        try:
+            frame = self._state.capture(self._rank, self._frame, glance=True)
+            writer = self._planned(frame)
+        except (UnsupportedState, CudaError):
+            return  # The next snapshot says so.
+        if self._live is None or self._live.layout is not writer.layout:
+            parts = [self._lazily(frame.parts[index]) for index in self._order]
+            why_not = LiveState.why_not(parts, frame.known)
+            if why_not:
+                logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why_not)
+                self._keeps, self._live = False, None
+                return
+            self._live = LiveState(writer.layout, parts, self._order, frame.known, self._rank, self._size)
+        self._kept += 1
+        self._live.keep(key, frame.parts, frame.document, audit=self._kept & (self._kept - 1) == 0)
+
+    def publish_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
+        """Make an image of the last boundary, if it has none and the live tensors still hold its state; its key.
+
+        Args:
+            safe: the newest state that every rank has published.
+            past: the job's ancestry.
+
+        Raises:
+            MemoryRefused: if there is no memory for it.
+        """
+        live = self._live
+        if live is None or live.key is None:
+            return None
+        size = live.layout.total
+        more = map(self._host.slots.one_more, [size])
+        for slot in itertools.chain(self._host.slots.writable(size, safe, past), more):
+            if slot is None or not live.is_clean():
+                break
+            slot.key = None
+            if live.write(slot.memory):
+                slot.key = live.key
+                return live.key
+        return None
+
+    def _forget_live(self) -> None:
+        live = self._live
+        if live is not None and live.key is not None:
+            self._copy_at_once(live.changed())
+            live.forget()
 
     def settle(self) -> OwnSlot | None:
         """Wait until no copy is running; the slot of the newest image, if it was published."""
@@ -223,7 +287,7 @@ class Snapshots:
         if self._lazy:
             self._queue.put(None)
             self._publisher.join()
-        self._frame = self._writer = None
+        self._frame = self._writer = self._live = None
         with contextlib.suppress(AttributeError):
             del self._state
 
@@ -239,9 +303,12 @@ class Snapshots:
 
     def _fence(self, *_: object) -> None:
         """Before any optimizer changes anything."""
-        running = self._running
-        if running is None or os.getpid() != self._process:
+        if os.getpid() != self._process:
             return  # A forked process has copies of the tensors, and none of the threads.
+        self._forget_live()
+        running = self._running
+        if running is None:
+            return
         if running.writer.on_device:
             running.fence()
         else:

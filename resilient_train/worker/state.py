@@ -85,17 +85,20 @@ class State:
                 raise UnsupportedState(f"{' and '.join(same)} are the same object: save it once")
         self._things: dict[str, Stateful] = dict(stateful)
 
-    def capture(self, rank: int, before: Frame | None = None) -> Frame:
+    def capture(self, rank: int, before: Frame | None = None, *, glance: bool = False) -> Frame:
         """This rank's part of the state as it is now.
 
         Args:
             rank: this rank.
             before: an earlier frame of the same rank, whose walk is used again if it still holds.
+            glance: whether it is enough that it seems to (`Known.seems_to_hold`).
 
         Raises:
             UnsupportedState: naming what cannot be saved.
         """
-        known = before.known if before is not None and before.known.holds() else Known(self._walk())
+        known = before.known if before is not None else None
+        if known is None or not (known.seems_to_hold() if glance else known.holds()):
+            known = Known(self._walk())
         changing = Capture()
         for name, thing in self._things.items():
             if isinstance(thing, torch.nn.Module):

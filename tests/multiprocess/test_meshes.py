@@ -17,14 +17,25 @@ LEFT = {"ddp": 3, "hsdp": 2, "tp": 2}
 """Ranks that a world of four goes on with after the loss of one."""
 
 
-@pytest.mark.parametrize("parallel", ["hsdp", "tp", "ddp"])
-def test_a_rank_is_lost_and_replaced(tmp_path: Path, parallel: str) -> None:
+@pytest.mark.parametrize(
+    ("parallel", "every"),
+    [
+        ("hsdp", 1),
+        ("tp", 1),
+        ("ddp", 5),
+        pytest.param("ddp", 1, marks=pytest.mark.soak),
+        pytest.param("hsdp", 5, marks=pytest.mark.soak),
+    ],
+)
+def test_a_rank_is_lost_and_replaced(tmp_path: Path, parallel: str, every: int) -> None:
     """The others go on in their processes on what fits the mesh, with the same bits; every batch is used once.
 
-    Where the survivors hold everything, they go on with the last step that any of them has finished.
+    Where the survivors hold everything, they go on with the last step that any of them has finished, whenever the last
+    snapshot was.
     """
     steps = 400
     args = ("--record", str(tmp_path / "record"), "--parallel", parallel, "--steps", str(steps), "--step-time", "0.08")
+    args += ("--snapshot-every", str(every))
     with Job(SCRIPT, args, flags=["--nproc-per-node=4"], log_dir=tmp_path / "logs") as running:
         running.wait_for_line("step 6 size 4", 90)
         before = running.workers()

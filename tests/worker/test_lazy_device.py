@@ -27,7 +27,7 @@ SLOW = 0.002
 """Seconds that a kernel, and a copy, takes here."""
 
 
-addressable, place = snapshot.addressable, snapshot._place
+addressable, place = snapshot.addressable, snapshot.place
 
 
 class Host:
@@ -82,7 +82,7 @@ class Training:
             monkeypatch.setattr(module, "device_of", self.device_of)
             monkeypatch.setattr(module, "stream_of", lambda tensor: self.stream)
         monkeypatch.setattr(snapshot, "addressable", self.addressable)
-        monkeypatch.setattr(snapshot, "_place", self.place)
+        monkeypatch.setattr(snapshot, "place", self.place)
         self.optim = Optimizer(self)
         self.snapshots = Snapshots(State(model=self.model), self.host, 0, 1, lazy=True)  # type: ignore[arg-type]
         self.step = 0
