@@ -21,10 +21,12 @@ from resilient_train.spec.messages import Policy, Published
 from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
+from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.fill import fill
+from resilient_train.worker.images import Images
 from resilient_train.worker.slots import OwnSlot
 from resilient_train.worker.snapshots import Snapshots
-from resilient_train.worker.sources import Candidate, Images, MemorySource, TierSource
+from resilient_train.worker.sources import Candidate, MemorySource, TierSource
 from resilient_train.worker.state import State
 from resilient_train.worker.world import World
 
@@ -461,7 +463,10 @@ class Checkpointer:
 
     def _sources(self) -> list[Source]:
         sources: list[Source] = [MemorySource(self._host.keeper)]
-        return sources + ([TierSource(self._tier)] if self._tier is not None else [])
+        if self._tier is not None:
+            together = self._size > 1 and not self._tier.local
+            sources.append(TierSource(self._tier, Exchange(self._rank, self._size) if together else None))
+        return sources
 
     def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
         """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
