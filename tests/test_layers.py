@@ -24,9 +24,10 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"spec", "plan", "sim"}
 # All that decisions may use: no clock, IO, threads, torch or hidden randomness is among it.
-ALLOWED = {"__future__", "collections", "dataclasses", "enum", "json", "math", "re", "resilient_train", "typing"}
+ALLOWED = {"__future__", "collections", "dataclasses", "enum", "heapq", "itertools", "json", "math", "re"}
+ALLOWED |= {"resilient_train", "typing"}
 # A simulation is a function of its seed: of the `Random` that it is given.
-ALSO = {"sim": {"heapq", "random"}}
+ALSO = {"sim": {"random"}}
 COMMANDS = {"sim/__main__.py"}
 # Optional at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a
 # command line that does not.

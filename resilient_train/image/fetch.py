@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from resilient_train.spec.shard import BLOCK, ImageLayout
@@ -61,6 +62,42 @@ def plan_runs(ranges: Iterable[Range], layout: ImageLayout) -> list[Run]:
     return runs
 
 
+def wanted_blocks(ranges: Iterable[Range], layout: ImageLayout) -> list[tuple[int, int]]:
+    """(first, last) of the longest rows of blocks of which something is wanted."""
+    return _rows(sorted(wanted for wanted in ranges if wanted.size), layout.data_start, along=0)
+
+
+def bounds(first: int, last: int, layout: ImageLayout) -> tuple[int, int]:
+    """(first byte, byte behind) of the blocks ``first`` to ``last`` in an image."""
+    return layout.data_start + first * BLOCK, min(layout.data_start + (last + 1) * BLOCK, layout.crc_start)
+
+
+def split(ranges: Iterable[Range], parts: Sequence[tuple[int, int]]) -> tuple[list[list[Range]], list[Range]]:
+    """Ranges cut at the borders of parts: those within each part, and those outside of all.
+
+    Args:
+        ranges: of an image.
+        parts: (first byte, byte behind) of disjoint parts of it, in order.
+    """
+    inside: list[list[Range]] = [[] for _ in parts]
+    outside: list[Range] = []
+    for wanted in ranges:
+        at, end = wanted.at, wanted.at + wanted.size
+        index = max(0, bisect_right(parts, at, key=lambda part: part[0]) - 1)
+        while at < end:
+            if index == len(parts):
+                stop, place = end, outside
+            elif at < parts[index][0]:
+                stop, place = min(end, parts[index][0]), outside
+            else:
+                stop, place = max(at, min(end, parts[index][1])), inside[index]
+                index += 1
+            if at < stop:
+                place.append(Range(at, stop - at, wanted.address + at - wanted.at))
+            at = stop
+    return inside, outside
+
+
 def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
     """Runs for ranges that do not overlap and are in order."""
     index = 0
@@ -84,13 +121,18 @@ def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
 
 
 def _runs_of_blocks(ranges: list[Range], start: int) -> Iterator[tuple[int, int]]:
+    for first, last in _rows(ranges, start, ALONG):
+        for begin in range(first, last + 1, RUN):
+            yield begin, min(begin + RUN - 1, last)
+
+
+def _rows(ranges: list[Range], start: int, along: int) -> list[tuple[int, int]]:
+    """(first, last) of rows of blocks, with gaps of at most ``along`` blocks in them."""
     spans: list[tuple[int, int]] = []
     for wanted in ranges:
         first, last = (wanted.at - start) // BLOCK, (wanted.at + wanted.size - 1 - start) // BLOCK
-        if spans and first <= spans[-1][1] + 1 + ALONG:
-            spans[-1] = (spans[-1][0], last)
+        if spans and first <= spans[-1][1] + 1 + along:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], last))
         else:
             spans.append((first, last))
-    for first, last in spans:
-        for begin in range(first, last + 1, RUN):
-            yield begin, min(begin + RUN - 1, last)
+    return spans

@@ -107,6 +107,10 @@ class VerifiedImage:
         """What the image holds."""
         return self.layout.entries
 
+    def table(self) -> bytes:
+        """The checksums of all blocks, as they stand in the image."""
+        return self._sums.tobytes()
+
     def start(self, entry: Entry) -> int:
         """First byte of an entry, from the beginning of the image.
 
@@ -134,14 +138,23 @@ class VerifiedImage:
         Each raises:
             CheckpointDamaged: if a block fails its checksum.
         """
-        return [functools.partial(self._fetch, run) for run in plan_runs(ranges, self.layout)]
+        return [functools.partial(self.fetch, run) for run in plan_runs(ranges, self.layout)]
 
-    def _fetch(self, run: Run) -> None:
+    def fetch(self, run: Run) -> None:
+        """Read a run to its addresses, verified.
+
+        Raises:
+            CheckpointDamaged: if a block fails its checksum.
+        """
         bad = self._fetched(run)
         while bad >= 0 and self._elsewhere():
             bad = self._fetched(run)
         if bad >= 0:
             raise self._failed(run.first + bad)
+
+    def deliver(self, run: Run, source: int) -> bool:
+        """Put a run, whose bytes begin at address ``source``, where it belongs; whether all blocks are sound."""
+        return engine.scatter(source, run.segments, self._sums[run.first : run.last + 1].tolist()) < 0
 
     def _fetched(self, run: Run) -> int:
         begin = self.layout.data_start + run.first * BLOCK
@@ -171,9 +184,24 @@ class VerifiedImage:
         Raises:
             CheckpointDamaged: if it fails its checksum or is no JSON.
         """
-        data = bytes(self._verified(self.layout.json_start, self.stamp.json_length))
+        return self.parsed(self.document())
+
+    def document(self) -> bytes:
+        """The non-tensor state as it is stored.
+
+        Raises:
+            CheckpointDamaged: if it fails its checksum.
+        """
+        return bytes(self._verified(self.layout.json_start, self.stamp.json_length))
+
+    def parsed(self, document: bytes) -> Any:
+        """The JSON value of what `document` gave.
+
+        Raises:
+            CheckpointDamaged: if it is no JSON.
+        """
         try:
-            return jsontree.parse(data)
+            return jsontree.parse(document)
         except FormatError as error:
             raise CheckpointDamaged(f"{self.name}: non-tensor state: {error}") from error
 

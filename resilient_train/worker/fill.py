@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +26,8 @@ from resilient_train.plan.recovery import (
 )
 from resilient_train.spec.shard import Entry
 from resilient_train.worker.documents import merged
+from resilient_train.worker.images import Images
 from resilient_train.worker.rng import rng_name, rng_setters
-from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, stored
 
@@ -101,10 +100,7 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
             wanted, after = _arranged(copy, *places[copy.name], reader.start(copy.entry), uploads)
             ranges.setdefault(copy.rank, []).append(wanted)
             later += after
-        tasks = [task for source, wanted in ranges.items() for task in images.reader(source).fetching(wanted)]
-        with ThreadPoolExecutor(threads, "restore") as pool:
-            for done in [pool.submit(task) for task in tasks]:
-                done.result()
+        images.bring(ranges, threads)
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
     unwanted = tuple((name, name not in places) for name in sorted(there) if not name.startswith(PRIVATE))
@@ -144,7 +140,7 @@ def _document(images: Images, own: ImageReader | None, first: ImageReader) -> tu
     readers = [told]
     if not first.layout.alike:
         readers += [reader for reader in images.all() if reader is not told]
-    documents = [reader.json() for reader in readers]
+    documents = [images.document(reader.stamp.rank) for reader in readers]
     for reader, document in zip(readers, documents, strict=True):
         if not isinstance(document, dict):
             raise CheckpointDamaged(f"{reader.name}: the document is not an object")

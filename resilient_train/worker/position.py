@@ -31,7 +31,7 @@ _WAITS = {
     ("link.py", "wait_for_verdict"),
     ("link.py", "next_world"),
     ("process_group.py", "form"),
-    ("checkpointer.py", "_exchange"),
+    ("restoring.py", "_exchange"),
 }
 """Functions of this package that wait for other ranks."""
 _COMPILES = ("convert_frame.py", "compile_fx.py", "async_compile.py", "triton_heuristics.py")

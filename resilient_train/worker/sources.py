@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from resilient_train.errors import CheckpointDamaged
+from resilient_train.errors import CheckpointDamaged, ResilientError
 from resilient_train.image.reader import ImageReader, memory_reader
 from resilient_train.plan.recovery import Found, Holders, not_covered, ranks_by_key
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.storage.catalogue import listing, read_manifest
-from resilient_train.storage.commit import ImageFile, Manifest, folder_of
 from resilient_train.storage.peer import HeldImage, Peer
 from resilient_train.storage.tier import Tier
+from resilient_train.worker.exchange import Exchange
+from resilient_train.worker.fanout import open_together
+from resilient_train.worker.images import Images, open_image
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.remote import RemoteImage
 
@@ -37,46 +38,6 @@ class Candidate:
     """Which."""
     without: tuple[int, ...] = ()
     """The ranks whose images are gone; those of the others cover the state."""
-
-
-class Images:
-    """The images of one state, each opened when it is first asked for."""
-
-    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False) -> None:
-        """Args:
-        held: whose images there are.
-        open_image: opens a rank's.
-        whole: whether each has all that its rank held, and not only what the others' do not have.
-        """
-        self.held = held
-        self.whole = whole
-        self._open = open_image
-        self._readers: dict[int, ImageReader] = {}
-
-    @classmethod
-    def of(cls, readers: Sequence[ImageReader]) -> Images:
-        """The images of all ranks, which are open."""
-        by_rank = {reader.stamp.rank: reader for reader in readers}
-        return cls(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
-
-    def reader(self, rank: int) -> ImageReader:
-        """A rank's image.
-
-        Raises:
-            CheckpointDamaged: if it is gone, or its header or table fail their checksums.
-        """
-        if rank not in self._readers:
-            self._readers[rank] = self._open(rank)
-        return self._readers[rank]
-
-    def all(self) -> list[ImageReader]:
-        """The images that there are, by rank."""
-        return [self.reader(rank) for rank in sorted(self.held.ranks)]
-
-    def release(self) -> None:
-        """Let go of everything that was opened."""
-        for reader in self._readers.values():
-            reader.release()
 
 
 class MemorySource:
@@ -216,10 +177,15 @@ def _remote(key: Key, endpoints: Mapping[str, list[HeldImage]]) -> dict[int, lis
 class TierSource:
     """The committed checkpoints of a durable tier."""
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, exchange: Exchange | None = None) -> None:
+        """Args:
+        tier: where they are.
+        exchange: by which all ranks open a state together, so that each byte is read once; None: each for itself.
+        """
         self.name = tier.name
         self.waits = not tier.local
         self._tier = tier
+        self._exchange = exchange
 
     def candidates(self, past: Mapping[int, int | None]) -> list[Candidate]:
         """Committed states of the job's past, newest first."""
@@ -233,31 +199,18 @@ class TierSource:
 
     @contextmanager
     def open(self, state: Candidate, rank: int | None = None) -> Iterator[Images]:  # noqa: ARG002 - all are as near
-        """The images of a state.
+        """The images of a state; where ranks read together, all of them open it and bring what they want once.
 
         Raises:
             CheckpointDamaged: if the checkpoint is not what was committed.
         """
-        manifest = read_manifest(self._tier, state.key)
-        yield Images.of([open_image(self._tier, manifest, file) for file in manifest.files])
-
-
-def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
-    """A verified reader of one image of a checkpoint.
-
-    Raises:
-        CheckpointDamaged: if the file is missing, has another length, or another header than the manifest says.
-    """
-    path = f"{folder_of(manifest.key)}/{file.name}"
-    name = f"{tier.name}/{path}"
-    size = tier.size(path)
-    if size != file.size:
-        raise CheckpointDamaged(f"{name}: has {size} bytes, the manifest says {file.size}")
-    read_into = functools.partial(tier.read_into, path)
-    reader = ImageReader(
-        name, size, functools.partial(tier.read, path), read_into=read_into, header_crc=file.header_crc
-    )
-    reader.check(
-        key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
-    )
-    return reader
+        if self._exchange is None:
+            manifest = read_manifest(self._tier, state.key)
+            yield Images.of([open_image(self._tier, manifest, file) for file in manifest.files])
+            return
+        images = open_together(self._tier, state.key, self._exchange)
+        try:
+            yield images
+        except ResilientError as error:
+            images.give_up(error)
+            raise

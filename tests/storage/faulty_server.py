@@ -34,6 +34,8 @@ class FaultyServer:
         self._threads: list[threading.Thread] = []
         self.hurt = 0
         """Requests that were not passed on as they came."""
+        self.answered = 0
+        """Bytes that came from the real server, heads of answers included."""
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def break_with(self, fault: Fault) -> None:
@@ -118,6 +120,7 @@ class FaultyServer:
                     data = source.recv(_PIECE)
                     if not data:
                         return
+                    self.answered += len(data) if source is server else 0
                     other.sendall(data)
 
 

@@ -1,0 +1,122 @@
+"""What the ranks of a job say and send to each other while they restore together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from resilient_train.errors import CheckpointDamaged, PeerFailed, ResilientError
+
+_WELL, _DAMAGED, _FAILED = b"w", b"d", b"f"
+MOST_TEXT = 1000
+"""Bytes of an error's text that others are told."""
+
+
+class Exchange:
+    """Collectives on bytes over the job's process group.
+
+    An error of one rank reaches all in the call that it would have taken part in: nobody is left waiting for it.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        """Args:
+        rank: this rank.
+        size: number of ranks.
+        """
+        self.rank = rank
+        self.size = size
+        # Bytes come from, and are checked by, the host: a backend for its memory, if there is one, saves two copies.
+        backends = dict(pair.split(":", 1) for pair in dist.get_backend_config().split(","))
+        self._device = torch.device("cpu" if "cpu" in backends else torch.accelerator.current_accelerator() or "cpu")
+
+    def from_first(self, attempt: Callable[[], bytes]) -> bytes:
+        """What ``attempt`` gives on rank 0, which alone makes it.
+
+        Raises:
+            CheckpointDamaged, PeerFailed: on the others, if it raises.
+            ResilientError: what it raises on rank 0.
+        """
+        said, error = _said(attempt) if self.rank == 0 else (b"", None)
+        length = torch.tensor([len(said)], device=self._device)
+        dist.broadcast(length, 0)
+        data = _tensor(said, int(length)).to(self._device)
+        dist.broadcast(data, 0)
+        if error is not None:
+            raise error
+        return _heard(0, _bytes(data))
+
+    def from_all(self, attempt: Callable[[], bytes]) -> list[bytes]:
+        """What ``attempt`` gives on each rank, by rank.
+
+        Raises:
+            CheckpointDamaged, PeerFailed: if it raises on another rank.
+            ResilientError: what it raises here.
+        """
+        said, error = _said(attempt)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(said)], device=self._device))
+        most = max(int(length) for length in lengths)
+        pages = [torch.empty(most, dtype=torch.uint8, device=self._device) for _ in range(self.size)]
+        dist.all_gather(pages, _tensor(said, most).to(self._device))
+        if error is not None:
+            raise error
+        return [_heard(rank, _bytes(page[: int(n)])) for rank, (page, n) in enumerate(zip(pages, lengths, strict=True))]
+
+    def send(self, buffer: torch.Tensor, to: int) -> Callable[[], object]:
+        """Begin to send bytes to a rank, which receives as many; what waits until they are on their way.
+
+        Nothing may be written to the buffer before that.
+        """
+        data = buffer.to(self._device)
+        work = dist.isend(data, to)
+        assert work is not None
+        return partial(_finish, work, data)
+
+    def receive(self, buffer: torch.Tensor, sender: int) -> None:
+        """Fill the buffer with what a rank sends."""
+        data = torch.empty_like(buffer, device=self._device)
+        dist.recv(data, sender)
+        buffer.copy_(data)
+
+
+def _finish(work: dist.Work, data: torch.Tensor) -> None:
+    work.wait()
+    del data  # Held until here: the backend may read it.
+
+
+def _said(attempt: Callable[[], bytes]) -> tuple[bytes, ResilientError | None]:
+    try:
+        return _WELL + attempt(), None
+    except ResilientError as error:
+        return told(error), error
+
+
+def told(error: ResilientError) -> bytes:
+    """An error as others are told of it."""
+    kind = _DAMAGED if isinstance(error, CheckpointDamaged) else _FAILED
+    return kind + str(error).encode()[:MOST_TEXT]
+
+
+def retold(rank: int, data: bytes) -> ResilientError:
+    """The error that is raised where another rank has told of its own."""
+    text = data[1:].decode(errors="ignore")
+    if data[:1] == _DAMAGED:
+        return CheckpointDamaged(text)
+    return PeerFailed(f"rank {rank} could not restore its part: {text}")
+
+
+def _heard(rank: int, data: bytes) -> bytes:
+    if data[:1] != _WELL:
+        raise retold(rank, data)
+    return data[1:]
+
+
+def _tensor(data: bytes, length: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()

@@ -1,0 +1,116 @@
+"""The images of one state, wherever they stand, and how the bytes that are wanted of them are brought."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from resilient_train.errors import CheckpointDamaged
+from resilient_train.image.fetch import Range
+from resilient_train.image.reader import ImageReader
+from resilient_train.image.verified import ReadInto, ReadRange
+from resilient_train.plan.recovery import Holders
+from resilient_train.storage.commit import ImageFile, Manifest, folder_of
+from resilient_train.storage.tier import Tier
+
+
+class Images:
+    """The images of one state, each opened when it is first asked for."""
+
+    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False) -> None:
+        """Args:
+        held: whose images there are.
+        open_image: opens a rank's.
+        whole: whether each has all that its rank held, and not only what the others' do not have.
+        """
+        self.held = held
+        self.whole = whole
+        self._open = open_image
+        self._readers: dict[int, ImageReader] = {}
+
+    @classmethod
+    def of(cls, readers: Sequence[ImageReader]) -> Images:
+        """The images of all ranks, which are open."""
+        by_rank = {reader.stamp.rank: reader for reader in readers}
+        return cls(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
+
+    def reader(self, rank: int) -> ImageReader:
+        """A rank's image.
+
+        Raises:
+            CheckpointDamaged: if it is gone, or its header or table fail their checksums.
+        """
+        if rank not in self._readers:
+            self._readers[rank] = self._open(rank)
+        return self._readers[rank]
+
+    def document(self, rank: int) -> Any:
+        """The non-tensor state of a rank's image.
+
+        Raises:
+            CheckpointDamaged: if it fails its checksum or is no JSON.
+        """
+        return self.reader(rank).json()
+
+    def all(self) -> list[ImageReader]:
+        """The images that there are, by rank."""
+        return [self.reader(rank) for rank in sorted(self.held.ranks)]
+
+    def bring(self, ranges: Mapping[int, Sequence[Range]], threads: int) -> None:
+        """Read ranges of images to their addresses, verified.
+
+        Args:
+            ranges: by rank, what is wanted of its image.
+            threads: that read and verify.
+
+        Raises:
+            CheckpointDamaged: if a block fails its checksum.
+        """
+        with pool(threads) as readers:
+            tasks = [task for rank, wanted in ranges.items() for task in self.reader(rank).fetching(wanted)]
+            for done in [readers.submit(task) for task in tasks]:
+                done.result()
+
+    def release(self) -> None:
+        """Let go of everything that was opened."""
+        for reader in self._readers.values():
+            reader.release()
+
+
+@contextmanager
+def pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that read; after an error nothing further is begun, and what has begun is waited for."""
+    executor = ThreadPoolExecutor(threads, "restore")
+    try:
+        yield executor
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
+    """A verified reader of one image of a checkpoint.
+
+    Raises:
+        CheckpointDamaged: if the file is missing, has another length, or another header than the manifest says.
+    """
+    path = f"{folder_of(manifest.key)}/{file.name}"
+    size = tier.size(path)
+    if size != file.size:
+        raise CheckpointDamaged(f"{tier.name}/{path}: has {size} bytes, the manifest says {file.size}")
+    read_into = functools.partial(tier.read_into, path)
+    return read_image(tier, manifest, file, functools.partial(tier.read, path), read_into)
+
+
+def read_image(
+    tier: Tier, manifest: Manifest, file: ImageFile, read: ReadRange, read_into: ReadInto | None = None
+) -> ImageReader:
+    """The same of a file whose length is known to be right, by a function that reads it."""
+    name = f"{tier.name}/{folder_of(manifest.key)}/{file.name}"
+    reader = ImageReader(name, file.size, read, read_into=read_into, header_crc=file.header_crc)
+    reader.check(
+        key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
+    )
+    return reader

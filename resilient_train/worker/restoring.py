@@ -1,0 +1,239 @@
+"""Find the newest state that is left anywhere and fill a training's state from it, all ranks together.
+
+Rank 0 chooses for all; every rank fills its part; all agree whether it was sound before anybody goes on.  Where it was
+not, all take the state before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StateMismatch
+from resilient_train.image.native import checksum
+from resilient_train.spec.world import Key, ancestry
+from resilient_train.storage.tier import Tier
+from resilient_train.worker.exchange import Exchange
+from resilient_train.worker.fill import Filled, fill
+from resilient_train.worker.host import Host
+from resilient_train.worker.images import Images
+from resilient_train.worker.sources import Candidate, MemorySource, TierSource
+from resilient_train.worker.state import State
+
+logger = logging.getLogger(__name__)
+
+NETWORK_READS = 16
+"""Requests that a rank has on their way to a server while it restores."""
+NEAR = 20
+"""Steps that a state in memory may be behind the last finished one before storage is asked for something newer."""
+MOST_RESTORE_THREADS = 8
+"""Threads of a rank beyond which memory, and no processor, is what limits."""
+_PAGE = 1 << 15
+"""Bytes in which what rank 0 has to say fits: an escaped URL, which no system takes longer than 4 KiB."""
+
+
+class Source(Protocol):
+    """Where states can be restored from."""
+
+    name: str
+    """What it is called."""
+    waits: bool
+    """Whether reading from it is mostly waiting, for a network."""
+
+    def candidates(self, past: dict[int, int | None]) -> list[Candidate]:
+        """Whole states of the past, newest first."""
+        ...
+
+    def newest_lineage(self) -> int:
+        """The highest lineage of any state there, complete or not; 0 if there is none."""
+        ...
+
+    def open(self, state: Candidate, rank: int | None = None) -> AbstractContextManager[Images]:
+        """The images of a state, the nearest those of ``rank``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What the state was filled from."""
+
+    key: Key | None
+    """Which state; None for a fresh start."""
+    place: str
+    """Where it was."""
+    lineage: int
+    """The number under which this generation goes on."""
+    alike: bool
+    """Whether all ranks' states have the same names, shapes and layouts."""
+
+
+class Restoring:
+    """One restore, by all ranks at once."""
+
+    def __init__(self, state: State, host: Host, tier: Tier | None, rank: int, size: int) -> None:
+        """Args:
+        state: what to fill.
+        host: this process's surroundings.
+        tier: where states are durable, if anywhere.
+        rank: this rank.
+        size: number of ranks.
+        """
+        self._state = state
+        self._host = host
+        self._tier = tier
+        self._rank = rank
+        self._size = size
+        self._restores = host.restores()
+        self._alike = size == 1
+
+    def newest(self) -> Restored:
+        """Fill the state from the newest whole state; a fresh start leaves it as it is.
+
+        Raises:
+            StateMismatch: if the newest state is of another model.
+            CheckpointDamaged: if there are states and every one is damaged, or finished steps are lost altogether.
+            StorageError: if the location cannot be read.
+            PeerFailed: if another rank could not restore.
+        """
+        past = ancestry(self._restores)
+        damaged: list[tuple[str, Key]] = []
+        while True:
+            choice = self._choose(past, damaged)
+            key = None if choice["key"] is None else Key(*choice["key"])
+            if key is None:
+                self._check_fresh_start(damaged)
+            problem, filled = None, None
+            if key is not None:
+                problem, filled = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
+            well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
+            if well == 0:
+                self._check_all_wanted(filled)
+                return Restored(key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike)
+            assert key is not None
+            if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
+                raise problem
+            if well == 2:
+                raise PeerFailed(f"{key} from {choice['place']}: another rank could not restore it, and says why")
+            if problem is not None:
+                logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
+            damaged.append((choice["place"], key))
+
+    def _check_fresh_start(self, damaged: list[tuple[str, Key]]) -> None:
+        if damaged:
+            named = ", ".join(f"{key} in {place}" for place, key in damaged)
+            raise CheckpointDamaged(f"every state that is left is damaged ({named}); not starting over on top of it")
+        finished = self._host.finished_steps()
+        if finished > 0:
+            raise CheckpointDamaged(
+                f"no complete copy of the state is left in memory or at the location, and {finished} steps were"
+                " finished: not starting over in silence; start the job again to do so"
+            )
+
+    def _sources(self) -> list[Source]:
+        sources: list[Source] = [MemorySource(self._host.keeper)]
+        if self._tier is not None:
+            together = self._size > 1 and not self._tier.local
+            sources.append(TierSource(self._tier, Exchange(self._rank, self._size) if together else None))
+        return sources
+
+    def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
+        """Rank 0 decides for all, so that a tier that changes meanwhile cannot split them."""
+        if self._rank == 0:
+            try:
+                return self._exchange(self._chosen(past, damaged))
+            except ResilientError as error:
+                self._exchange({"error": str(error)[: _PAGE // 16]})
+                raise
+        choice = self._exchange(None)
+        if "error" in choice:
+            raise PeerFailed(f"rank 0 found nothing out about states to restore: {choice['error']}")
+        return choice
+
+    def _chosen(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
+        place, key, without = "", None, tuple[int, ...]()
+        for source in self._sources():
+            whole = [state for state in source.candidates(past) if (source.name, state.key) not in damaged]
+            if whole and (key is None or whole[0].key > key):
+                place, key, without = source.name, whole[0].key, whole[0].without
+            if key is not None and self._restores and key.step >= self._host.finished_steps() - NEAR:
+                # Within a job, what is durable was in memory before; and of lost nodes' memory copies are kept, which
+                # are hardly older, if there is room for them.
+                break
+        return {"place": place, "key": key, "without": without, "lineage": self._next_lineage(key)}
+
+    def _next_lineage(self, key: Key | None) -> int:
+        """A number that no state at the URL and none of this job was computed under."""
+        generation = self._host.generation
+        if self._restores:
+            last = self._restores[-1]
+            return generation + last.lineage - last.generation
+        older = max(source.newest_lineage() for source in self._sources())
+        return generation + max(older, key.lineage if key else 0)
+
+    def _exchange(self, value: dict[str, Any] | None) -> dict[str, Any]:
+        """What rank 0 passes, on every rank."""
+        if self._size == 1:
+            assert value is not None
+            return value
+        # Not through the store, which launchers keep from one attempt to the next with all that was said in it.
+        device = self._host.device
+        text = json.dumps(value).encode() if value is not None else b""
+        page = torch.frombuffer(bytearray(text.ljust(_PAGE)), dtype=torch.uint8).to(device)
+        dist.broadcast(page, 0)
+        received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
+        return received
+
+    def _try(self, place: str, state: Candidate) -> tuple[ResilientError | None, Filled | None]:
+        """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
+        source = next(source for source in self._sources() if source.name == place)
+        try:
+            with source.open(state, self._rank) as images:
+                filled = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
+        except ResilientError as error:
+            return error, None
+        return None, filled
+
+    def _check_all_wanted(self, filled: Filled | None) -> None:
+        """Where ranks have parts of their own, nothing of the checkpoint may have been left to others by all of them.
+
+        Raises:
+            StateMismatch: naming it.
+        """
+        if filled is None or not filled.unwanted:
+            return
+        left = torch.tensor([here for _, here in filled.unwanted], dtype=torch.uint8, device=self._host.device)
+        if self._size > 1:
+            dist.all_reduce(left, op=dist.ReduceOp.MIN)
+        names = [name for (name, _), nobodys in zip(filled.unwanted, left.tolist(), strict=True) if nobodys]
+        if names:
+            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+            raise StateMismatch(f"the checkpoint holds {names[0]}{more}, which no rank's state has")
+
+    def _restore_threads(self, source: Source) -> int:
+        """This rank's share of the processor's cores; more where they would only wait."""
+        share = len(os.sched_getaffinity(0)) // len(self._host.local_slots)
+        return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
+
+    def _all_well(self, trouble: int, choice: dict[str, Any]) -> int:
+        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice.
+
+        Here the ranks learn, too, whether their states are of the same make, so that any rank's image tells of all.
+        """
+        if self._size == 1:
+            return trouble
+        chosen, make = checksum(json.dumps(choice).encode()), checksum(self._state.make())
+        told = [trouble, chosen, -chosen, make, -make]
+        flags = torch.tensor(told, dtype=torch.int64, device=self._host.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        worst, highest, lowest, one, other = flags.tolist()
+        if -lowest != highest:
+            raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
+        self._alike = one == -other
+        return int(worst)
