@@ -20,6 +20,7 @@ from worlds import world, worlds
 from resilient_train.errors import ConfigError, StateMismatch, UnsupportedState
 from resilient_train.image.reader import ImageReader
 from resilient_train.worker.fill import fill
+from resilient_train.worker.images import Images
 from resilient_train.worker.shard_reader import Place, decode_place, encode_place
 from resilient_train.worker.state import State
 from resilient_train.worker.stream import ElasticStream, StreamBatch
@@ -64,7 +65,7 @@ def images(streams: list[ElasticStream]) -> list[ImageReader]:
 
 def restored(streams: list[ElasticStream], readers: list[ImageReader]) -> None:
     for rank, stream in enumerate(streams):
-        fill(State(stream=stream), readers, rank, len(streams))
+        fill(State(stream=stream), Images.of(readers), rank, len(streams))
 
 
 def step_of(streams: list[ElasticStream], ranks: list[World], step: int) -> list[StreamBatch]:
