@@ -186,7 +186,8 @@ def _arranged(
         strides = torch.empty(copy.entry.shape, device="meta").stride()
         after.append(functools.partial(uploads.copy, place, gathered.as_strided(copy.box.shape, strides)))
         place = gathered
-    return Range(start + first * width, count * width, place.data_ptr()), after
+    row, stride = copy.box.rows_in(copy.entry.box)
+    return Range(start + first * width, count * width, place.data_ptr(), row * width, stride * width), after
 
 
 def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:
