@@ -68,6 +68,7 @@ const std::array<Shift, 32>& shifts() {
 // full speed; their results are joined by shifting the CRC over the following lanes' bytes with precomputed tables.
 constexpr int kLaneBits = 12;
 constexpr std::size_t kLane = 1 << kLaneBits;
+constexpr int kShortBits = 7;  // What is left, and rows of matrices.
 
 std::uint64_t load(const unsigned char* at) {
   std::uint64_t word;
@@ -75,22 +76,29 @@ std::uint64_t load(const unsigned char* at) {
   return word;
 }
 
-__attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
-  static const Shift& one = shifts()[kLaneBits];
-  static const Shift& two = shifts()[kLaneBits + 1];
-  const auto* at = static_cast<const unsigned char*>(data);
-  std::uint64_t a = ~crc;
-  while (size >= 3 * kLane) {
+// The register after as many of the bytes as three lanes of 2^kBits bytes have, again and again; takes them off.
+template <int kBits>
+__attribute__((target("sse4.2"))) std::uint64_t in_lanes(std::uint64_t a, const unsigned char*& at, std::size_t& size) {
+  constexpr std::size_t lane = std::size_t{1} << kBits;
+  const Shift& one = shifts()[kBits];
+  const Shift& two = shifts()[kBits + 1];
+  for (; size >= 3 * lane; size -= 3 * lane, at += 3 * lane) {
     std::uint64_t b = 0, c = 0;
-    for (std::size_t i = 0; i < kLane; i += 8) {
+    for (std::size_t i = 0; i < lane; i += 8) {
       a = _mm_crc32_u64(a, load(at + i));
-      b = _mm_crc32_u64(b, load(at + kLane + i));
-      c = _mm_crc32_u64(c, load(at + 2 * kLane + i));
+      b = _mm_crc32_u64(b, load(at + lane + i));
+      c = _mm_crc32_u64(c, load(at + 2 * lane + i));
     }
     a = apply(two, static_cast<std::uint32_t>(a)) ^ apply(one, static_cast<std::uint32_t>(b)) ^ c;
-    at += 3 * kLane;
-    size -= 3 * kLane;
   }
+  return a;
+}
+
+__attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
+  const auto* at = static_cast<const unsigned char*>(data);
+  std::uint64_t a = ~crc;
+  if (size >= 3 << kLaneBits) a = in_lanes<kLaneBits>(a, at, size);
+  if (size >= 3 << kShortBits) a = in_lanes<kShortBits>(a, at, size);
   for (; size >= 8; size -= 8, at += 8) a = _mm_crc32_u64(a, load(at));
   auto rest = static_cast<std::uint32_t>(a);
   for (; size > 0; --size, ++at) rest = _mm_crc32_u8(rest, *at);
@@ -159,9 +167,10 @@ std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noex
 }
 
 std::uint32_t crc32c_zeros(std::uint32_t crc, std::uint32_t size) noexcept {
+  const std::array<Shift, 32>& powers = shifts();
   crc = ~crc;
   for (std::size_t k = 0; size > 0; ++k, size >>= 1)
-    if (size & 1) crc = apply(shifts()[k], crc);
+    if (size & 1) crc = apply(powers[k], crc);
   return ~crc;
 }
 
