@@ -12,8 +12,6 @@ RUN = 8
 """Blocks that are read at once: enough to keep a disk or a server busy, few enough to stay in the caches."""
 ALONG = 1
 """Blocks that nobody wants but that are read along, because another request would cost more."""
-
-
 REQUEST = 32
 """What it costs to ask for rows, in bytes: about what they are in a message."""
 
@@ -29,10 +27,18 @@ class Range:
     address: int
     """Where they belong."""
     row: int = 0
-    """Only so many at the beginning of every ``stride`` bytes are really wanted; 0: all.  The others may or may not be
-    brought, and need not be in place when something is said to be."""
+    """Only so many at the beginning of every ``stride`` bytes are really wanted; 0: all.  The others may be brought
+    along, or what stands at their addresses left alone."""
     stride: int = 0
     """See ``row``."""
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that are really wanted."""
+        if not self.row:
+            return self.size
+        count, rest = divmod(self.size, self.stride)
+        return count * self.row + min(rest, self.row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

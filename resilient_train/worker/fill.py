@@ -105,8 +105,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
                 done.result()
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
-    near = sum(wanted.size for source in ranges.keys() & set(held.near) for wanted in ranges[source])
-    moved = sum(wanted.size for of_rank in ranges.values() for wanted in of_rank)
+    near = sum(wanted.wanted for source in ranges.keys() & set(held.near) for wanted in ranges[source])
+    moved = sum(wanted.wanted for of_rank in ranges.values() for wanted in of_rank)
     return Filled(elements=sum(want.box.size for want in wants), near=near, far=moved - near)
 
 
