@@ -195,12 +195,6 @@ class Peer:
                 wire.close()
 
 
-def _reason(answer: Message) -> str:
-    if not isinstance(answer, Declined):
-        raise FormatError(f"{answer!r:.200}")
-    return answer.reason
-
-
 _PUT_PIECE = 8 << 20
 
 
@@ -238,3 +232,9 @@ def _agreed(wire: Wire, kind: type[Ready] | type[Stored]) -> None:
         raise PeerDeclined(answer.reason)
     if not isinstance(answer, kind):
         raise LinkLost(f"{wire.name} answered {answer!r:.200}")
+
+
+def _reason(answer: Message) -> str:
+    if not isinstance(answer, Declined):
+        raise FormatError(f"{answer!r:.200}")
+    return answer.reason
