@@ -11,6 +11,7 @@
 #include "bindings.hpp"
 #include "copier.hpp"
 #include "crc32c.hpp"
+#include "gather.hpp"
 #include "parity.hpp"
 #include "publish.hpp"
 #include "scatter.hpp"
@@ -32,6 +33,41 @@ rt::cuda::StreamHandle stream_handle(std::uintptr_t stream) {
 }
 
 using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool>;
+
+using RowsTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+
+std::vector<rt::Rows> rows_of(const std::vector<RowsTuple>& tuples) {
+  std::vector<rt::Rows> rows;
+  rows.reserve(tuples.size());
+  for (const auto& [at, size, stride, count, target] : tuples) rows.push_back({at, size, stride, count, target});
+  return rows;
+}
+
+void bind_gather(nb::module_& m) {
+  m.def(
+      "crc32c_zeros", [](std::uint32_t size, std::uint32_t crc) { return rt::crc32c_zeros(crc, size); },
+      nb::arg("size"), nb::arg("crc") = 0, "CRC32C of `size` zero bytes, for tests.");
+  m.def(
+      "gather_rows",
+      [](std::uintptr_t source, std::uint64_t total, const std::vector<RowsTuple>& tuples, std::uintptr_t target) {
+        const std::vector<rt::Rows> rows = rows_of(tuples);
+        nb::gil_scoped_release unlocked;
+        return rt::gather_rows(reinterpret_cast<const unsigned char*>(source), total, rows,
+                               reinterpret_cast<unsigned char*>(target));
+      },
+      nb::arg("source"), nb::arg("total"), nb::arg("rows"), nb::arg("target"),
+      "Copy rows of blocks one behind the other; what the gaps between them add to the blocks' checksums.");
+  m.def(
+      "scatter_rows",
+      [](std::uintptr_t source, std::uint64_t total, const std::vector<RowsTuple>& tuples,
+         const std::vector<std::uint32_t>& gaps, const std::vector<std::uint32_t>& sums) {
+        const std::vector<rt::Rows> rows = rows_of(tuples);
+        nb::gil_scoped_release unlocked;
+        return rt::scatter_rows(reinterpret_cast<const unsigned char*>(source), total, rows, gaps, sums);
+      },
+      nb::arg("source"), nb::arg("total"), nb::arg("rows"), nb::arg("gaps"), nb::arg("sums"),
+      "Put gathered rows where they belong; the first block that fails its checksum, or -1.");
+}
 
 void bind_copier(nb::module_& m) {
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
@@ -108,6 +144,7 @@ NB_MODULE(_native, m) {
       },
       nb::arg("source"), nb::arg("segments"), nb::arg("sums"),
       "Put consecutive blocks of an image where they belong; the first that fails its checksum, or -1.");
+  bind_gather(m);
   bind_device(m);
   bind_copier(m);
   // At the end of a process Python does not promise to let go of everything, and there is nothing to flush.

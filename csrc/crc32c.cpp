@@ -30,32 +30,45 @@ constexpr Tables make_tables() {
 
 constexpr Tables kTables = make_tables();
 
-#if defined(__x86_64__)
-// One chain of crc32 instructions has a latency of 3 cycles and a throughput of 1, so three independent lanes run at
-// full speed; their results are joined by shifting the CRC over the following lanes' bytes with precomputed tables.
-constexpr std::size_t kLane = 4096;
-
+// What a number of zero bytes does to the register: a linear map over GF(2), as tables by the register's bytes.
 using Shift = std::array<std::array<std::uint32_t, 256>, 4>;
-
-constexpr std::uint32_t append_zero_bytes(std::uint32_t crc, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; ++i) crc = (crc >> 8) ^ kTables[0][crc & 0xff];
-  return crc;
-}
-
-Shift make_shift(std::size_t bytes) {
-  std::array<std::uint32_t, 32> basis{};
-  for (int bit = 0; bit < 32; ++bit) basis[bit] = append_zero_bytes(1u << bit, bytes);
-  Shift shift{};
-  for (int part = 0; part < 4; ++part)
-    for (std::uint32_t byte = 0; byte < 256; ++byte)
-      for (int bit = 0; bit < 8; ++bit)
-        if (byte >> bit & 1) shift[part][byte] ^= basis[8 * part + bit];
-  return shift;
-}
 
 std::uint32_t apply(const Shift& shift, std::uint32_t crc) {
   return shift[0][crc & 0xff] ^ shift[1][crc >> 8 & 0xff] ^ shift[2][crc >> 16 & 0xff] ^ shift[3][crc >> 24];
 }
+
+// The map that takes each bit of the register to what `image(bit)` says.
+template <class Image>
+Shift make_shift(Image image) {
+  Shift shift{};
+  for (int part = 0; part < 4; ++part) {
+    std::array<std::uint32_t, 8> basis;
+    for (int bit = 0; bit < 8; ++bit) basis[bit] = image(1u << (8 * part + bit));
+    for (std::uint32_t byte = 0; byte < 256; ++byte)
+      for (int bit = 0; bit < 8; ++bit)
+        if (byte >> bit & 1) shift[part][byte] ^= basis[bit];
+  }
+  return shift;
+}
+
+// By 1, 2, 4, ... zero bytes, each the one before it twice.
+const std::array<Shift, 32>& shifts() {
+  static const std::array<Shift, 32> powers = [] {
+    std::array<Shift, 32> made;
+    made[0] = make_shift([](std::uint32_t crc) { return (crc >> 8) ^ kTables[0][crc & 0xff]; });
+    for (std::size_t k = 1; k < made.size(); ++k)
+      made[k] = make_shift([&](std::uint32_t crc) { return apply(made[k - 1], apply(made[k - 1], crc)); });
+    return made;
+  }();
+  return powers;
+}
+
+#if defined(__x86_64__)
+// One chain of crc32 instructions has a latency of 3 cycles and a throughput of 1, so three independent lanes run at
+// full speed; their results are joined by shifting the CRC over the following lanes' bytes with precomputed tables.
+constexpr int kLaneBits = 12;
+constexpr std::size_t kLane = 1 << kLaneBits;
+constexpr int kShortBits = 7;  // What is left, and rows of matrices.
 
 std::uint64_t load(const unsigned char* at) {
   std::uint64_t word;
@@ -63,22 +76,29 @@ std::uint64_t load(const unsigned char* at) {
   return word;
 }
 
-__attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
-  static const Shift one = make_shift(kLane);
-  static const Shift two = make_shift(2 * kLane);
-  const auto* at = static_cast<const unsigned char*>(data);
-  std::uint64_t a = ~crc;
-  while (size >= 3 * kLane) {
+// The register after as many of the bytes as three lanes of 2^kBits bytes have, again and again; takes them off.
+template <int kBits>
+__attribute__((target("sse4.2"))) std::uint64_t in_lanes(std::uint64_t a, const unsigned char*& at, std::size_t& size) {
+  constexpr std::size_t lane = std::size_t{1} << kBits;
+  const Shift& one = shifts()[kBits];
+  const Shift& two = shifts()[kBits + 1];
+  for (; size >= 3 * lane; size -= 3 * lane, at += 3 * lane) {
     std::uint64_t b = 0, c = 0;
-    for (std::size_t i = 0; i < kLane; i += 8) {
+    for (std::size_t i = 0; i < lane; i += 8) {
       a = _mm_crc32_u64(a, load(at + i));
-      b = _mm_crc32_u64(b, load(at + kLane + i));
-      c = _mm_crc32_u64(c, load(at + 2 * kLane + i));
+      b = _mm_crc32_u64(b, load(at + lane + i));
+      c = _mm_crc32_u64(c, load(at + 2 * lane + i));
     }
     a = apply(two, static_cast<std::uint32_t>(a)) ^ apply(one, static_cast<std::uint32_t>(b)) ^ c;
-    at += 3 * kLane;
-    size -= 3 * kLane;
   }
+  return a;
+}
+
+__attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
+  const auto* at = static_cast<const unsigned char*>(data);
+  std::uint64_t a = ~crc;
+  if (size >= 3 << kLaneBits) a = in_lanes<kLaneBits>(a, at, size);
+  if (size >= 3 << kShortBits) a = in_lanes<kShortBits>(a, at, size);
   for (; size >= 8; size -= 8, at += 8) a = _mm_crc32_u64(a, load(at));
   auto rest = static_cast<std::uint32_t>(a);
   for (; size > 0; --size, ++at) rest = _mm_crc32_u8(rest, *at);
@@ -99,8 +119,8 @@ __attribute__((target("sse4.2"), always_inline)) inline std::uint64_t stream_lin
 
 __attribute__((target("sse4.2"))) std::uint32_t stream_sse42(std::uint32_t crc, void* target, const void* source,
                                                              std::size_t size) {
-  static const Shift one = make_shift(kLane);
-  static const Shift two = make_shift(2 * kLane);
+  static const Shift& one = shifts()[kLaneBits];
+  static const Shift& two = shifts()[kLaneBits + 1];
   auto* to = static_cast<unsigned char*>(target);
   const auto* from = static_cast<const unsigned char*>(source);
   const std::size_t head = std::min<std::size_t>(size, -reinterpret_cast<std::uintptr_t>(to) & 63);
@@ -144,6 +164,14 @@ std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noex
   if (has_instruction) return crc32c_sse42(crc, data, size);
 #endif
   return crc32c_portable(crc, data, size);
+}
+
+std::uint32_t crc32c_zeros(std::uint32_t crc, std::uint32_t size) noexcept {
+  const std::array<Shift, 32>& powers = shifts();
+  crc = ~crc;
+  for (std::size_t k = 0; size > 0; ++k, size >>= 1)
+    if (size & 1) crc = apply(powers[k], crc);
+  return ~crc;
 }
 
 std::uint32_t copy_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept {

@@ -9,6 +9,10 @@ namespace resilient_train {
 // Extends `crc` (0 to begin) over `size` bytes at `data`. Thread-safe; never fails.
 std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noexcept;
 
+// The same as crc32c() over `size` zero bytes, in a time that grows with the logarithm of `size`. Thread-safe; never
+// fails.
+std::uint32_t crc32c_zeros(std::uint32_t crc, std::uint32_t size) noexcept;
+
 // Copies `size` bytes from `source` to `target` (which do not overlap) past the caches, so that the copy of a large
 // image neither reads the target's old bytes nor evicts what the program is working with; returns
 // crc32c(crc, source, size). The copy is visible to other threads when this returns. Thread-safe; never fails.

@@ -9,6 +9,7 @@
 
 #include "../copier.hpp"
 #include "../crc32c.hpp"
+#include "../gather.hpp"
 #include "../parity.hpp"
 #include "../publish.hpp"
 #include "../scatter.hpp"
@@ -79,6 +80,43 @@ void scatters(std::mt19937& chance) {
   check(rt::scatter(nullptr, segments, sums) == 1, "the damaged block is named");
 }
 
+void gathers(std::mt19937& chance) {
+  const std::size_t total = (1u << 20) + chance() % (1u << 20);
+  std::vector<unsigned char> image(total), target(total);
+  for (auto& byte : image) byte = static_cast<unsigned char>(chance());
+  std::vector<std::uint32_t> sums;
+  for (std::size_t at = 0; at < total; at += rt::kBlock)
+    sums.push_back(rt::crc32c_portable(0, image.data() + at, std::min(rt::kBlock, total - at)));
+  std::vector<rt::Rows> rows;
+  std::vector<unsigned char> expected(total);
+  std::size_t wanted = 0;
+  for (std::size_t at = chance() % 100000;;) {
+    const std::size_t size = 1 + chance() % (chance() % 2 ? 100 : 50000), stride = size + chance() % 3000;
+    const std::size_t count = 1 + chance() % 20;
+    if (at + stride * (count - 1) + size > total) break;
+    rows.push_back({at, size, stride, count, reinterpret_cast<std::uint64_t>(target.data() + at)});
+    for (std::size_t i = 0; i < count; ++i)
+      std::memcpy(expected.data() + at + i * stride, image.data() + at + i * stride, size);
+    wanted += size * count;
+    at += stride * (count - 1) + size + chance() % 2 * (chance() % 10000);
+  }
+  // Exactly as long as it must be, so that one byte too far is an error.
+  std::vector<unsigned char> travelled(wanted);
+  const std::vector<std::uint32_t> gaps = rt::gather_rows(image.data(), total, rows, travelled.data());
+  check(rt::scatter_rows(travelled.data(), total, rows, gaps, sums) == -1 && target == expected, "rows in their places");
+  image[total - 1] ^= 1;
+  const std::vector<std::uint32_t> other = rt::gather_rows(image.data(), total, rows, travelled.data());
+  check(rt::scatter_rows(travelled.data(), total, rows, other, sums) == 1, "the block with a damaged gap is named");
+  rows.assign(1, {1, 1, ~0ull, 3, 0});
+  bool thrown = false;
+  try {
+    rt::gather_rows(image.data(), total, rows, travelled.data());
+  } catch (const std::invalid_argument&) {
+    thrown = true;
+  }
+  check(thrown, "rows outside of the blocks are refused");
+}
+
 void parities(std::mt19937& chance) {
   const std::size_t size = chance() % 1000;
   std::vector<unsigned char> one(size), two(size);
@@ -120,6 +158,7 @@ int main() {
   std::mt19937 chance(1);
   for (int round = 0; round < 20; ++round) copies(chance);
   for (int round = 0; round < 20; ++round) scatters(chance);
+  for (int round = 0; round < 20; ++round) gathers(chance);
   for (int round = 0; round < 50; ++round) parities(chance);
   words();
   refusals();

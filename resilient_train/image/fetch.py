@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from resilient_train.spec.peers import MOST_ROWS
 from resilient_train.spec.shard import BLOCK, ImageLayout
 
 RUN = 8
 """Blocks that are read at once: enough to keep a disk or a server busy, few enough to stay in the caches."""
 ALONG = 1
 """Blocks that nobody wants but that are read along, because another request would cost more."""
+REQUEST = 32
+"""What it costs to ask for rows, in bytes: about what they are in a message."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,6 +27,35 @@ class Range:
     """How many."""
     address: int
     """Where they belong."""
+    row: int = 0
+    """Only so many at the beginning of every ``stride`` bytes are really wanted; 0: all.  The others may be brought
+    along, or what stands at their addresses left alone."""
+    stride: int = 0
+    """See ``row``."""
+
+    @property
+    def wanted(self) -> int:
+        """Bytes that are really wanted."""
+        if not self.row:
+            return self.size
+        count, rest = divmod(self.size, self.stride)
+        return count * self.row + min(rest, self.row)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """``count`` times ``size`` bytes, one every ``stride`` bytes."""
+
+    at: int
+    """First byte, from the beginning of the run."""
+    size: int
+    """Bytes of each."""
+    stride: int
+    """Bytes from the beginning of one to that of the next."""
+    count: int
+    """How many."""
+    address: int
+    """Where the first belongs; the others belong as far from it as they stand from each other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +68,23 @@ class Run:
     """Number of the last one."""
     segments: list[tuple[int, int]]
     """(address or 0, size) of everything in them, in order."""
+    rows: list[Rows] = field(default_factory=list)
+    """What is wanted of them, in order."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all blocks."""
+        return sum(size for _, size in self.segments)
+
+    @property
+    def wanted(self) -> int:
+        """Bytes of the rows."""
+        return sum(rows.size * rows.count for rows in self.rows)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether to ask for the rows costs clearly less than to move everything."""
+        return len(self.rows) <= MOST_ROWS and self.wanted + REQUEST * len(self.rows) < 0.95 * self.size
 
 
 def plan_runs(ranges: Iterable[Range], layout: ImageLayout) -> list[Run]:
@@ -105,19 +154,43 @@ def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
         at = layout.data_start + first * BLOCK
         end = min(layout.data_start + (last + 1) * BLOCK, layout.crc_start)
         segments: list[tuple[int, int]] = []
+        rows: list[Rows] = []
+        start = at
         while index < len(ranges) and ranges[index].at < end:
             wanted = ranges[index]
             begin, stop = max(wanted.at, at), min(wanted.at + wanted.size, end)
             if begin > at:
                 segments.append((0, begin - at))
             segments.append((wanted.address + begin - wanted.at, stop - begin))
+            rows += _rows_between(wanted, begin, stop, start)
             at = stop
             if wanted.at + wanted.size > end:
                 break  # The next run has the rest.
             index += 1
         if at < end:
             segments.append((0, end - at))
-        yield Run(first=first, last=last, segments=segments)
+        yield Run(first=first, last=last, segments=segments, rows=rows)
+
+
+def _rows_between(wanted: Range, begin: int, stop: int, start: int) -> Iterator[Rows]:
+    """What is wanted of the bytes ``begin`` to ``stop`` of an image, in a run that begins at ``start``."""
+    row, stride = (wanted.row, wanted.stride) if wanted.row else (wanted.size, wanted.size)
+
+    def rows(at: int, size: int, count: int) -> Rows:
+        address = wanted.address + at - wanted.at
+        return Rows(at=at - start, size=size, stride=stride, count=count, address=address)
+
+    at = begin
+    if behind := (at - wanted.at) % stride:
+        if behind < row:
+            yield rows(at, min(row - behind, stop - at), 1)
+        at = min(stop, at + stride - behind)
+    count, rest = divmod(stop - at, stride)
+    count += rest >= row
+    if count:
+        yield rows(at, row, count)
+    if 0 < rest < row:
+        yield rows(stop - rest, rest, 1)
 
 
 def _runs_of_blocks(ranges: list[Range], start: int) -> Iterator[tuple[int, int]]:

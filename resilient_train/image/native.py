@@ -39,6 +39,8 @@ class Copier(Protocol):
         ...
 
 
+Rows = tuple[int, int, int, int, int]
+"""(first byte in the blocks, size, stride, count, address of the first): see `resilient_train.image.fetch.Rows`."""
 Piece = tuple[int, int, int, bool]
 """(byte of the image, address of the source or 0 if the bytes stand there already, size, copied at once)."""
 
@@ -120,6 +122,43 @@ class Engine(Protocol):
         """
         ...
 
+    def gather_rows(self, source: int, total: int, rows: Sequence[Rows], target: int) -> list[int]:
+        """Copy rows of consecutive blocks one behind the other.
+
+        Args:
+            source: address of the blocks.
+            total: their bytes.
+            rows: in order and disjoint; their addresses do not matter.
+            target: where to copy them.
+
+        Returns:
+            What the gaps between the rows add to the CRC32C of every block: see `csrc/gather.hpp`.
+
+        Raises:
+            ValueError: if the rows are not in order within the blocks.
+        """
+        ...
+
+    def scatter_rows(
+        self, source: int, total: int, rows: Sequence[Rows], gaps: Sequence[int], sums: Sequence[int]
+    ) -> int:
+        """Put what `gather_rows` copied where it belongs, and verify the blocks, gaps included.
+
+        Args:
+            source: address of the rows.
+            total: bytes of the blocks.
+            rows: the same, with their addresses.
+            gaps: what `gather_rows` said.
+            sums: the CRC32C of every block.
+
+        Returns:
+            Index of the first block that fails its checksum, or -1.
+
+        Raises:
+            ValueError: if the rows are not in order within the blocks, or there are not as many numbers as blocks.
+        """
+        ...
+
     def xor_into(self, target: int, source: int, size: int) -> None:
         """Replace ``size`` bytes at address ``target`` by their exclusive or with those at ``source``."""
         ...
@@ -177,8 +216,33 @@ class PythonCopier:
 
 
 def _sum(address: int, size: int, crc: int = 0) -> int:
-    buffer = (ctypes.c_ubyte * size).from_address(address)
-    return crc32c_numpy(np.frombuffer(memoryview(buffer), dtype=np.uint8), crc)
+    return crc32c_numpy(_bytes_at(address, size), crc)
+
+
+def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(memoryview((ctypes.c_ubyte * size).from_address(address)), dtype=np.uint8)
+
+
+def _blocks(data: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+    return [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
+
+
+def _each(rows: Sequence[Rows], total: int) -> list[slice]:
+    """Where each row stands in its blocks."""
+    parts = [
+        slice(at + i * stride, at + i * stride + size) for at, size, stride, count, _ in rows for i in range(count)
+    ]
+    ends = [0, *(part.stop for part in parts)]
+    if any(end > part.start or part.start == part.stop for end, part in zip(ends, parts, strict=False)):
+        raise ValueError("the rows are not in order within the blocks")
+    if ends[-1] > total or not all(count for _, _, _, count, _ in rows):
+        raise ValueError("the rows are not in order within the blocks")
+    return parts
+
+
+def _addresses(rows: Sequence[Rows]) -> list[int]:
+    """Where each row belongs."""
+    return [address + i * stride for _, _, stride, count, address in rows for i in range(count)]
 
 
 class PythonEngine:
@@ -210,12 +274,32 @@ class PythonEngine:
                 at += n
         return next((i for i, (found, known) in enumerate(zip(crcs, sums, strict=True)) if found != known), -1)
 
+    def gather_rows(self, source: int, total: int, rows: Sequence[Rows], target: int) -> list[int]:
+        blocks = _bytes_at(source, total).copy()
+        for part in _each(rows, total):
+            size = part.stop - part.start
+            _bytes_at(target, size)[:] = blocks[part]
+            blocks[part] = 0
+            target += size
+        return [crc32c_numpy(block, 0xFFFFFFFF) ^ 0xFFFFFFFF for block in _blocks(blocks)]
+
+    def scatter_rows(
+        self, source: int, total: int, rows: Sequence[Rows], gaps: Sequence[int], sums: Sequence[int]
+    ) -> int:
+        if not len(gaps) == len(sums) == -(-total // BLOCK):
+            raise ValueError("the checksums are not those of the blocks")
+        blocks = np.zeros(total, dtype=np.uint8)
+        for part, target in zip(_each(rows, total), _addresses(rows), strict=True):
+            size = part.stop - part.start
+            blocks[part] = _bytes_at(source, size)
+            _bytes_at(target, size)[:] = blocks[part]
+            source += size
+        found = [crc32c_numpy(block) ^ gap for block, gap in zip(_blocks(blocks), gaps, strict=True)]
+        return next((i for i, pair in enumerate(zip(found, sums, strict=True)) if pair[0] != pair[1]), -1)
+
     def xor_into(self, target: int, source: int, size: int) -> None:
-        to, other = (
-            np.frombuffer(memoryview((ctypes.c_ubyte * size).from_address(address)), dtype=np.uint8)
-            for address in (target, source)
-        )
-        np.bitwise_xor(to, other, out=to)
+        to = _bytes_at(target, size)
+        np.bitwise_xor(to, _bytes_at(source, size), out=to)
 
     def publish(self, word: int, value: int) -> None:
         ctypes.c_uint64.from_address(word).value = value

@@ -20,6 +20,11 @@ ReadRange = Callable[[int, int], "memoryview | bytes"]
 """(offset, length) -> exactly those bytes of the file, or an error."""
 ReadInto = Callable[[int, Sequence[memoryview]], None]
 """(offset, buffers): fills the buffers with the bytes from ``offset`` on, or an error."""
+Row = tuple[int, int, int, int]
+"""(first byte from an offset on, size, stride, count): see `resilient_train.image.fetch.Rows`."""
+Gather = Callable[[int, int, Sequence[Row], memoryview], "list[int]"]
+"""(offset, size, rows of these bytes, buffer): fills the buffer with the rows, one behind the other, and returns what
+the other bytes add to the checksums of the blocks that begin at ``offset``; or an error."""
 Elsewhere = Callable[[], bool]
 """After a block failed its checksum: whether there is another place to read from, which is used from then on."""
 
@@ -34,6 +39,7 @@ class VerifiedImage:
         read: ReadRange,
         *,
         read_into: ReadInto | None = None,
+        gather: Gather | None = None,
         address: int = 0,
         elsewhere: Elsewhere = lambda: False,
         header_crc: int | None = None,
@@ -45,6 +51,7 @@ class VerifiedImage:
             size: length of the image in bytes.
             read: how to get byte ranges.
             read_into: the same, straight into buffers; default: by way of ``read``.
+            gather: how to get no more than rows of blocks, if that can be had and spares something.
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
             elsewhere: finds another holder of the same image.
@@ -56,6 +63,7 @@ class VerifiedImage:
         self.name = name
         self._read = read
         self._read_into = read_into or self._copied
+        self._gather = gather
         self._address = address
         self._elsewhere = elsewhere
         try:
@@ -81,6 +89,7 @@ class VerifiedImage:
 
         self._read = gone
         self._read_into = self._copied
+        self._gather = None
         self._elsewhere = lambda: False
         self._address = 0
 
@@ -88,7 +97,8 @@ class VerifiedImage:
         """Read from where ``other`` reads, from now on; False if that is not the same image."""
         if other.layout != self.layout or not np.array_equal(other._sums, self._sums):
             return False
-        self._read, self._read_into, self._elsewhere = other._read, other._read_into, other._elsewhere
+        self._read, self._read_into, self._gather = other._read, other._read_into, other._gather
+        self._elsewhere = other._elsewhere
         self._address = 0
         return True
 
@@ -138,7 +148,10 @@ class VerifiedImage:
         Each raises:
             CheckpointDamaged: if a block fails its checksum.
         """
-        return [functools.partial(self.fetch, run) for run in plan_runs(ranges, self.layout)]
+        runs = plan_runs(ranges, self.layout)
+        if self._gather is not None:
+            runs = [run for run in runs if run.rows]
+        return [functools.partial(self.fetch, run) for run in runs]
 
     def fetch(self, run: Run) -> None:
         """Read a run to its addresses, verified.
@@ -161,6 +174,8 @@ class VerifiedImage:
         sums = self._sums[run.first : run.last + 1].tolist()
         if self._address:
             return engine.scatter(self._address + begin, run.segments, sums)
+        if self._gather is not None and run.sparse:
+            return self._gathered(self._gather, run, begin, sums)
         nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
         segments, at = [], nobodys.ctypes.data
         for address, size in run.segments:
@@ -168,6 +183,13 @@ class VerifiedImage:
             at += 0 if address else size
         self._read_into(begin, [_buffer(*segment) for segment in segments])
         return engine.scatter(0, segments, sums)
+
+    def _gathered(self, gather: Gather, run: Run, begin: int, sums: list[int]) -> int:
+        rows = [(some.at, some.size, some.stride, some.count) for some in run.rows]
+        buffer = np.empty(run.wanted, dtype=np.uint8)
+        gaps = gather(begin, run.size, rows, buffer.data)
+        places = [(*row, some.address) for row, some in zip(rows, run.rows, strict=True)]
+        return engine.scatter_rows(buffer.ctypes.data, run.size, places, gaps, sums)
 
     def _copied(self, offset: int, buffers: Sequence[memoryview]) -> None:
         data = memoryview(self._read(offset, sum(len(buffer) for buffer in buffers)))
@@ -223,6 +245,11 @@ class VerifiedImage:
         if size == 0:
             return b""
         begin = layout.data_start + first * BLOCK
+        if self._gather is not None:
+            wanted = np.empty(size, dtype=np.uint8)
+            for fetch in self.fetching([Range(start, size, wanted.ctypes.data)]):
+                fetch()
+            return wanted.data
         data = self._blocks(first, last)
         while bad := self._failing(data, first, last, known=self._address != 0):
             if not self._elsewhere():

@@ -16,9 +16,10 @@ from contextlib import ExitStack, suppress
 
 from resilient_train.errors import FormatError, LinkLost, OutsideError
 from resilient_train.keeper.conduct import Conductor
+from resilient_train.keeper.gather import answer_rows
 from resilient_train.keeper.replicas import Replicas
 from resilient_train.keeper.shelf import Shelf
-from resilient_train.spec.peers import Declined, Held, ListHeld, Put, Range, Read, Report
+from resilient_train.spec.peers import Declined, Gather, Held, ListHeld, Put, Range, Read, Report
 from resilient_train.spec.world import Key
 from resilient_train.storage.wire import Wire, accept
 
@@ -126,6 +127,8 @@ class PeerServer:
                         wire.send(Held(images=self._shelf.rows(), chosen=list(chosen) if chosen else None))
                     case Read(slot=slot, lineage=lineage, step=step, offset=offset, size=size):
                         self._send(wire, window, slot, Key(lineage, step), offset, size)
+                    case Gather(slot=slot, lineage=lineage, step=step):
+                        answer_rows(wire, window.look(slot, Key(lineage, step)), request)
                     case Put():
                         self._replicas.take(wire, request)
                     case Report():

@@ -55,6 +55,22 @@ class Box:
             last = last * n + end - 1 - start
         return first, last - first + 1
 
+    def rows_in(self, outer: Box) -> tuple[int, int]:
+        """(elements in a row, elements from one row to the next) of this box among the elements of ``outer``.
+
+        Rows at even distances, from the first element of `span_in` on, that hold all of this box.  They hold nothing
+        else unless it is narrower than ``outer`` in two dimensions behind the first one in which it has several.
+        """
+        several = next((d for d, n in enumerate(self.shape) if n > 1), len(self.shape))
+        narrow = (
+            d for d, (n, most) in enumerate(zip(self.shape, outer.shape, strict=True)) if d > several and n < most
+        )
+        inner = next(narrow, None)
+        if inner is None:
+            return self.size, self.size
+        row = Box(self.offset[inner:], self.shape[inner:]).span_in(Box(outer.offset[inner:], outer.shape[inner:]))[1]
+        return row, prod(outer.shape[inner:])
+
     def minus(self, other: Box) -> list[Box]:
         """What is left of this box without ``other``, as disjoint boxes."""
         common = self.intersect(other)

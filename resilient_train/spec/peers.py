@@ -13,6 +13,10 @@ from resilient_train.spec.world import Key
 
 MAX_HEAD = 16 << 20
 """Longest message in bytes, without the bytes of images."""
+MOST_ROWS = 1 << 16
+"""Rows that can be asked for at once."""
+MOST_GATHERED = 16 << 20
+"""Longest range, in bytes, that rows can be asked of."""
 
 
 @message
@@ -45,6 +49,30 @@ class Range(Message):
     """So many bytes follow."""
 
     size: int
+
+
+@message
+class Gather(Message):
+    """Rows of a range of an image; answered by `Gathered` and their bytes, one behind the other, or `Declined`."""
+
+    slot: int
+    lineage: int
+    step: int
+    offset: int
+    """First byte of the range, which is one of a block of the image."""
+    size: int
+    """Bytes of the range."""
+    rows: list[list[int]]
+    """[first byte from ``offset`` on, size, stride, count] in order: see `rows_within`."""
+
+
+@message
+class Gathered(Message):
+    """So many bytes follow."""
+
+    size: int
+    gaps: list[int]
+    """For every block of the range, what the bytes that do not follow add to its checksum: see `csrc/gather.hpp`."""
 
 
 @message
@@ -112,7 +140,36 @@ class Orders(Message):
     """0: none."""
 
 
-TYPES = {kind.__name__: kind for kind in (ListHeld, Held, Read, Range, Put, Ready, Stored, Declined, Report, Orders)}
+TYPES = {
+    kind.__name__: kind
+    for kind in (ListHeld, Held, Read, Range, Gather, Gathered, Put, Ready, Stored, Declined, Report, Orders)
+}
+
+
+def rows_within(rows: Any, size: int) -> list[tuple[int, int, int, int]]:
+    """Rows, each ``count`` times ``size`` bytes every ``stride`` bytes, that are in order and disjoint.
+
+    Args:
+        rows: as they stand in `Gather`.
+        size: of the range that they are in.
+
+    Raises:
+        FormatError: if they are anything else, or more than `MOST_ROWS`.
+    """
+    if type(rows) is not list or len(rows) > MOST_ROWS:
+        raise FormatError(f"not at most {MOST_ROWS} rows")
+    found, end = [], 0
+    for row in rows:
+        if not (type(row) is list and len(row) == 4 and all(type(n) is int for n in row)):
+            raise FormatError(f"{row!r:.100} describes no rows")
+        at, width, stride, count = row
+        if count == 1:
+            stride = width
+        if at < end or width < 1 or count < 1 or stride < width or at + stride * (count - 1) + width > size:
+            raise FormatError(f"{row!r:.100} is not within the range, behind the rows before it")
+        end = at + stride * (count - 1) + width
+        found.append((at, width, stride, count))
+    return found
 
 
 def key_or_none(value: list[int] | None) -> Key | None:

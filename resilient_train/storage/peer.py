@@ -9,7 +9,21 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from resilient_train.errors import CheckpointDamaged, FormatError, LinkLost, OutsideError
-from resilient_train.spec.peers import Declined, Held, ListHeld, Put, Range, Read, Ready, Stored, key_or_none
+from resilient_train.spec.messages import Message
+from resilient_train.spec.peers import (
+    Declined,
+    Gather,
+    Gathered,
+    Held,
+    ListHeld,
+    Put,
+    Range,
+    Read,
+    Ready,
+    Stored,
+    key_or_none,
+)
+from resilient_train.spec.shard import BLOCK
 from resilient_train.spec.world import Key
 from resilient_train.storage.wire import Wire, connect
 
@@ -113,10 +127,49 @@ class Peer:
             if isinstance(answer, Range) and answer.size == size:
                 wire.fill(buffers)
                 return
-            if not isinstance(answer, Declined):
-                raise FormatError(f"{answer!r:.200}")
-        raise CheckpointDamaged(
-            f"the keeper at {self.endpoint} does not have rank {image.rank}'s image of {image.key}: {answer.reason}"
+            reason = _reason(answer)
+        raise self._refused(image, reason)
+
+    def gather(
+        self, image: HeldImage, offset: int, size: int, rows: Sequence[tuple[int, int, int, int]], buffer: memoryview
+    ) -> list[int]:
+        """Fill the buffer with rows of a range of an image, one behind the other.
+
+        Args:
+            image: which.
+            offset: first byte of the range and of a block.
+            size: of the range.
+            rows: (first byte from ``offset`` on, size, stride, count), at most `MOST_ROWS`, in order and disjoint.
+            buffer: as long as the rows together.
+
+        Returns:
+            For every block of the range, what its other bytes add to its checksum.
+
+        Raises:
+            LinkLost: if the keeper is gone, silent or nonsensical.
+            CheckpointDamaged: if it does not hold the image any more.
+        """
+        key = image.key
+        request = Gather(
+            slot=image.slot, lineage=key.lineage, step=key.step, offset=offset, size=size, rows=[[*row] for row in rows]
+        )
+        with self._connection() as wire:
+            wire.send(request)
+            answer = wire.receive()
+            if isinstance(answer, Gathered) and answer.size == len(buffer):
+                gaps = answer.gaps
+                if type(gaps) is not list or len(gaps) != -(-size // BLOCK):
+                    raise FormatError(f"{gaps!r:.100} says nothing of {size} bytes")
+                if not all(type(gap) is int and 0 <= gap < 1 << 32 for gap in gaps):
+                    raise FormatError(f"{gaps!r:.100} are no checksums")
+                wire.fill([buffer])
+                return gaps
+            reason = _reason(answer)
+        raise self._refused(image, reason)
+
+    def _refused(self, image: HeldImage, reason: str) -> CheckpointDamaged:
+        return CheckpointDamaged(
+            f"the keeper at {self.endpoint} does not have rank {image.rank}'s image of {image.key}: {reason}"
         )
 
     @contextmanager
@@ -185,3 +238,9 @@ def _agreed(wire: Wire, kind: type[_Agreed]) -> _Agreed:
     if not isinstance(answer, kind):
         raise LinkLost(f"{wire.name} answered {answer!r:.200}")
     return answer
+
+
+def _reason(answer: Message) -> str:
+    if not isinstance(answer, Declined):
+        raise FormatError(f"{answer!r:.200}")
+    return answer.reason

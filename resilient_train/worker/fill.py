@@ -104,8 +104,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
     unwanted = tuple((name, name not in places) for name in sorted(there) if not name.startswith(PRIVATE))
-    near = sum(wanted.size for source in ranges.keys() & set(held.near) for wanted in ranges[source])
-    moved = sum(wanted.size for of_rank in ranges.values() for wanted in of_rank)
+    near = sum(wanted.wanted for source in ranges.keys() & set(held.near) for wanted in ranges[source])
+    moved = sum(wanted.wanted for of_rank in ranges.values() for wanted in of_rank)
     return Filled(
         elements=sum(want.box.size for want in wants), near=near, far=moved - near, unwanted=unwanted if partial else ()
     )
@@ -191,7 +191,8 @@ def _arranged(
         strides = torch.empty(copy.entry.shape, device="meta").stride()
         after.append(functools.partial(uploads.copy, place, gathered.as_strided(copy.box.shape, strides)))
         place = gathered
-    return Range(start + first * width, count * width, place.data_ptr()), after
+    row, stride = copy.box.rows_in(copy.entry.box)
+    return Range(start + first * width, count * width, place.data_ptr(), row * width, stride * width), after
 
 
 def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:

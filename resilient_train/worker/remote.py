@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from resilient_train.errors import CheckpointDamaged, LinkLost
 from resilient_train.image.reader import ImageReader
+from resilient_train.image.verified import Row
 from resilient_train.storage.peer import HeldImage, Peer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,14 @@ class RemoteImage:
             peer, image = self._holder()
             name = f"memory of rank {self._rank} at {peer.endpoint}"
             try:
-                return ImageReader(name, image.size, self._read, read_into=self._read_into, elsewhere=self._elsewhere)
+                return ImageReader(
+                    name,
+                    image.size,
+                    self._read,
+                    read_into=self._read_into,
+                    gather=self._gather,
+                    elsewhere=self._elsewhere,
+                )
             except CheckpointDamaged as error:
                 # The header or the table; another holder may have them whole.
                 if not self._leave(self._served.peer, error):
@@ -82,3 +90,6 @@ class RemoteImage:
 
     def _read_into(self, offset: int, buffers: Sequence[memoryview]) -> None:
         self._tried(lambda peer, image: peer.read_into(image, offset, buffers))
+
+    def _gather(self, offset: int, size: int, rows: Sequence[Row], buffer: memoryview) -> list[int]:
+        return self._tried(lambda peer, image: peer.gather(image, offset, size, rows, buffer))

@@ -152,6 +152,103 @@ def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
         engine.scatter(0, [(0, len(image))], sums)
 
 
+def test_zeros_are_appended_by_algebra() -> None:
+    """To any register, as many as a block has."""
+    zeros = np.zeros(BLOCK, dtype=np.uint8)
+    for size in (0, 1, 2, 3, 64, 4095, 4096, 12_345, BLOCK):
+        for crc in (0, 1, 0xFFFFFFFF, 0xDEADBEEF):
+            assert _native.crc32c_zeros(size, crc) == _native.crc32c_portable(zeros.ctypes.data, size, crc)
+
+
+def random_rows(chance: random.Random, total: int) -> list[tuple[int, int, int, int]]:
+    """Single and repeated, short and long, some of them neighbours, across the borders of blocks."""
+    rows, at = [], 0
+    while True:
+        at += chance.choice([0, 1, 100, 5000, 700_000])
+        size = chance.choice([1, 3, 8, 511, 4096, 40_000, 1_500_000])
+        stride = size + chance.choice([0, 1, 64, 3000])
+        count = chance.choice([1, 1, 2, 50]) if size < 50_000 else 1
+        end = at + stride * (count - 1) + size
+        if end > total:
+            return rows
+        rows.append((at, size, stride, count))
+        at = end
+
+
+@pytest.mark.parametrize("sender", ENGINES, ids=["python", "native"])
+@pytest.mark.parametrize("receiver", ENGINES, ids=["python", "native"])
+def test_gathered_rows_are_placed_and_their_blocks_verified(sender: Engine, receiver: Engine) -> None:
+    """Every row stands at its target and nothing else does; a flipped bit is found in its block, whether it was flipped
+    in a row or in a gap, before it was gathered or on the way; rows from another place are no such rows."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    total = 2 * BLOCK + chance.choice([1, 77_777, BLOCK])
+    image = np.frombuffer(chance.randbytes(total + 1), dtype=np.uint8).copy()
+    sums = [checksum(image[at : min(total, at + BLOCK)].tobytes()) for at in range(0, total, BLOCK)]
+    rows = random_rows(chance, total)
+    wanted = np.zeros(total, dtype=bool)
+    for at, size, stride, count in rows:
+        for index in range(count):
+            wanted[at + index * stride :][:size] = True
+    target = np.zeros(total + 64, dtype=np.uint8)
+    places = [(*row, target.ctypes.data + 7 + row[0]) for row in rows]
+    travelled = np.empty(int(wanted.sum()), dtype=np.uint8)
+
+    def gathered(begin: int = 0) -> list[int]:
+        pieces = [(*row, 0) for row in rows]
+        return sender.gather_rows(image.ctypes.data + begin, total, pieces, travelled.ctypes.data)
+
+    def bad(gaps: list[int]) -> int:
+        return receiver.scatter_rows(travelled.ctypes.data, total, places, gaps, sums)
+
+    gaps = gathered()
+    assert bad(gaps) == -1
+    assert np.array_equal(target[7 : 7 + total], np.where(wanted, image[:total], 0))
+    assert not target[:7].any()
+    assert not target[7 + total :].any()
+    for inside in (True, False):
+        (where,) = np.nonzero(wanted == inside)
+        at = int(chance.choice(where))
+        image[at] ^= 16
+        assert bad(gathered()) == at // BLOCK
+        image[at] ^= 16
+    gaps = gathered()
+    travelled[0] ^= 1
+    assert bad(gaps) == rows[0][0] // BLOCK
+    assert bad(gathered(1)) == 0
+    gaps = gathered()
+    gaps[1] ^= 1 << 31
+    assert bad(gaps) == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
+def test_rows_outside_of_their_blocks_are_refused(engine: Engine) -> None:
+    """Before anything is read or written."""
+    source, target = np.zeros(100, dtype=np.uint8), np.zeros(100, dtype=np.uint8)
+    high = (1 << 64) - 1
+    for rows in (
+        [(0, 0, 1, 1)],
+        [(0, 1, 1, 0)],
+        [(99, 2, 2, 1)],
+        [(101, 1, 1, 1)],
+        [(0, 10, 9, 2)],
+        [(0, 10, 46, 3)],
+        [(50, 10, 10, 1), (40, 10, 10, 1)],
+        [(0, 10, 20, 2), (29, 1, 1, 1)],
+    ):
+        with pytest.raises(ValueError, match="in order within"):
+            engine.gather_rows(source.ctypes.data, 100, [(*row, 0) for row in rows], target.ctypes.data)
+        with pytest.raises(ValueError, match="in order within"):
+            engine.scatter_rows(source.ctypes.data, 100, [(*row, target.ctypes.data) for row in rows], [0], [0])
+    with pytest.raises(ValueError, match="not those of the blocks"):
+        engine.scatter_rows(source.ctypes.data, 100, [], [0, 0], [0, 0])
+    if engine is _native:
+        for rows in ([(high, 2, 2, 1)], [(1, high, high, 1)], [(0, 1, high, 2)], [(0, 1, 2, high)], [(1, 1, high, 3)]):
+            with pytest.raises(ValueError, match="in order within"):
+                engine.gather_rows(source.ctypes.data, 100, [(*row, 0) for row in rows], target.ctypes.data)
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
 def test_a_lost_buffer_is_the_parity_of_those_that_are_left(engine: Engine) -> None:
     """Any length and alignment; the bytes around the target are untouched."""

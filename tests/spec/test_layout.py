@@ -42,6 +42,25 @@ def test_uncovered_is_what_nobody_holds(target: Box, parts: list[Box]) -> None:
     assert left == points(target) - set().union(set(), *map(points, parts))
 
 
+@given(st.data())
+def test_rows_hold_a_box(data: st.DataObject) -> None:
+    """All of it, in order, and nothing else unless it is cut in two dimensions behind the first that it has several of;
+    no two rows overlap."""
+    outer = Box.whole(data.draw(st.lists(st.integers(1, 4), max_size=4)))
+    begins = [data.draw(st.integers(0, n - 1)) for n in outer.shape]
+    box = Box(tuple(begins), tuple(data.draw(st.integers(1, n - b)) for b, n in zip(begins, outer.shape, strict=True)))
+    first, count = box.span_in(outer)
+    row, stride = box.rows_in(outer)
+    assert 0 < row <= stride
+    every = list(itertools.product(*map(range, outer.shape)))
+    mine = {every.index(point) for point in points(box)}
+    held = {at for at in range(first, first + count) if (at - first) % stride < row}
+    assert mine <= held
+    several = next((d for d, n in enumerate(box.shape) if n > 1), len(box.shape))
+    if sum(n < m for n, m in zip(box.shape[several + 1 :], outer.shape[several + 1 :], strict=True)) < 2:
+        assert mine == held
+
+
 def test_a_scalar_is_one_element() -> None:
     """The box of a scalar has one element and covers itself."""
     scalar = Box.whole(())
