@@ -15,6 +15,7 @@ from resilient_train.keeper.clients import Client
 from resilient_train.keeper.persist import Job
 from resilient_train.keeper.persister import Outcome
 from resilient_train.keeper.saving import Saving
+from resilient_train.keeper.word import Word
 from resilient_train.keeper.shelf import Shelf
 from resilient_train.spec.messages import Persisted, Policy, Published
 from resilient_train.spec.shard import Entry, plan_image
@@ -29,7 +30,7 @@ class Bench:
     def __init__(self) -> None:
         self.time = 100.0
         self.shelf = Shelf()
-        self.saving = Saving(self.shelf, self, lambda: None, self)
+        self.saving = Saving(self.shelf, self, lambda: None, self, Word(clock=self))
         self.jobs: list[Job] = []
         self.saving._persister = cast(Any, self)
         self.workers = [Client(channel=cast(Any, None), member=f"n/{rank}.0", index=rank) for rank in range(RANKS)]

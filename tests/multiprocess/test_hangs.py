@@ -78,6 +78,7 @@ def test_a_stuck_training_thread(tmp_path: Path, how: str, why: str, where: str)
         assert any(where in lines[int(line.split("line ")[1].split()[0]) - 1] for line in shown) or how == "spin", shown
 
 
+@pytest.mark.soak
 def test_ranks_that_wait_for_each_other(tmp_path: Path) -> None:
     """A rank left a collective out: the stacks of all are in the log, and the same processes form again and go on."""
     with job(tmp_path, "--hang", "skip", "--hang-at", "10") as running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,5 +197,6 @@ def test_under_torchrun_memory_survives_a_crashed_process(tmp_path: Path) -> Non
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with Job(script, ["", "--die"], flags=flags, log_dir=tmp_path, launcher=TORCHRUN, env=env) as job:
         assert job.finish(150) == 0, job.output
-        assert "rank 0 attempt 1 from 5 weight 9.0" in job.output
-        assert "rank 1 attempt 1 from 5 weight 9.0" in job.output
+        # Both ranks hold everything, so they go on with the last step that either of them has finished.
+        resumed = [re.findall(rf"rank {rank} attempt 1 from ([56]) weight 9.0", job.output) for rank in (0, 1)]
+        assert resumed[0] == resumed[1] != [], job.output

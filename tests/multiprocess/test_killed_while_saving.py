@@ -513,6 +513,7 @@ def digest_part(entry: Entry, data: bytes) -> int:
     return int(((bits + np.uint64(1)) * (places * np.uint64(2) + np.uint64(1)) * salt).sum(dtype=np.uint64))
 
 
+@pytest.mark.soak
 def test_killed_while_saving(tmp_path: Path) -> None:
     """Workers, keeper and agent, killed at random instants of a job that saves all the time: what is committed is
     whole bit for bit at every moment, in the job nothing but the running step is lost, what is on disk in the end is

@@ -21,7 +21,7 @@ LEFT = {"ddp": 3, "hsdp": 2, "tp": 2}
     ("parallel", "every"),
     [
         ("hsdp", 1),
-        ("tp", 1),
+        pytest.param("tp", 1, marks=pytest.mark.soak),
         ("ddp", 5),
         pytest.param("ddp", 1, marks=pytest.mark.soak),
         pytest.param("hsdp", 5, marks=pytest.mark.soak),

@@ -77,6 +77,7 @@ def test_a_node_that_is_told_to_end_leaves_at_a_boundary(tmp_path: Path) -> None
         check_nothing_left(running)
 
 
+@pytest.mark.soak
 def test_a_standby_worker_takes_a_lost_ones_place_at_once(tmp_path: Path) -> None:
     """With --standby 1 the world that follows a loss is as large as the one before."""
     flags = ("--nnodes=1:2", "--standby=1")

@@ -14,6 +14,7 @@ from resilient_train.testing.job import Job
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_a_stopped_keeper_is_replaced_and_the_next_one_has_its_images(tmp_path: Path) -> None:
     """SIGSTOP: another takes over after the limit; a rank that is lost then is resumed from memory."""

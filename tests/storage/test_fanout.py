@@ -204,6 +204,7 @@ def test_a_damaged_block_is_named_by_all_and_all_fall_back(runs: Runs) -> None:
     assert named == {"0", "1", "2"}
 
 
+@pytest.mark.soak
 def test_a_rank_that_passes_on_something_else_is_named_and_does_no_harm(runs: Runs, saved: tuple[Path, str]) -> None:
     """Whoever gets it sees that it is not what was committed, and reads that from storage."""
     said, logged = runs.restore(3, 2, fault="1 lies")
@@ -212,6 +213,7 @@ def test_a_rank_that_passes_on_something_else_is_named_and_does_no_harm(runs: Ru
     assert not any(re.match(r"1 .* came damaged", line) for line in logged)
 
 
+@pytest.mark.soak
 def test_when_a_reader_dies_the_others_hear_of_it(runs: Runs) -> None:
     """They wait for what it would have sent, and get an error of communication, as after any loss."""
     said, _ = runs.run(3, 2, fault="1 dies")

@@ -233,5 +233,5 @@ def train(world):
 
 
 if __name__ == "__main__":
-    print("result", train(), file=sys.stderr, flush=True)
+    sys.stderr.write(f"result {train()}\n")  # At once: others write there too.
     time.sleep(args.linger)
