@@ -15,8 +15,8 @@ from resilient_train.keeper.clients import Client
 from resilient_train.keeper.persist import Job
 from resilient_train.keeper.persister import Outcome
 from resilient_train.keeper.saving import Saving
-from resilient_train.keeper.word import Word
 from resilient_train.keeper.shelf import Shelf
+from resilient_train.keeper.word import Word
 from resilient_train.spec.messages import Persisted, Policy, Published
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key

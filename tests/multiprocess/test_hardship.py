@@ -49,6 +49,7 @@ def test_a_bug_between_snapshots_ends_the_job(tmp_path: Path) -> None:
         assert "losses in a row set the job back to step 1" in job.output
 
 
+@pytest.mark.soak
 def test_a_slow_disk_does_not_cost_the_last_state(tmp_path: Path) -> None:
     """All slots wait for the disk when the training ends: the last state is saved once one is free."""
     args = ["--url", str(tmp_path / "ckpt"), "--persist-every", "1", "--steps", "25", "--step-time", "0"]

@@ -78,7 +78,7 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         assert running.leftovers() == []
 
 
-@pytest.mark.parametrize("rounds", [(3, 2, 1), pytest.param((2, 3, 1, 3, 2, 3, 1, 3), marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rounds", [(3, 2), pytest.param((2, 3, 1, 3, 2, 3, 1, 3), marks=pytest.mark.soak)])
 def test_kills_at_random_instants(tmp_path: Path, rounds: tuple[int, ...]) -> None:
     """Two and three ranks at once, one during a recovery and one in the last step among them: the job finishes, every
     batch is used once, and the survivors do not grow with the number of generations."""
@@ -110,7 +110,7 @@ def test_kills_at_random_instants(tmp_path: Path, rounds: tuple[int, ...]) -> No
         assert kills == sum(rounds) + 1
         records.check_every_batch_once(tmp_path / "record", running.events(), steps)
         check_restored_bit_for_bit(tmp_path, running)
-        if len(rounds) > 3:
+        if len(rounds) > 2:
             check_memory_is_flat(tmp_path)
         assert running.leftovers() == []
 
