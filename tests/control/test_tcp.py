@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_a_server_that_is_stopped_is_lost_soon_and_found_again() -> None:
         store = TcpControlStore("127.0.0.1", int(process.stdout.readline()), "job", ttl=0.5)
         assert store.join() == 0
         process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # It has stopped.
         for _ in range(2):
             with pytest.raises(StoreLost, match="nothing for 2 s") as silent:
                 store.swap(record(1))

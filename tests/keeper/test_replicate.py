@@ -71,6 +71,7 @@ def test_states_go_on_being_kept_and_no_snapshot_is_skipped(cluster: Make) -> No
     assert len(job.nodes[0].deposits) <= 1 + 5 + 2
 
 
+@pytest.mark.soak
 def test_a_keeper_killed_in_the_middle_of_copying_delays_and_does_no_harm(cluster: Make) -> None:
     """Its successor has what it had; the state that was on its way, or a later one, is kept all the same."""
     job = cluster(1, 1, 1)
@@ -89,6 +90,7 @@ def test_a_keeper_killed_in_the_middle_of_copying_delays_and_does_no_harm(cluste
     check(source, keys(source)[0], 3, 200_000)
 
 
+@pytest.mark.soak
 def test_after_a_change_of_the_world_the_old_state_stays_until_a_new_one_is_kept(cluster: Make) -> None:
     """A second node may die before the new world has copied anything."""
     job = cluster(1, 1, 1)

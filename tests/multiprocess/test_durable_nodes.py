@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.soak
 def test_nodes_agree_on_what_to_save_by_time_and_save_the_last_state(tmp_path: Path) -> None:
     """Every 0.4 s, on two nodes: what is begun becomes complete; the last state is durable; another number of nodes
     resumes it."""

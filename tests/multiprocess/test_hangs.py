@@ -110,6 +110,7 @@ def test_ranks_that_wait_for_each_other_at_the_same_step_again_and_again(tmp_pat
         pytest.param(("--slow-start", "9"), id="first step", marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.soak
 def test_what_is_slow_does_not_hang(tmp_path: Path, args: tuple[str, ...]) -> None:
     """An evaluation on one rank that was announced, and a first step that was not, both longer than the limit."""
     with job(tmp_path, *args) as running:

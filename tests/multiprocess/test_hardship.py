@@ -41,6 +41,7 @@ def test_an_evaluation_within_the_step_does_not_disturb_recovery(tmp_path: Path)
         assert "resumed step" in job.output
 
 
+@pytest.mark.soak
 def test_a_bug_between_snapshots_ends_the_job(tmp_path: Path) -> None:
     """With a snapshot every 10 steps, a crash at step 15 is met again from step 10 each time: that is no progress."""
     args = ["--abort-at", "15", "--exit-rank", "0", "--snapshot-every", "10"]
@@ -89,6 +90,7 @@ def test_three_signals_end_a_flush(tmp_path: Path) -> None:
         assert job.leftovers() == []
 
 
+@pytest.mark.soak
 def test_a_group_restart_waits_for_the_old_processes(tmp_path: Path) -> None:
     """torchrun's way: nobody of the next attempt starts while somebody of the last one still runs."""
     script = tmp_path / "stubborn.py"
@@ -96,10 +98,10 @@ def test_a_group_restart_waits_for_the_old_processes(tmp_path: Path) -> None:
         """
 import os, signal, sys, time
 attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
-print("begin", attempt, rank, flush=True)
+os.write(1, f"begin {attempt} {rank}\\n".encode())  # At once: the other rank writes there too.
 def stop(*_):
     time.sleep(1.5)
-    print("end", attempt, rank, flush=True)
+    os.write(1, f"end {attempt} {rank}\\n".encode())
     sys.exit(1)
 signal.signal(signal.SIGTERM, stop)
 if attempt == "0":

@@ -85,6 +85,7 @@ def test_a_failure_without_restarts_is_shown(stock: Path, tmp_path: Path) -> Non
         assert job.leftovers() == []
 
 
+@pytest.mark.soak
 def test_logs_tee_and_redirects(stock: Path, tmp_path: Path) -> None:
     """torchrun's log flags: files per rank, teed lines with prefixes."""
     flags = ["--nproc-per-node=2", "--tee=1", "--redirects=2"]
@@ -140,6 +141,7 @@ def test_nonsense_is_one_clear_error(stock: Path, args: list[str], message: str)
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.soak
 def test_no_log_folder_is_left_where_none_was_asked_for(stock: Path, tmp_path: Path) -> None:
     """Without --log-dir nothing is written that stays."""
     env = {"TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}

@@ -43,6 +43,7 @@ def check_restored(tmp_path: Path, running: Nodes) -> None:
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
+@pytest.mark.soak
 def test_a_node_lost_with_its_keeper_is_restored_from_its_neighbours_memory(tmp_path: Path, parallel: str) -> None:
     """SIGKILL of agent, workers and keeper: the survivors resume a state that is a few steps old, bit for bit."""
     args = ("--steps", "120", "--step-time", "0.05", "--parallel", parallel)

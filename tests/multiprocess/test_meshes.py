@@ -22,7 +22,7 @@ LEFT = {"ddp": 3, "hsdp": 2, "tp": 2}
     [
         ("hsdp", 1),
         pytest.param("tp", 1, marks=pytest.mark.soak),
-        ("ddp", 5),
+        pytest.param("ddp", 5, marks=pytest.mark.soak),
         pytest.param("ddp", 1, marks=pytest.mark.soak),
         pytest.param("hsdp", 5, marks=pytest.mark.soak),
     ],

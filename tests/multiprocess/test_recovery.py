@@ -149,6 +149,7 @@ def full_strength(running: Job) -> bool:
     return newest.fields["size"] == 4 and len(steps) == 4
 
 
+@pytest.mark.soak
 def test_a_kill_in_the_last_step_does_not_spoil_the_job(tmp_path: Path) -> None:
     """A rank that dies in the last step: the others are called back, finish and succeed."""
     args = ("--steps", "12", "--kill-self-at", "11", "--exit-rank", "2")
@@ -181,6 +182,7 @@ def test_a_users_error_ends_the_job_and_is_shown(tmp_path: Path) -> None:
         assert running.leftovers() == []
 
 
+@pytest.mark.soak
 def test_a_crash_at_the_same_step_again_and_again_ends_the_job(tmp_path: Path) -> None:
     """A bug that kills its process at a certain step does not loop."""
     with job(tmp_path, "--abort-at", "5", "--exit-rank", "0", ranks=3) as running:
