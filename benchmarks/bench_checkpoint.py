@@ -113,7 +113,7 @@ def main() -> None:
     modes = [mode for mode in args.modes if args.ranks == 1 or mode != "torch-save"]
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"command: {' '.join(['python', 'benchmarks/bench_checkpoint.py', *sys.argv[1:]])}")
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as scratch:
         folder = Path(scratch)
         size = (args.mib << 20) // args.ranks
         copy, summed, write = limits(size, folder)

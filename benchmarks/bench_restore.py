@@ -80,7 +80,7 @@ def limits(folder: Path, size: int) -> tuple[int, float, float, float]:
 
 def compare(before: int, after: int, mib: int, rounds: int) -> None:
     """One line of the table."""
-    with tempfile.TemporaryDirectory(dir=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=".", prefix="bench-") as scratch:
         folder = Path(scratch)
         saved = ranks("save", before, folder, mib)["sample"]
         for file in folder.rglob("*"):
