@@ -98,28 +98,3 @@ def uncovered(target: Box, parts: Iterable[Box]) -> list[Box]:
         if not left:
             break
     return left
-
-
-def shard_box(
-    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], dims: Sequence[int | None]
-) -> Box:
-    """The box that one rank holds of a tensor sharded as torch's ``DTensor`` does it.
-
-    Args:
-        shape: the tensor's global shape.
-        mesh_shape: number of ranks along each mesh dimension.
-        coordinate: this rank's position in the mesh.
-        dims: for each mesh dimension the tensor dimension that it shards, or None where it replicates.
-
-    Every mesh dimension, outermost first, cuts what the dimensions before it left into ``ceil(n / parts)`` sized
-    chunks (``torch.chunk``), the last ones shorter or empty.
-    """
-    offset, local = [0] * len(shape), list(shape)
-    for parts, position, dim in zip(mesh_shape, coordinate, dims, strict=True):
-        if dim is None:
-            continue
-        chunk = -(-local[dim] // parts) if local[dim] else 0
-        start = min(local[dim], chunk * position)
-        offset[dim] += start
-        local[dim] = min(local[dim], start + chunk) - start
-    return Box(tuple(offset), tuple(local))

@@ -11,11 +11,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from resilient_train.errors import (
-    ConfigError,
-    ResilientError,
-    StorageError,
-)
+from resilient_train.errors import ConfigError, ResilientError, StorageError
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
 from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
@@ -406,9 +402,6 @@ class Checkpointer:
         """
         if self._step is not None:
             raise ConfigError("this Checkpointer has restored already, and a step is computed once per lineage")
-        return self._restore()
-
-    def _restore(self) -> int:
         with self._host.long_operation("restoring"):
             restored = Restoring(self._state, self._host, self._tier, self._rank, self._size).newest()
         self._snapshots.alike = restored.alike

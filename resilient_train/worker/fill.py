@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,21 +31,7 @@ from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, stored
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filled:
-    """What a rank's part of the state was filled from."""
-
-    elements: int
-    """Number of elements, each of which was proven to have one source and a checksum that matched."""
-    near: int
-    """Bytes copied from images in this node's memory."""
-    far: int
-    """Bytes copied from elsewhere."""
-    unwanted: tuple[tuple[str, bool], ...] = ()
-    """Where ranks have parts of their own: each tensor of the checkpoint, and whether this rank leaves it to others."""
-
-
-def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) -> Filled:
+def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) -> dict[str, bool]:
     """Write the images' state into ``state``; nothing of it refers to the images afterwards.
 
     Before anything is written, every element is proven to have exactly one source.  Every byte is verified, after it
@@ -58,6 +43,10 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         rank: this rank.
         world: number of ranks.
         threads: that read and verify.
+
+    Returns:
+        Where ranks have parts of their own, the name of each tensor of the checkpoint, in order, and whether this rank
+        leaves it to others; else nothing.
 
     Raises:
         StateMismatch: if the images are of another model; every tensor that differs is named.
@@ -103,12 +92,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         images.bring(ranges, threads)
         for act in (*later, uploads.finish, *back, *targets.after, *setters):
             act()
-    unwanted = tuple((name, name not in places) for name in sorted(there) if not name.startswith(PRIVATE))
-    near = sum(wanted.wanted for source in ranges.keys() & set(held.near) for wanted in ranges[source])
-    moved = sum(wanted.wanted for of_rank in ranges.values() for wanted in of_rank)
-    return Filled(
-        elements=sum(want.box.size for want in wants), near=near, far=moved - near, unwanted=unwanted if partial else ()
-    )
+    names = sorted(there) if partial else []
+    return {name: name not in places for name in names if not name.startswith(PRIVATE)}
 
 
 def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:

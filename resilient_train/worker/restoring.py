@@ -21,7 +21,7 @@ from resilient_train.image.native import checksum
 from resilient_train.spec.world import Key, ancestry
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import Exchange
-from resilient_train.worker.fill import Filled, fill
+from resilient_train.worker.fill import fill
 from resilient_train.worker.host import Host
 from resilient_train.worker.images import Images
 from resilient_train.worker.sources import Candidate, MemorySource, TierSource
@@ -109,12 +109,12 @@ class Restoring:
             key = None if choice["key"] is None else Key(*choice["key"])
             if key is None:
                 self._check_fresh_start(damaged)
-            problem, filled = None, None
+            problem, left = None, dict[str, bool]()
             if key is not None:
-                problem, filled = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
+                problem, left = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
             well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
             if well == 0:
-                self._check_all_wanted(filled)
+                self._check_all_wanted(left)
                 return Restored(key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike)
             assert key is not None
             if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
@@ -190,28 +190,28 @@ class Restoring:
         received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
-    def _try(self, place: str, state: Candidate) -> tuple[ResilientError | None, Filled | None]:
-        """Fill the state; the error, if there is one: the other ranks must hear of it before it is raised."""
+    def _try(self, place: str, state: Candidate) -> tuple[ResilientError | None, dict[str, bool]]:
+        """Fill the state: (the error, if there is one: the other ranks must hear of it before it is raised, which
+        tensors were left to other ranks)."""
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(state, self._rank) as images:
-                filled = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
+                return None, fill(self._state, images, self._rank, self._size, self._restore_threads(source))
         except ResilientError as error:
-            return error, None
-        return None, filled
+            return error, {}
 
-    def _check_all_wanted(self, filled: Filled | None) -> None:
+    def _check_all_wanted(self, left: dict[str, bool]) -> None:
         """Where ranks have parts of their own, nothing of the checkpoint may have been left to others by all of them.
 
         Raises:
             StateMismatch: naming it.
         """
-        if filled is None or not filled.unwanted:
+        if not left:
             return
-        left = torch.tensor([here for _, here in filled.unwanted], dtype=torch.uint8, device=self._host.device)
+        by_all = torch.tensor(list(left.values()), dtype=torch.uint8, device=self._host.device)
         if self._size > 1:
-            dist.all_reduce(left, op=dist.ReduceOp.MIN)
-        names = [name for (name, _), nobodys in zip(filled.unwanted, left.tolist(), strict=True) if nobodys]
+            dist.all_reduce(by_all, op=dist.ReduceOp.MIN)
+        names = [name for name, nobodys in zip(left, by_all.tolist(), strict=True) if nobodys]
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
             raise StateMismatch(f"the checkpoint holds {names[0]}{more}, which no rank's state has")

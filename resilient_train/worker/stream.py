@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from resilient_train.errors import ConfigError, StateMismatch
 from resilient_train.plan.batch import mix
 from resilient_train.plan.lanes import count_lanes, turns
-from resilient_train.spec.layout import shard_box
 from resilient_train.worker.rng import seed_generators
 from resilient_train.worker.shard_reader import OpenShard, Place, ShardReader, decode_place, encode_place, shard_of
+from resilient_train.worker.tensors import box_here
 from resilient_train.worker.world import World
 
 
@@ -100,12 +100,9 @@ class ElasticStream:
         self._shards, self._units = shards, micro_batches
         self._world = world
         self._seed = seed
-        dims = [0 if dim in world.data_dims else None for dim in range(world.mesh.ndim)]
-        coordinate = world.mesh.get_coordinate()
-        assert coordinate is not None, "who is not in the mesh gets no World"
-        mine = shard_box((self._lanes,), world.mesh.shape, coordinate, dims)
+        self._placements = [Shard(0) if dim in world.data_dims else Replicate() for dim in range(world.mesh.ndim)]
+        mine = box_here("the stream's places", (self._lanes,), world.mesh, self._placements)
         self._first, self._count = mine.offset[0], mine.shape[0]
-        self._placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
         self._rows = torch.zeros(self._count, shards // self._lanes, state_bytes, dtype=torch.uint8)
         self._latest: Any = None
         self._begin({})

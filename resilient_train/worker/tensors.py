@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
 from resilient_train.image.snapshot import DTYPES, TORCH_DTYPES
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
-from resilient_train.spec.sharding import Cut, box_of
+from resilient_train.spec.sharding import Cut, held_box
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CUTTING = (Shard, _StridedShard)
@@ -31,7 +30,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tupl
     """
     if isinstance(tensor, DTensor):
         shape = tuple(tensor.shape)
-        box = box_of(shape, *_chunks_here(name, tensor))
+        box = box_here(name, shape, tensor.device_mesh, tensor.placements)
         with torch.no_grad():
             local = tensor.to_local().detach()
         if tuple(local.shape) != box.shape:
@@ -72,18 +71,19 @@ def cuts_of(
     return (*first, *reversed(later))
 
 
-def _chunks_here(name: str, tensor: DTensor) -> tuple[tuple[Cut, ...], list[int]]:
-    """(how a DTensor's mesh cuts it, the number of this rank's chunk for each cut)."""
-    mesh = tensor.device_mesh
+def box_here(name: str, shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> Box:
+    """The box that this rank holds of a tensor of global ``shape``.
+
+    Raises:
+        UnsupportedState: naming the tensor, if it holds none, or several.
+    """
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(f"{name}: its mesh does not contain this rank")
-    shape = tuple(mesh.shape)
-    # Numbered as if the mesh were all there is, so that the number of each chunk can be read from a rank's.
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    # Numbered as if the mesh were all there is: a selection of ranks may have no regular numbers of its own.
+    strides = [prod(mesh.shape[i + 1 :]) for i in range(mesh.ndim)]
     here = sum(at * stride for at, stride in zip(coordinate, strides, strict=True))
-    cuts = cuts_of(name, tensor.placements, shape, strides)
-    return cuts, [cut.chunk(here) for cut in cuts]
+    return held_box(shape, cuts_of(name, placements, mesh.shape, strides), here)
 
 
 _strides: weakref.WeakKeyDictionary[DeviceMesh, tuple[int, ...] | None] = weakref.WeakKeyDictionary()
@@ -221,10 +221,10 @@ def _factor(parameter: DTensor, shape: tuple[int, ...], dtype: torch.dtype) -> D
 
     placements = [placement if fits(placement) else Replicate() for placement in parameter.placements]
     mesh = parameter.device_mesh
-    local = compute_local_shape_and_global_offset(shape, mesh, placements)[0]
+    local = box_here("optimizer state", shape, mesh, placements).shape
     whole = torch.empty(shape, device="meta")
     return DTensor.from_local(
-        torch.empty(tuple(local), dtype=dtype, device=parameter.to_local().device),
+        torch.empty(local, dtype=dtype, device=parameter.to_local().device),
         mesh,
         placements,
         run_check=False,

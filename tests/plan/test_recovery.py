@@ -12,8 +12,9 @@ from resilient_train.plan.interval import due, parse_interval
 from resilient_train.plan.partition import assign
 from resilient_train.plan.recovery import Found, Want, complete_keys, copies_by_entries, missing
 from resilient_train.plan.retention import superseded
-from resilient_train.spec.layout import Box, shard_box
+from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
+from resilient_train.spec.sharding import Cut, held_box
 from resilient_train.spec.world import Key
 
 
@@ -22,7 +23,7 @@ def entry(name: str, shape: tuple[int, ...], box: Box, dtype: str = "F32") -> En
 
 
 def shards(name: str, shape: tuple[int, ...], ranks: int, dim: int) -> list[Entry]:
-    return [entry(name, shape, shard_box(shape, (ranks,), (r,), (dim,))) for r in range(ranks)]
+    return [entry(name, shape, held_box(shape, (Cut(dim, ranks, 1),), r)) for r in range(ranks)]
 
 
 def test_any_layout_to_any_other() -> None:

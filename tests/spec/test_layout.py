@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resilient_train.spec.layout import Box, shard_box, uncovered
+from resilient_train.spec.layout import Box, uncovered
 
 BOXES = st.builds(
     lambda pairs: Box(tuple(o for o, _ in pairs), tuple(n for _, n in pairs)),
@@ -67,22 +66,3 @@ def test_a_scalar_is_one_element() -> None:
     assert scalar.size == 1
     assert uncovered(scalar, [scalar]) == []
     assert uncovered(scalar, []) == [scalar]
-
-
-@given(st.integers(0, 17), st.integers(1, 6))
-def test_shards_are_torch_chunks(length: int, parts: int) -> None:
-    """One mesh dimension: the same cut as torch.chunk, empty shards included."""
-    chunks = list(torch.arange(length).chunk(parts)) if length else []
-    for rank in range(parts):
-        box = shard_box((length,), (parts,), (rank,), (0,))
-        held = list(range(length))[box.slices_in(Box.whole((length,)))[0]]
-        assert held == (chunks[rank].tolist() if rank < len(chunks) else [])
-
-
-@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3))
-def test_two_mesh_dimensions_cover_a_tensor_once(rows: int, columns: int, outer: int, inner: int) -> None:
-    """Sharding the same or different dimensions: all boxes together are the tensor, without overlap."""
-    for dims in [(0, 1), (0, 0), (1, 0)]:
-        boxes = [shard_box((rows, columns), (outer, inner), (i, j), dims) for i in range(outer) for j in range(inner)]
-        assert uncovered(Box.whole((rows, columns)), boxes) == []
-        assert sum(box.size for box in boxes) == rows * columns

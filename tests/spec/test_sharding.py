@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from math import prod
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from resilient_train.spec.layout import Box
+from resilient_train.spec.layout import Box, uncovered
 from resilient_train.spec.sharding import Cut, chunks_within, held_box, holders, is_covered, is_regular
 from resilient_train.worker.tensors import cuts_of
 
@@ -114,3 +115,23 @@ def test_boxes_are_those_of_torch(mesh: list[int], data: st.DataObject) -> None:
         local, offset = _compute_local_shape_and_global_offset(shape, tuple(mesh), at, placements)
         assert box.shape == tuple(local)
         assert box.offset == tuple(offset) or not box.size
+
+
+@given(st.integers(0, 17), st.integers(1, 6))
+def test_shards_are_torch_chunks(length: int, parts: int) -> None:
+    """One mesh dimension: the same cut as torch.chunk, empty shards included."""
+    chunks = list(torch.arange(length).chunk(parts)) if length else []
+    for rank in range(parts):
+        box = held_box((length,), (Cut(0, parts, 1),), rank)
+        held = list(range(length))[box.slices_in(Box.whole((length,)))[0]]
+        assert held == (chunks[rank].tolist() if rank < len(chunks) else [])
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3))
+def test_two_mesh_dimensions_cover_a_tensor_once(rows: int, columns: int, outer: int, inner: int) -> None:
+    """Sharding the same or different dimensions: all boxes together are the tensor, without overlap."""
+    for dims in [(0, 1), (0, 0), (1, 0)]:
+        cuts = (Cut(dims[0], outer, inner), Cut(dims[1], inner, 1))
+        boxes = [held_box((rows, columns), cuts, rank) for rank in range(outer * inner)]
+        assert uncovered(Box.whole((rows, columns)), boxes) == []
+        assert sum(box.size for box in boxes) == rows * columns
