@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resilient_train.plan.lanes import count_lanes, turns
-from resilient_train.spec.layout import shard_box
+from resilient_train.spec.sharding import Cut, held_box
 
 NUMBERS = st.tuples(st.integers(1, 12), st.integers(1, 6), st.booleans()).map(
     lambda two: (two[0] * two[1], two[0]) if two[2] else (two[0], two[0] * two[1])
@@ -29,7 +29,7 @@ def test_every_unit_is_someones_and_comes_from_a_shard_of_his(
     found = []
     for i in range(outer):
         for j in range(inner):
-            box = shard_box((lanes,), (outer, inner), (i, j), (0, 0))
+            box = held_box((lanes,), (Cut(0, outer, inner), Cut(0, inner, 1)), i * inner + j)
             first, count = box.offset[0], box.shape[0]
             owned.append({shard for lane in range(first, first + count) for shard in range(lane, shards, lanes)})
             found.append(turns(step, shards=shards, units=units, first=first, count=count, ranks=ranks))
