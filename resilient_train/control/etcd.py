@@ -39,12 +39,14 @@ _JOB_TTL = 3600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What tells a job from others of the same id."""
+    """What tells a job from others of the same id.
+
+    By its secret, and not by the revision at which it began: etcd 3.5.0 to 3.5.2 can lose count of the revisions where
+    processes are killed (etcd-io/etcd#13766), so that one member's numbers are not the other's.
+    """
 
     secret: str
     """Its secret."""
-    born: int
-    """The revision at which it was made."""
     lease: int
     """The lease that all of the job is under."""
 
@@ -136,11 +138,17 @@ class EtcdControlStore:
             self._lease, self._said = 0, None
 
     def revision(self) -> int:
-        keys = self._call("Range", key=self._key("record"), range_end=self._key("secret\0"), keys_only=True)
-        found = {kv.key: kv for kv in keys.kvs}
-        self._recognize(found.get(self._key("secret")))
-        record = found.get(self._key("record"))
-        return 0 if record is None else int(record.version)
+        secret, job = self._key("secret"), self._job
+        answer = self._call(
+            "Txn",
+            compare=[] if job is None else [messages.holds(secret, job.secret.encode())],
+            success=[messages.get(self._key("record"), keys_only=True)],
+            failure=[messages.get(secret)],
+        )
+        found = messages.found(answer)
+        if not answer.succeeded:
+            self._recognize(found)
+        return 0 if found is None else int(found.version)
 
     def look(self) -> News:
         answer = read(self._client, self._prefix, self._timeout)
@@ -171,7 +179,7 @@ class EtcdControlStore:
         job = self._settled()
         answer = self._call(
             "Txn",
-            compare=[messages.unchanged(self._key("secret"), job.born), condition],
+            compare=[messages.holds(self._key("secret"), job.secret.encode()), condition],
             success=[put],
             failure=[messages.get(key), messages.get(self._key("secret"))],
             excuses=("NOT_FOUND",),
@@ -187,7 +195,7 @@ class EtcdControlStore:
             answer = self._call("Range", key=key)
             if answer.kvs:
                 (kv,) = answer.kvs
-                self._job = _Job(secret=kv.value.decode(), born=kv.mod_revision, lease=kv.lease)
+                self._job = _Job(secret=kv.value.decode(), lease=kv.lease)
                 break
             lease = self._granted(_JOB_TTL)
             made = messages.put(key, secrets.token_hex(32).encode(), lease)
@@ -198,7 +206,7 @@ class EtcdControlStore:
 
     def _recognize(self, secret: Any | None) -> None:
         """Make sure that the job under this id is still the one that we know."""
-        if self._job is not None and (secret is None or secret.mod_revision != self._job.born):
+        if self._job is not None and (secret is None or secret.value != self._job.secret.encode()):
             now = "another job of that id" if secret is not None else "no such job"
             raise StoreLost(f"this job is over: etcd at {self._access} holds {now} by now")
 

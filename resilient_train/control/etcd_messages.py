@@ -24,7 +24,8 @@ _MESSAGES = {
     "PutResponse": "header Header 1",
     "DeleteRangeRequest": "key bytes 1, range_end bytes 2",
     "DeleteRangeResponse": "header Header 1, deleted int64 2",
-    "Compare": "result int32 1, target int32 2, key bytes 3, version int64 4, mod_revision int64 6, range_end bytes 64",
+    "Compare": "result int32 1, target int32 2, key bytes 3, version int64 4, mod_revision int64 6, value bytes 7,"
+    " range_end bytes 64",
     "RequestOp": "request_range RangeRequest 1, request_put PutRequest 2, request_delete_range DeleteRangeRequest 3",
     "ResponseOp": "response_range RangeResponse 1, response_put PutResponse 2,"
     " response_delete_range DeleteRangeResponse 3",
@@ -68,7 +69,7 @@ DELETE = 1
 """`Event.type` of a key that is gone; 0 for one that was put."""
 EQUAL = 0
 """`Compare.result`."""
-VERSION, MOD_REVISION = 0, 2
+VERSION, MOD_REVISION, VALUE = 0, 2, 3
 """`Compare.target`."""
 
 
@@ -121,6 +122,11 @@ def unchanged(key: bytes, mod_revision: int) -> Any:
     return message("Compare", key=key, target=MOD_REVISION, result=EQUAL, mod_revision=mod_revision)
 
 
+def holds(key: bytes, value: bytes) -> Any:
+    """The condition that a key has this value."""
+    return message("Compare", key=key, target=VALUE, result=EQUAL, value=value)
+
+
 def at_version(key: bytes, version: int) -> Any:
     """The condition that a key was put so many times since it exists."""
     return message("Compare", key=key, target=VERSION, result=EQUAL, version=version)
@@ -132,9 +138,9 @@ def put(key: bytes, value: bytes, lease: int = 0, *, keep_lease: bool = False) -
     return message("RequestOp", request_put=made)
 
 
-def get(key: bytes) -> Any:
+def get(key: bytes, *, keys_only: bool = False) -> Any:
     """A read, as an operation of a transaction."""
-    return message("RequestOp", request_range=message("RangeRequest", key=key))
+    return message("RequestOp", request_range=message("RangeRequest", key=key, keys_only=keys_only))
 
 
 def delete(key: bytes, range_end: bytes) -> Any:

@@ -83,5 +83,5 @@ class ControlStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of connections; a blocked `watch` ends."""
+        """Let go of connections; a blocked `watch` ends, and whatever is asked later fails.  Twice is harmless."""
         ...

@@ -75,6 +75,7 @@ class TcpControlStore:
         self._timeout = max(2.0, 2 * ttl)
         self._clock = clock or MonotonicClock()
         self._order = -1
+        self._closed = False
         self._seen: dict[int, tuple[int, float]] = {}
         self._expired: frozenset[int] = frozenset()
         self._seeing = threading.Lock()
@@ -167,9 +168,12 @@ class TcpControlStore:
         return self._mapped(watch, watching=True)
 
     def close(self) -> None:
+        if self._closed:
+            return
         if self._watching is not None:
             with contextlib.suppress(StoreLost):
                 self._mapped(lambda: self._tell(self._store()))
+        self._closed = True
         self._caller.close()
         self._calls = None
 
@@ -250,6 +254,8 @@ class TcpControlStore:
 
     def _mapped(self, call: Callable[[], _T], watching: bool = False) -> _T:
         """A store call with torch's errors turned into ours, in bounded time unless it is ``watching``."""
+        if self._closed:
+            raise StoreLost(f"the connection to the control store at {self._where[0]}:{self._where[1]} was closed")
         try:
             # torch's client waits for the answer of a host that is gone for as long as TCP does.
             return self._tried(call, True) if watching else self._caller.call(lambda: self._tried(call), self._timeout)

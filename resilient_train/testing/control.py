@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from resilient_train.control.store import ControlStore, News
+from resilient_train.errors import StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
@@ -193,6 +194,18 @@ class ControlStoreConformance(ABC):
             return watcher.look().nodes == (lively, silent)
 
         wait_for(both, 30.0)
+
+    def test_what_is_closed_is_closed(self) -> None:
+        """Again is harmless, and nothing is answered any more."""
+        store = self.store()
+        store.swap(record(1))
+        store.close()
+        store.close()
+        try:
+            store.look()
+        except StoreLost:
+            return
+        raise AssertionError("it answered")
 
 
 def node(order: int) -> NodeInfo:

@@ -122,6 +122,23 @@ def test_a_lost_lease_is_made_anew(cluster: EtcdCluster, stores: Stores) -> None
     assert store.look().nodes == (replace(info, slots=7),)
 
 
+def test_a_job_is_told_by_its_secret(cluster: EtcdCluster, stores: Stores) -> None:
+    """Members that do not count revisions alike still hold the same job; another secret is another job."""
+    store = stores("told by its secret")
+    store.announce(node(store.join()))
+    store.swap(record(1))
+    key = "/resilient_train/told%20by%20its%20secret/secret"
+    cluster.etcdctl("put", "--ignore-lease", key, store.secret())
+    assert store.swap(record(2)) == record(2)
+    assert store.look().record == record(2)
+    assert store.revision() == 2
+    cluster.etcdctl("put", "--ignore-lease", key, "another")
+    with pytest.raises(StoreLost, match="another job"):
+        store.swap(record(3))
+    with pytest.raises(StoreLost, match="another job"):
+        store.look()
+
+
 def test_a_watch_survives_compaction(cluster: EtcdCluster, stores: Stores) -> None:
     """History that is gone is not needed: what stands now is read."""
     store, other = stores(), stores()

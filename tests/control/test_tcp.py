@@ -40,6 +40,16 @@ def test_a_missing_server_is_an_error_with_its_address() -> None:
         TcpControlStore("127.0.0.1", port, "job", timeout=1.0)
 
 
+def test_closing_twice_waits_for_nothing() -> None:
+    """A call that waits for this store's patience would take longer than this test may."""
+    server = serve("127.0.0.1", 0)
+    store = TcpControlStore("127.0.0.1", server.port, "job", ttl=10_000.0)
+    store.close()
+    store.close()
+    with pytest.raises(StoreLost, match="was closed"):
+        store.beat()
+
+
 def test_a_version_that_was_deleted_long_ago_is_not_won() -> None:
     """Whoever wins a revision may die before it deletes an old one; an agent that slept meanwhile wins nothing."""
     server = serve("127.0.0.1", 0)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from resilient_train.control.store import ControlStore, News
-from resilient_train.errors import FormatError
+from resilient_train.errors import FormatError, StoreLost
 from resilient_train.sim.store import Snapshot, Store
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
@@ -31,8 +31,11 @@ class Facade:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._order = -1
+        self._closed = False
 
     def _begin(self) -> Store:
+        if self._closed:
+            raise StoreLost("closed")
         self._shared.store.expire(time.monotonic())
         self._shared.changed.notify_all()
         return self._shared.store
@@ -81,7 +84,7 @@ class Facade:
             return news(self._shared.store.look())
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        self._closed = True
 
 
 def news(snapshot: Snapshot) -> News:
