@@ -35,7 +35,7 @@ from resilient_train.spec.messages import Peers, Serving
 from resilient_train.spec.peers import Put
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.peer import Peer, ask_held, put_copy
+from resilient_train.storage.peer import Peer, ask_held, put_bytes
 from resilient_train.storage.wire import connect
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.remote import RemoteImage
@@ -127,7 +127,7 @@ def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[st
         writer = a.snapshot(Key(1, step), 0, torch.ones(mib << 18))
         assert writer is not None
         writer.conclude()
-    image = ask_held(a.endpoint, secret, 5.0)[0][0]
+    image = ask_held(a.endpoint, secret, 5.0).images[0]
     views = {slot.key.step: memoryview(slot.memory.map) for slot in a.slots.all() if slot.key is not None}
     data = views[1]
     server = socket.create_server(("127.0.0.1", 0))
@@ -147,7 +147,7 @@ def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[st
         # What is there already would not be sent again, so the two take turns in one slot.
         step, view = copies[0]
         put = Put(source="a/0", lineage=1, step=step, rank=0, world=2, size=image.size, keep=None)
-        put_copy(wire, put, view, lambda _: None)
+        put_bytes(wire, put, [view], lambda _: None)
         copies.reverse()
 
     def read(threads: int) -> None:

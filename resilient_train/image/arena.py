@@ -209,7 +209,7 @@ class Slot(Memory):
 
 LINE = 64
 """Bytes of one worker's line on the board: a cache line, so that workers do not disturb each other."""
-_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE = 0, 8, 16, 24, 32, 40
+_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE, _GROUP = 0, 8, 16, 24, 32, 40, 48
 _PENDING, _KEPT, _VOUCHED = 8, 16, 24
 
 
@@ -300,14 +300,20 @@ class Board(Memory):
         """Bytes per second at which its node may send them; 0: as fast as possible."""
         return engine.observe(self._word(index, _RATE))
 
-    def report_copies(self, index: int, copies: int, rate: int = 0) -> None:
-        """Say how many copies there are to be, and how fast they may be sent."""
+    def group(self, index: int) -> int:
+        """The most nodes of a parity group that is to take the place of copies; 0: there are to be copies."""
+        return engine.observe(self._word(index, _GROUP))
+
+    def report_copies(self, index: int, copies: int, rate: int = 0, group: int = 0) -> None:
+        """Say how many copies there are to be, or one parity in groups of so many nodes, and how fast they may be
+        sent."""
         engine.publish(self._word(index, _RATE), rate)
+        engine.publish(self._word(index, _GROUP), group)
         engine.publish(self._word(index, _COPIES), copies + 1)
 
     def clear(self, index: int) -> None:
         """A new process in the slot begins with nothing."""
-        for offset in (_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE):
+        for offset in (_GENERATION, _STEP, _PUBLISHED, _EVERY, _COPIES, _RATE, _GROUP):
             engine.publish(self._word(index, offset), 0)
 
     def watermark(self, lineage: int, slots: tuple[int, ...]) -> int:

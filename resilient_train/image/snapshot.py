@@ -26,6 +26,7 @@ from resilient_train.errors import FormatError
 from resilient_train.image.arena import Slot
 from resilient_train.image.device import copying_threads, device_of, stream_of
 from resilient_train.image.native import Copier, CudaError, Device, DeviceCopier, Piece, engine
+from resilient_train.image.publish import publish
 from resilient_train.spec.shard import Entry, ImageLayout, Stamp
 from resilient_train.spec.world import Key
 
@@ -238,15 +239,7 @@ class ImageWriter:
         if torn is None:
             torn = [] if self._audited else self._torn()
         if not torn and not drop:
-            layout = self.layout
-            crc = engine.crc32c(slot.address + layout.crc_start, 4 * layout.blocks)
-            tail = layout.crc_start + 4 * layout.blocks
-            slot.map[tail : layout.total] = bytes(layout.total - tail)
-            for at, value in Stamp(
-                key=stamp.key, rank=stamp.rank, world=stamp.world, json_length=stamp.json_length, crc=crc
-            ).fields():
-                slot.map[at : at + len(value)] = value
-            engine.publish(slot.address, layout.data_start - 8)
+            publish(slot, self.layout, stamp)
         slot.unlock()
         self._slot = None
         return torn

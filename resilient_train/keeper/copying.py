@@ -1,20 +1,23 @@
-"""Send the images of a state to the nodes that keep copies of them: one thread, behind everything else."""
+"""Send the images of a state to the nodes that keep copies or parities of them: one thread, behind everything else."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from resilient_train.errors import LinkLost
+from resilient_train.image.native import checksum
 from resilient_train.keeper.replicas import yield_to_others
 from resilient_train.keeper.shelf import Listed, Shelf
 from resilient_train.plan.pace import Pace
-from resilient_train.spec.peers import Put
+from resilient_train.plan.parity import cut
+from resilient_train.spec.peers import Fold, Put
+from resilient_train.spec.shard import BLOCK
 from resilient_train.spec.world import Key, slot_of
-from resilient_train.storage.peer import PUT_PIECE, PeerDeclined, put_copy
+from resilient_train.storage.peer import PUT_PIECE, PeerDeclined, put_bytes
 from resilient_train.storage.wire import Wire, connect
 
 _RETRY = 0.25
@@ -42,6 +45,8 @@ class Errand:
     """The job's."""
     rate: int
     """Bytes per second; 0 for as fast as possible."""
+    group: tuple[str, ...] = ()
+    """Where the images are folded into parities instead: the nodes of the targets, in their order."""
 
 
 class Copier:
@@ -112,7 +117,7 @@ class Copier:
             try:
                 if target not in self._wires:
                     self._wires[target] = connect(target, errand.secret, _TIMEOUT)
-                if not self._copy(errand, self._wires[target]):
+                if not (self._fold if errand.group else self._copy)(errand, target):
                     return False
                 done.add(target)
             except PeerDeclined as refusal:
@@ -125,14 +130,10 @@ class Copier:
                     return False
                 time.sleep(_RETRY)
 
-    def _copy(self, errand: Errand, wire: Wire) -> bool:
+    def _copy(self, errand: Errand, target: str) -> bool:
         """Have one keeper hold all images of a state; False if one was overwritten before."""
-        piece = max(_LEAST_PIECE, min(PUT_PIECE, int(errand.rate * _BREATH) or PUT_PIECE))
-        with ExitStack() as stack:
-            views = [stack.enter_context(self._shelf.reading(image.slot, errand.key)) for image in errand.images]
-            for image, view in zip(errand.images, views, strict=True):
-                if view is None:
-                    return False
+        with self._reading(errand) as views:
+            for image, view in zip(errand.images, views, strict=False):
                 kept = self._kept()
                 request = Put(
                     source=f"{errand.node}/{slot_of(image.owner)}",
@@ -143,8 +144,45 @@ class Copier:
                     size=image.size,
                     keep=list(kept) if kept else None,
                 )
-                put_copy(wire, request, view, lambda nbytes: self._take_turn(errand, nbytes), piece)
+                self._put(errand, target, request, [view])
+            return bool(views)
+
+    def _fold(self, errand: Errand, target: str) -> bool:
+        """Have one keeper fold its piece of this node's images into its parity; False if one was overwritten before."""
+        index = errand.targets.index(target)
+        with self._reading(errand) as views:
+            if not views:
+                return False
+            images = {image.stamp.rank: view for image, view in zip(errand.images, views, strict=True)}
+            parts = cut([(rank, len(view)) for rank, view in images.items()], len(errand.targets))[index]
+            data = [images[part.rank][part.begin : part.end] for part in parts]
+            kept = self._kept()
+            request = Fold(
+                node=errand.node,
+                lineage=errand.key.lineage,
+                step=errand.key.step,
+                world=errand.images[0].stamp.world,
+                others=[node for node in (*errand.group, errand.node) if node != errand.group[index]],
+                parts=[part.row() for part in parts],
+                sums=[checksum(block) for block in _blocks(data)],
+                keep=list(kept) if kept else None,
+            )
+            self._put(errand, target, request, data)
+            for view in data:
+                view.release()
         return True
+
+    @contextmanager
+    def _reading(self, errand: Errand) -> Iterator[list[memoryview]]:
+        """The bytes of all images; none if one was overwritten before."""
+        with ExitStack() as stack:
+            views = [stack.enter_context(self._shelf.reading(image.slot, errand.key)) for image in errand.images]
+            there = [view for view in views if view is not None]
+            yield there if len(there) == len(views) else []
+
+    def _put(self, errand: Errand, target: str, request: Put | Fold, data: Sequence[memoryview]) -> None:
+        piece = max(_LEAST_PIECE, min(PUT_PIECE, int(errand.rate * _BREATH) or PUT_PIECE))
+        put_bytes(self._wires[target], request, data, lambda nbytes: self._take_turn(errand, nbytes), piece)
 
     def _take_turn(self, errand: Errand, nbytes: int) -> None:
         delay = self._pace.delay(time.monotonic(), nbytes)
@@ -160,3 +198,21 @@ class Copier:
         if reason not in self._said:
             self._said.add(reason)
             self._say(text)
+
+
+def _blocks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+    """Bytes that stand one behind the other, block by block."""
+    rest = b""
+    for view in views:
+        first = min(len(view), BLOCK - len(rest) if rest else 0)
+        rest += view[:first]
+        if len(rest) == BLOCK:
+            yield rest
+            rest = b""
+        if rest:
+            continue
+        whole = first + (len(view) - first) // BLOCK * BLOCK
+        yield from (view[at : at + BLOCK] for at in range(first, whole, BLOCK))
+        rest = bytes(view[whole:])
+    if rest:
+        yield rest

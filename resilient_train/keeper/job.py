@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from resilient_train.clock import Clock
-from resilient_train.errors import LinkLost
+from resilient_train.errors import CheckpointDamaged, LinkLost, MemoryRefused
 from resilient_train.image.arena import Board
 from resilient_train.keeper.conduct import Conductor
+from resilient_train.keeper.last import Last, last_state
+from resilient_train.keeper.parities import Parities
+from resilient_train.keeper.rebuilding import rebuild, remains
 from resilient_train.keeper.replicas import Replicas
 from resilient_train.keeper.replicate import Replicator, alone
 from resilient_train.keeper.serve import PeerServer
-from resilient_train.keeper.shelf import Shelf, source_of
+from resilient_train.keeper.shelf import Shelf, is_parity, source_of
 from resilient_train.keeper.survey import Finding, Survey
-from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import Peers, Serving
 from resilient_train.spec.world import Key, node_of
 
 _DECISION = 10.0
 """Seconds to wait for the other nodes to decide on the last state as well."""
 _ASK_AGAIN = 0.1
+
+
+Rows = list[list[object]]
+"""[endpoint, rows of what is there] of keepers."""
 
 
 class Loop(Protocol):
@@ -49,18 +55,6 @@ class Loop(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Last:
-    """The last state, as far as it concerns this node."""
-
-    key: Key | None
-    """Which; None if no state is complete anywhere."""
-    world: int
-    """Number of ranks that it is the state of."""
-    images: Mapping[int, int]
-    """rank -> slot, of the images that this node makes durable."""
-
-
 class JobWide:
     """Runs on the keeper's loop, but for what its threads do."""
 
@@ -80,13 +74,14 @@ class JobWide:
         self._survey = Survey()
         self._conductor = Conductor(clock.now, lambda text: self._say("replication", text))
         self._replicator = Replicator(shelf, board, lambda text: self._say("replication", text))
-        self._replicas = Replicas(
-            shelf,
-            lambda: board().kept(),
-            added=lambda slot: loop.post(lambda: loop.deposit(slot)),
-            useless=lambda slot: loop.post(lambda: loop.drop(slot)),
-        )
+        slots: dict[str, Callable[[int], None]] = {
+            "added": lambda slot: loop.post(lambda: loop.deposit(slot)),
+            "useless": lambda slot: loop.post(lambda: loop.drop(slot)),
+        }
+        self._replicas = Replicas(shelf, lambda: board().kept(), **slots)
+        self._parities = Parities(shelf, lambda: board().kept(), **slots, completed=self._replicator.look)
         self._last: Last | None = None
+        self._decided: Callable[[Last], None] = lambda _: None
         self._deadline = 0.0
 
     def _say(self, kind: str, text: str) -> None:
@@ -124,7 +119,10 @@ class JobWide:
         return self._replicator.kept
 
     def keeps(self, owner: str) -> bool:
-        """Whether a slot holds copies of a node that sends them here, and will be used again."""
+        """Whether a slot holds copies of a node that sends them here, or parities of the group, and will be used
+        again."""
+        if is_parity(owner):
+            return self._member and self._replicator.folds(owner)
         source = source_of(owner)
         return self._member and self._belongs(node_of(source)) and self._replicator.keeps_for(node_of(source))
 
@@ -138,7 +136,7 @@ class JobWide:
                 if self._server is not None:
                     self._server.close()
                 key = bytes.fromhex(secret)
-                parts = (self._shelf, self._replicas, self._conductor, self._chosen)
+                parts = (self._shelf, self._replicas, self._parities, self._conductor, self._chosen)
                 self._server, self._secret = PeerServer(host, key, *parts), secret
         except (LinkLost, ValueError) as error:
             return Serving(endpoint="", error=str(error))
@@ -165,18 +163,21 @@ class JobWide:
         if self._peers is not None and self._peers.keepers and self._peers.keepers[0][0] == self._peers.node:
             self._conductor.persist()
 
-    def list(self, answer: Callable[[list[list[object]], str], None]) -> None:
-        """Have ``answer`` called, on the loop, with the images of other nodes and the job's secret."""
+    def list(self, answer: Callable[[Rows, Rows, str], None]) -> None:
+        """Have ``answer`` called, on the loop, with the images of other nodes, their parities and the job's secret."""
 
         def found(finding: Finding) -> None:
-            rows: list[list[object]] = [
+            rows: Rows = [
                 [
                     endpoint,
                     [[i.slot, i.key.lineage, i.key.step, i.rank, i.world, i.size, int(i.replica)] for i in images],
                 ]
                 for endpoint, images in finding.images.items()
             ]
-            self._loop.post(lambda: answer(rows, self._secret))
+            parities: Rows = [
+                [endpoint, [parity.row() for parity in held]] for endpoint, held in finding.parities.items() if held
+            ]
+            self._loop.post(lambda: answer(rows, parities, self._secret))
 
         self._survey.ask(found, patient=True)
 
@@ -188,7 +189,11 @@ class JobWide:
         return None if last is None else last.key or Key(0, 0)
 
     def decide_last(self, decided: Callable[[Last], None]) -> None:
-        """Have ``decided`` called, on the loop, with the last state, which all nodes agree on; then call `settled`."""
+        """Have ``decided`` called, on the loop, with the last state, which all nodes agree on; then call `settled`.
+
+        It may be called again, with a later state that others found complete.
+        """
+        self._decided = decided
 
         def found(finding: Finding) -> None:
             self._loop.post(lambda: self._decide(finding, decided))
@@ -199,48 +204,41 @@ class JobWide:
         assert self._server is not None
         self._last = last_state(self._shelf, finding, self._server.endpoint)
         self._deadline = self._clock.now() + _DECISION
-        decided(self._last)
+        if self._last.rebuild:
+            threading.Thread(target=self._rebuild, args=(finding, decided), name="rebuild", daemon=True).start()
+        else:
+            decided(self._last)
+
+    def _rebuild(self, finding: Finding, decided: Callable[[Last], None]) -> None:
+        """Make lost images again, and go on with what there is then."""
+        last = self._last
+        assert last is not None
+        assert last.key is not None
+        made = dict(last.images)
+        try:
+            with remains(self._shelf, finding, last.key, bytes.fromhex(self._secret)) as left:
+                for rank in last.rebuild:
+                    made[rank] = rebuild(self._shelf, left, last.key, rank)
+        except (MemoryRefused, CheckpointDamaged, LinkLost) as error:
+            self._say("persist", f"a lost node's part of the last state cannot be made again: {error}")
+        self._loop.post(lambda: decided(replace(last, images=made)))
 
     def settled(self) -> None:
         """This node has written its part: wait until the others know theirs, for they need to hear of this one's."""
 
         def found(finding: Finding) -> None:
-            undecided = [endpoint for endpoint, chosen in finding.chosen.items() if chosen is None]
-            self._loop.post(lambda: self._wait_or_end(bool(undecided)))
+            self._loop.post(lambda: self._wait_or_end(finding))
 
         self._survey.ask(found)
 
-    def _wait_or_end(self, undecided: bool) -> None:
-        if undecided and self._clock.now() < self._deadline:
+    def _wait_or_end(self, finding: Finding) -> None:
+        mine = self._last.key if self._last is not None else None
+        if any(chosen is not None and chosen > (mine or Key(0, 0)) for chosen in finding.chosen.values()):
+            # It became complete between their decision and this one.
+            self._decide(finding, self._decided)
+        elif None in finding.chosen.values() and self._clock.now() < self._deadline:
             timer = threading.Timer(_ASK_AGAIN, lambda: self._loop.post(self.settled))
             timer.daemon = True
             timer.start()
         else:
-            self._loop.settled(self._last.key if self._last is not None else None)
-
-
-def last_state(shelf: Shelf, finding: Finding, own: str) -> Last:
-    """The newest state that is complete over all nodes, or that another node has begun to make durable, and which of
-    its images the keeper at ``own`` writes: its originals, and copies whose originals are gone."""
-    mine = [(own, i.slot, i.stamp.key, i.stamp.rank, i.stamp.world, bool(source_of(i.owner))) for i in shelf.images()]
-    theirs = [
-        (endpoint, image.slot, image.key, image.rank, image.world, image.replica)
-        for endpoint, images in finding.images.items()
-        for image in images
-    ]
-    images = mine + theirs
-    found = (Found(key=key, rank=rank, world=world) for _, _, key, rank, world, _ in images)
-    chosen = [key for key in finding.chosen.values() if key is not None and key.lineage]
-    keys = sorted({*complete_keys(found, {}), *chosen}, reverse=True)
-    if not keys:
-        return Last(key=None, world=0, images={})
-    holders: dict[int, list[tuple[bool, str, int]]] = {}
-    world = 0
-    for endpoint, slot, key, rank, size, replica in images:
-        if key == keys[0]:
-            holders.setdefault(rank, []).append((replica, endpoint, slot))
-            world = size
-    first = {rank: min(places) for rank, places in holders.items()}
-    return Last(
-        key=keys[0], world=world, images={rank: slot for rank, (_, where, slot) in first.items() if where == own}
-    )
+            self._loop.settled(mine)

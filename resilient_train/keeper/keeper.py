@@ -18,7 +18,8 @@ from resilient_train.image.arena import Board
 from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.backing import Backed, Backing
 from resilient_train.keeper.clients import Client
-from resilient_train.keeper.job import JobWide, Last
+from resilient_train.keeper.job import JobWide
+from resilient_train.keeper.last import Last
 from resilient_train.keeper.saving import Saving
 from resilient_train.keeper.shelf import Shelf, source_of
 from resilient_train.keeper.word import Word
@@ -303,9 +304,11 @@ class Keeper:
             self.answer(client, Images(images=self.shelf.rows(), peers=[], secret=""))
             return
 
-        def say(peers: list[list[object]], secret: str) -> None:
+        def say(peers: list[list[object]], parities: list[list[object]], secret: str) -> None:
             if client in self._clients:
-                self.answer(client, Images(images=self.shelf.rows(), peers=peers, secret=secret))
+                here = ["", [parity.row() for parity in self.shelf.parities()]]
+                images = self.shelf.rows()
+                self.answer(client, Images(images=images, peers=peers, secret=secret, parities=[here, *parities]))
 
         self._job.list(say)
 
@@ -389,7 +392,7 @@ class Keeper:
         newest = self._job.kept if self._job.shared else self._newest_complete()
         if newest is None:
             return
-        keys = {image.slot: image.stamp.key for image in self.shelf.images()}
+        keys = self.shelf.keys()
         for slot in orphans:
             if keys[slot] < newest if slot in keys else not self.shelf.locked(slot):
                 self.drop(slot)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +13,7 @@ from resilient_train.errors import FormatError, LinkLost, MemoryRefused
 from resilient_train.image.arena import Slot, create_memory, touch
 from resilient_train.image.native import checksum, engine
 from resilient_train.keeper.shelf import Shelf, replica_owner
+from resilient_train.keeper.turns import Turns
 from resilient_train.spec.peers import Declined, Put, Ready, Stored, key_or_none
 from resilient_train.spec.shard import BLOCK, PEEK, header_size, parse_header, peek
 from resilient_train.spec.world import Key
@@ -24,8 +24,6 @@ _AT_ONCE = 4
 """Blocks that are received at once: they are still in the caches when they are verified."""
 _MOST_BYTES = 1 << 46
 _NICE = 10
-_LET_GO = 5.0
-"""Seconds for a transfer whose sender has hung up to end."""
 
 
 @dataclass
@@ -63,8 +61,7 @@ class Replicas:
         self._added = added
         self._useless = useless
         self._finding = threading.Lock()
-        self._turns = threading.Condition()
-        self._sending: dict[str, Wire] = {}
+        self._turns = Turns()
         self._arrived: dict[int, _Arrived] = {}
 
     def take(self, wire: Wire, request: Put) -> None:
@@ -76,7 +73,11 @@ class Replicas:
         """
         if not PEEK <= request.size <= _MOST_BYTES or not request.source or len(request.source) > 500:
             raise FormatError(f"{request!r:.300} announces no image")
-        with self._turn(wire, request.source):
+        with self._turns.of(request.source, wire):
+            if self._is_here(request):
+                wire.send(Ready(offset=request.size))
+                wire.send(Stored())
+                return
             try:
                 room = self._room(request)
             except MemoryRefused as error:
@@ -92,31 +93,9 @@ class Replicas:
                 slot.close()
             wire.send(answer)
 
-    @contextmanager
-    def _turn(self, wire: Wire, source: str) -> Iterator[None]:
-        """One transfer at a time from one source: who comes again has lost the connection before, whatever is heard of
-        that here."""
-        with self._turns:
-            before = self._sending.get(source)
-            if before is not None:
-                before.hang_up()
-                if not self._turns.wait_for(lambda: source not in self._sending, _LET_GO):
-                    raise LinkLost(f"an earlier transfer of {source} does not end")
-            self._sending[source] = wire
-        try:
-            yield
-        finally:
-            with self._turns:
-                del self._sending[source]
-                self._turns.notify_all()
-
     def _fill(self, wire: Wire, request: Put, number: int, slot: Slot) -> Stored | Declined:
         """Receive the bytes that a slot lacks of an image, verify and publish it."""
         yield_to_others()
-        stamp = slot.stamp()
-        if stamp is not None and (stamp.key, stamp.rank, stamp.world) == _identity(request):
-            wire.send(Ready(offset=request.size))
-            return Stored()
         arrived = self._arrived.pop(number, None)
         if arrived is None or arrived.of != _identity(request):
             arrived = _Arrived(of=_identity(request))
@@ -178,16 +157,15 @@ class Replicas:
         return [number for number, name in self._shelf.owners().items() if name == owner]
 
     def _begun(self, number: int, request: Put) -> bool:
-        """Whether a slot holds a part of a copy, or all of it."""
+        """Whether a slot holds a part of a copy."""
         arrived = self._arrived.get(number)
-        if arrived is not None:
-            return arrived.of == _identity(request)
-        slot = self._shelf.open(number)
-        if slot is None:
-            return False
-        stamp = slot.stamp()
-        slot.close()
-        return stamp is not None and (stamp.key, stamp.rank, stamp.world) == _identity(request)
+        return arrived is not None and arrived.of == _identity(request)
+
+    def _is_here(self, request: Put) -> bool:
+        """Whether the copy is complete; somebody may be reading it."""
+        owner = replica_owner(request.source)
+        stamps = (image.stamp for image in self._shelf.images() if image.owner == owner)
+        return any((stamp.key, stamp.rank, stamp.world) == _identity(request) for stamp in stamps)
 
 
 def yield_to_others() -> None:

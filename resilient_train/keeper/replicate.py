@@ -14,7 +14,8 @@ from collections.abc import Callable
 from resilient_train.errors import FormatError, LinkLost
 from resilient_train.image.arena import Board
 from resilient_train.keeper.copying import Copier, Errand
-from resilient_train.keeper.shelf import Shelf, source_of
+from resilient_train.keeper.shelf import Shelf, parity_owner, source_of
+from resilient_train.plan.parity import groups
 from resilient_train.plan.placement import place
 from resilient_train.spec.messages import Peers
 from resilient_train.spec.peers import Orders, Report, key_or_none
@@ -56,6 +57,8 @@ class Replicator:
         self._copies: int | None = None
         self._targets: tuple[str, ...] = ()
         self._sources: frozenset[str] | None = None
+        self._group: tuple[str, ...] = ()
+        """where there are parities: the others of this node's group, in the order of its pieces"""
         self._copier = Copier(shelf, lambda: board().kept(), say, self._ended)
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -76,6 +79,16 @@ class Replicator:
         many there are to be."""
         with self._changed:
             return self._sources is None or node in self._sources
+
+    def folds(self, owner: str) -> bool:
+        """Whether this node makes parities of that owner, or may."""
+        with self._changed:
+            return self._sources is None or (bool(self._group) and owner == parity_owner(self._group))
+
+    def look(self) -> None:
+        """From any thread: have a look at once."""
+        if self._peers is not None:
+            self._wake()
 
     # ---- following --------------------------------------------------------------------------------------------------
 
@@ -108,7 +121,7 @@ class Replicator:
         if not same_keepers:
             self._copier.give(None)
             self._hang_up()
-        self._copies = None
+        self._copies, self._group = None, ()
 
     def _place(self, peers: Peers) -> None:
         """Find out where copies go and whose come here, once this world's ranks have said how many there are to be."""
@@ -116,13 +129,20 @@ class Replicator:
         wanted = [copies for copies in said if copies is not None]
         if len(wanted) < len(said) or not wanted or self._copies == max(wanted):
             return
-        placed = place(Topology({node: peers.labels.get(node, []) for node, _ in peers.keepers}), max(wanted))
+        topology = Topology({node: peers.labels.get(node, []) for node, _ in peers.keepers})
+        most = max(self._board().group(slot) for slot in peers.slots)
+        group = next((group for group in groups(topology, most) if peers.node in group), ()) if most else ()
+        at = group.index(peers.node) if group else 0
+        placed = place(topology, 0 if most else max(wanted))
+        # Everybody begins with another one.
+        others = group[at + 1 :] + group[:at]
         self._copies = max(wanted)
         self._targets = tuple(
-            endpoint for node in placed[peers.node] for name, endpoint in peers.keepers if name == node
+            endpoint for node in others or placed[peers.node] for name, endpoint in peers.keepers if name == node
         )
         with self._changed:
             if self._peers is peers:
+                self._group = others
                 self._sources = frozenset(node for node, targets in placed.items() if peers.node in targets)
 
     def _round(self, peers: Peers) -> None:
@@ -177,7 +197,9 @@ class Replicator:
         every = max((board.every(slot) for slot in peers.slots), default=1)
         if ready and self._pending not in (None, self._done, self._missed):
             self._attend(peers, published, min(steps), every)
-        kept = board.kept()
+        kept, done = board.kept(), self._done
+        if self._group and done is not None and not self._has_parity(done):
+            done = None
         with self._changed:
             return Report(
                 node=peers.node,
@@ -187,12 +209,17 @@ class Replicator:
                 furthest=max(steps) if ready else 0,
                 published=min(key.step if key else 0 for key in published.values()) if ready else 0,
                 every=every,
-                done=list(self._done) if self._done else None,
+                done=list(done) if done else None,
                 missed=list(self._missed) if self._missed else None,
                 moved=self._copier.moved,
                 kept=list(kept) if kept else None,
                 saving=self.saving,
             )
+
+    def _has_parity(self, key: Key) -> bool:
+        """Whether the parity that this node makes is complete: only then its group can do without one of them."""
+        owner = parity_owner(self._group)
+        return any(of == key and self._shelf.owner(number) == owner for number, of in self._shelf.keys().items())
 
     def _attend(self, peers: Peers, published: dict[int, Key | None], slowest: int, every: int) -> None:
         pending, errand = self._pending, self._copier.errand
@@ -213,6 +240,7 @@ class Replicator:
                     targets=self._targets,
                     secret=self._secret,
                     rate=max(self._board().rate(slot) for slot in peers.slots),
+                    group=self._group,
                 )
             )
         elif slowest > pending.step + 2 * every or any((published[slot] or pending) > pending for slot in lacking):

@@ -17,9 +17,10 @@ from contextlib import ExitStack, suppress
 from resilient_train.errors import FormatError, LinkLost, OutsideError
 from resilient_train.keeper.conduct import Conductor
 from resilient_train.keeper.gather import answer_rows
+from resilient_train.keeper.parities import Parities
 from resilient_train.keeper.replicas import Replicas
 from resilient_train.keeper.shelf import Shelf
-from resilient_train.spec.peers import Declined, Gather, Held, ListHeld, Put, Range, Read, Report
+from resilient_train.spec.peers import Declined, Fold, Gather, Held, ListHeld, Put, Range, Read, Report
 from resilient_train.spec.world import Key
 from resilient_train.storage.wire import Wire, accept
 
@@ -44,6 +45,7 @@ class PeerServer:
         secret: bytes,
         shelf: Shelf,
         replicas: Replicas,
+        parities: Parities,
         conductor: Conductor,
         chosen: Callable[[], Key | None],
     ) -> None:
@@ -52,6 +54,7 @@ class PeerServer:
         secret: the job's.
         shelf: what to serve.
         replicas: takes copies in.
+        parities: takes pieces for parities in.
         conductor: hears reports.
         chosen: the state that this node makes durable at the end, once there is one.
 
@@ -61,6 +64,7 @@ class PeerServer:
         self._secret = secret
         self._shelf = shelf
         self._replicas = replicas
+        self._parities = parities
         self._conductor = conductor
         self._chosen = chosen
         self._strangers: list[socket.socket] = []
@@ -124,13 +128,17 @@ class PeerServer:
                 match request:
                     case ListHeld():
                         chosen = self._chosen()
-                        wire.send(Held(images=self._shelf.rows(), chosen=list(chosen) if chosen else None))
+                        parities = [parity.row() for parity in self._shelf.parities()]
+                        rows = self._shelf.rows()
+                        wire.send(Held(images=rows, parities=parities, chosen=list(chosen) if chosen else None))
                     case Read(slot=slot, lineage=lineage, step=step, offset=offset, size=size):
                         self._send(wire, window, slot, Key(lineage, step), offset, size)
                     case Gather(slot=slot, lineage=lineage, step=step):
                         answer_rows(wire, window.look(slot, Key(lineage, step)), request)
                     case Put():
                         self._replicas.take(wire, request)
+                    case Fold():
+                        self._parities.take(wire, request)
                     case Report():
                         self._conductor.heard(wire, request)
                     case _:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from resilient_train.errors import FormatError
 from resilient_train.image.arena import Slot
-from resilient_train.spec.shard import Stamp
+from resilient_train.spec import jsontree
+from resilient_train.spec.parity import Parity
+from resilient_train.spec.shard import Stamp, header_size, parse_header
 from resilient_train.spec.world import Key, node_of
+from resilient_train.storage.peer import HeldParity
 
 _REPLICA = "replica of "
+_PARITY = "parity of "
 
 
 def replica_owner(source: str) -> str:
@@ -22,6 +27,16 @@ def replica_owner(source: str) -> str:
 def source_of(owner: str) -> str:
     """Whose copies an owner's slots hold, as node/slot; empty for a worker."""
     return owner.removeprefix(_REPLICA) if owner.startswith(_REPLICA) else ""
+
+
+def parity_owner(nodes: Collection[str]) -> str:
+    """The owner of slots that hold parities of these nodes' images."""
+    return _PARITY + " + ".join(sorted(nodes))
+
+
+def is_parity(owner: str) -> bool:
+    """Whether an owner's slots hold parities."""
+    return owner.startswith(_PARITY)
 
 
 def origin_of(owner: str) -> str:
@@ -36,7 +51,7 @@ class Kept:
     memory: Slot
     """Its memory, through an open whose file lock says that the image is being made durable."""
     owner: str
-    """The worker that writes to it, or `replica_owner`."""
+    """The worker that writes to it, `replica_owner` or `parity_owner`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +110,12 @@ class Shelf:
         with self._lock:
             return self._slots[number]
 
+    def owner(self, number: int) -> str:
+        """The owner of a slot; empty if it is gone."""
+        with self._lock:
+            kept = self._slots.get(number)
+            return kept.owner if kept is not None else ""
+
     def owners(self) -> dict[int, str]:
         """The owner of every slot."""
         with self._lock:
@@ -102,6 +123,9 @@ class Shelf:
 
     def images(self) -> list[Listed]:
         """Every published image."""
+        return [listed for listed in self._published() if not is_parity(listed.owner)]
+
+    def _published(self) -> list[Listed]:
         with self._lock:
             found = [(number, kept, kept.memory.stamp()) for number, kept in self._slots.items()]
             return [
@@ -109,6 +133,20 @@ class Shelf:
                 for number, kept, stamp in found
                 if stamp is not None
             ]
+
+    def keys(self) -> dict[int, Key]:
+        """The state of which each slot holds something, an image or a parity, that is published."""
+        return {listed.slot: listed.stamp.key for listed in self._published()}
+
+    def parities(self) -> list[HeldParity]:
+        """Every published parity; one that is damaged is not listed."""
+        found = []
+        for listed in self._published():
+            if is_parity(listed.owner):
+                with self.reading(listed.slot, listed.stamp.key) as view, suppress(FormatError):
+                    if view is not None:
+                        found.append(_parity_in(listed, view))
+        return found
 
     def rows(self) -> list[list[int]]:
         """The same as messages have it."""
@@ -145,3 +183,9 @@ class Shelf:
                         view.release()
         finally:
             memory.close()
+
+
+def _parity_in(listed: Listed, view: memoryview) -> HeldParity:
+    layout, stamp = parse_header(view[: header_size(view[:8])], len(view))
+    document = jsontree.parse(bytes(view[layout.json_start : layout.json_start + stamp.json_length]))
+    return HeldParity(slot=listed.slot, key=stamp.key, begin=layout.starts[0], parity=Parity.from_json(document))

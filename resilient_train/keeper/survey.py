@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from resilient_train.errors import LinkLost
 from resilient_train.spec.messages import Peers
 from resilient_train.spec.world import Key
-from resilient_train.storage.peer import HeldImage, ask_held
+from resilient_train.storage.peer import HeldBy, HeldImage, HeldParity, ask_held
 
 _TIMEOUT = 2.0
 """Seconds for a keeper to answer."""
@@ -31,6 +31,8 @@ class Finding:
 
     images: Mapping[str, list[HeldImage]] = field(default_factory=dict)
     """Endpoint -> its images, of those that answered."""
+    parities: Mapping[str, list[HeldParity]] = field(default_factory=dict)
+    """The same for its parities."""
     chosen: Mapping[str, Key | None] = field(default_factory=dict)
     """Endpoint -> the state that it makes durable at the end of the job."""
 
@@ -97,11 +99,15 @@ class Survey:
                 return finding
             time.sleep(_ASK_AGAIN)
             more = _asked([(endpoint, _TIMEOUT) for endpoint in silent], secret)
-            finding = Finding(images={**finding.images, **more.images}, chosen={**finding.chosen, **more.chosen})
+            finding = Finding(
+                images={**finding.images, **more.images},
+                parities={**finding.parities, **more.parities},
+                chosen={**finding.chosen, **more.chosen},
+            )
 
 
 def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:
-    def ask(target: tuple[str, float]) -> tuple[list[HeldImage], Key | None] | None:
+    def ask(target: tuple[str, float]) -> HeldBy | None:
         try:
             return ask_held(target[0], secret, target[1])
         except LinkLost:
@@ -113,6 +119,7 @@ def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:
         answers = dict(zip([endpoint for endpoint, _ in targets], pool.map(ask, targets), strict=True))
     there = {endpoint: answer for endpoint, answer in answers.items() if answer is not None}
     return Finding(
-        images={endpoint: images for endpoint, (images, _) in there.items()},
-        chosen={endpoint: chosen for endpoint, (_, chosen) in there.items()},
+        images={endpoint: held.images for endpoint, held in there.items()},
+        parities={endpoint: held.parities for endpoint, held in there.items()},
+        chosen={endpoint: held.chosen for endpoint, held in there.items()},
     )

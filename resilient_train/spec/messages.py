@@ -317,11 +317,14 @@ class Images(Message):
     """Every complete image in memory: rows of [slot, lineage, step, rank, world size, bytes, replica or not].
 
     ``peers`` has the same of other nodes, as [host:port, rows] of keepers that serve them to who knows ``secret``.
+    ``parities`` has those of all nodes, as [host:port, rows of `resilient_train.spec.peers.Held`], this one's without
+    an address.
     """
 
     images: list[list[Any]]
     peers: list[list[Any]]
     secret: str
+    parities: list[list[Any]] = field(default_factory=list)
 
 
 @message

@@ -5,6 +5,7 @@ A message is one JSON object; the bytes of images travel behind `Read`'s answer 
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 from resilient_train.errors import FormatError
@@ -31,6 +32,8 @@ class Held(Message):
     images: list[list[Any]]
     chosen: list[int] | None
     """The state that this keeper makes durable at the end of the job, once it has been asked to."""
+    parities: list[list[Any]] = field(default_factory=list)
+    """[slot, lineage, step, first byte of the data, pieces] of each parity: see `resilient_train.spec.parity`."""
 
 
 @message
@@ -91,6 +94,25 @@ class Put(Message):
 
 
 @message
+class Fold(Message):
+    """Take a piece of a node's images into the parity of a state; answered as `Put` is."""
+
+    node: str
+    """Whose images."""
+    lineage: int
+    step: int
+    world: int
+    others: list[str]
+    """The nodes whose pieces belong into this parity; one of them is ``node``."""
+    parts: list[list[int]]
+    """What follows, one behind the other: [rank, bytes of its image, first byte, behind the last byte]."""
+    sums: list[int]
+    """CRC32C of every block of what follows."""
+    keep: list[int] | None
+    """The newest state that is kept everywhere: its parity must stay."""
+
+
+@message
 class Ready(Message):
     """There is room; send the bytes from ``offset`` on: those before it have arrived on an earlier connection."""
 
@@ -99,7 +121,7 @@ class Ready(Message):
 
 @message
 class Stored(Message):
-    """The copy is complete, verified and listed."""
+    """The copy is complete, verified and listed; the piece is verified and in the parity."""
 
 
 @message
@@ -142,7 +164,7 @@ class Orders(Message):
 
 TYPES = {
     kind.__name__: kind
-    for kind in (ListHeld, Held, Read, Range, Gather, Gathered, Put, Ready, Stored, Declined, Report, Orders)
+    for kind in (ListHeld, Held, Read, Range, Gather, Gathered, Put, Fold, Ready, Stored, Declined, Report, Orders)
 }
 
 

@@ -6,12 +6,14 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from resilient_train.errors import CheckpointDamaged, FormatError, LinkLost, OutsideError
 from resilient_train.spec.messages import Message
+from resilient_train.spec.parity import Parity
 from resilient_train.spec.peers import (
     Declined,
+    Fold,
     Gather,
     Gathered,
     Held,
@@ -74,8 +76,64 @@ def held_image(row: Sequence[Any]) -> HeldImage:
     return HeldImage(slot=slot, key=Key(lineage, step), rank=rank, world=world, size=size, replica=bool(replica))
 
 
-def ask_held(endpoint: str, secret: bytes, timeout: float) -> tuple[list[HeldImage], Key | None]:
-    """What the keeper at ``endpoint`` holds, and which state it makes durable at the end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldParity:
+    """A parity in some keeper's memory."""
+
+    slot: int
+    """That keeper's id of it."""
+    key: Key
+    """Which state it is of."""
+    begin: int
+    """Where its bytes begin in the slot."""
+    parity: Parity
+    """What is in them."""
+
+    def as_image(self) -> HeldImage:
+        """What a keeper is asked for to get its bytes."""
+        return HeldImage(slot=self.slot, key=self.key, rank=0, world=0, size=0, replica=True)
+
+    def row(self) -> list[Any]:
+        """As messages have it."""
+        return [self.slot, self.key.lineage, self.key.step, self.begin, self.parity.to_json()]
+
+
+def held_parity(row: Sequence[Any]) -> HeldParity:
+    """The inverse of `HeldParity.row`.
+
+    Raises:
+        FormatError: if it is none.
+    """
+    if len(row) != 5 or not all(type(n) is int and n >= 0 for n in row[:4]):
+        raise FormatError(f"{row!r:.100} describes no parity")
+    slot, lineage, step, begin, pieces = row
+    return HeldParity(slot=slot, key=Key(lineage, step), begin=begin, parity=Parity.from_json(pieces))
+
+
+class HeldBy(NamedTuple):
+    """What a keeper holds."""
+
+    images: list[HeldImage]
+    parities: list[HeldParity]
+    chosen: Key | None
+    """The state that it makes durable at the end of the job, once it has decided."""
+
+
+class Listing(NamedTuple):
+    """What the memory of all nodes holds."""
+
+    here: list[HeldImage]
+    """This node's images."""
+    peers: dict[str, list[HeldImage]]
+    """Those of other nodes, by their keeper's endpoint."""
+    parities: dict[str, list[HeldParity]]
+    """The same for parities; this node's under an empty endpoint."""
+    secret: bytes
+    """The job's."""
+
+
+def ask_held(endpoint: str, secret: bytes, timeout: float) -> HeldBy:
+    """What the keeper at ``endpoint`` holds.
 
     Raises:
         LinkLost: if it does not answer within ``timeout`` seconds for each of a few steps.
@@ -84,7 +142,11 @@ def ask_held(endpoint: str, secret: bytes, timeout: float) -> tuple[list[HeldIma
     try:
         wire.send(ListHeld())
         held = wire.expect(Held)
-        return [held_image(row) for row in held.images], key_or_none(held.chosen)
+        return HeldBy(
+            [held_image(row) for row in held.images],
+            [held_parity(row) for row in held.parities],
+            key_or_none(held.chosen),
+        )
     except (FormatError, TypeError) as error:
         raise LinkLost(f"{wire.name} talks nonsense: {error}") from error
     finally:
@@ -201,13 +263,16 @@ class Peer:
 PUT_PIECE = 8 << 20
 
 
-def put_copy(wire: Wire, request: Put, data: memoryview, turn: Callable[[int], None], piece: int = PUT_PIECE) -> None:
-    """Have the keeper at the other end keep a copy of an image; what it has of it already is not sent again.
+def put_bytes(
+    wire: Wire, request: Put | Fold, data: Sequence[memoryview], turn: Callable[[int], None], piece: int = PUT_PIECE
+) -> None:
+    """Have the keeper at the other end keep a copy of an image, or take pieces into a parity; what it has of it already
+    is not sent again.
 
     Args:
         wire: to it.
-        request: which image.
-        data: its bytes, which must not change meanwhile.
+        request: of which image, or images.
+        data: their bytes, one behind the other, which must not change meanwhile.
         turn: called before so many bytes are sent, to count them or wait; what it raises ends the transfer.
         piece: the most bytes to send at once.
 
@@ -219,12 +284,15 @@ def put_copy(wire: Wire, request: Put, data: memoryview, turn: Callable[[int], N
         wire.patience(ROOM_TIMEOUT)
         wire.send(request)
         begin = _agreed(wire, Ready).offset
-        if type(begin) is not int or not 0 <= begin <= len(data):
-            raise FormatError(f"{begin!r:.50} of {len(data)} bytes")
+        total = sum(map(len, data))
+        if type(begin) is not int or not 0 <= begin <= total:
+            raise FormatError(f"{begin!r:.50} of {total} bytes")
         wire.patience(READ_TIMEOUT)
-        for at in range(begin, len(data), piece):
-            turn(min(piece, len(data) - at))
-            wire.send_bytes([data[at : at + piece]])
+        for view in data:
+            for at in range(min(begin, len(view)), len(view), piece):
+                turn(min(piece, len(view) - at))
+                wire.send_bytes([view[at : at + piece]])
+            begin -= min(begin, len(view))
         wire.patience(ROOM_TIMEOUT)
         _agreed(wire, Stored)
     except FormatError as error:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from resilient_train.errors import ConfigError, ResilientError, StorageError
 from resilient_train.plan.interval import parse_interval
 from resilient_train.spec.messages import Policy, Published
+from resilient_train.spec.parity import parse_redundancy
 from resilient_train.spec.world import MAX_STEP, Key, Restore, ancestry
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.worker import host
@@ -51,6 +52,9 @@ class Checkpointer:
             be lost at once, with nothing lost that was copied. They stand in other zones, racks or switches as far as
             ``rtrun --label`` says that there are any. Each takes memory for two images of every rank that is copied
             to it. 0: none. The same on all ranks.
+        redundancy: ``"xor:N"`` for parities instead of copies: of every N nodes (or fewer, which stand apart as copies
+            do) one can be lost, and each takes memory for 1/(N-1) of what copies would take. Sending is as much, and
+            making a lost image again reads N-1 times as much. The same on all ranks.
         keep_last: durable checkpoints to keep.
         bandwidth: bytes per second that each node may write to ``url``, and as many that it may send to other nodes as
             copies, so that saving leaves the network to the training. None: no limit.
@@ -78,6 +82,7 @@ class Checkpointer:
         snapshot_every: int = 1,
         persist_every: int | str = "auto",
         replicas: int = 1,
+        redundancy: str | None = None,
         keep_last: int = 3,
         bandwidth: float | None = None,
         lazy: bool = True,
@@ -89,6 +94,14 @@ class Checkpointer:
                 raise ConfigError(f"{name} must be a whole number and at least 1, it is {value!r}")
         if type(replicas) is not int or not 0 <= replicas <= MOST_REPLICAS:
             raise ConfigError(f"replicas must be a whole number from 0 to {MOST_REPLICAS}, it is {replicas!r}")
+        group = 0
+        if redundancy is not None:
+            try:
+                group = parse_redundancy(redundancy)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            if replicas != 1:
+                raise ConfigError(f"redundancy={redundancy!r} takes the place of copies; leave replicas out")
         if bandwidth is not None and not (
             isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool) and 0 < bandwidth < float("inf")
         ):
@@ -124,7 +137,7 @@ class Checkpointer:
             )
         self._host.claim()
         self._host.board.report_every(self._host.index, snapshot_every)
-        self._host.board.report_copies(self._host.index, replicas, math.ceil(min(bandwidth or 0, 1 << 60)))
+        self._host.board.report_copies(self._host.index, replicas, math.ceil(min(bandwidth or 0, 1 << 60)), group)
         self._host.board.report_published(self._host.index, None)
         alone = world is None and not dist.is_initialized()
         self._rank = world.rank if world is not None else 0 if alone else dist.get_rank()

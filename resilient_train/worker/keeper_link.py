@@ -31,7 +31,7 @@ from resilient_train.spec.messages import (
     Published,
     Refused,
 )
-from resilient_train.storage.peer import HeldImage, held_image
+from resilient_train.storage.peer import HeldImage, Listing, held_image, held_parity
 
 logger = logging.getLogger(__name__)
 
@@ -228,11 +228,15 @@ class KeeperLink:
         answer, _ = self._ask_any(ListImages(), Images)
         return [held_image(row) for row in answer.images]
 
-    def everywhere(self) -> tuple[list[HeldImage], dict[str, list[HeldImage]], bytes]:
-        """(images in this node's memory, images of other nodes by their keeper's endpoint, the job's secret)."""
+    def everywhere(self) -> Listing:
+        """What the memory of all nodes holds."""
         answer, _ = self._ask_any(ListImages(everywhere=True), Images)
-        peers = {str(endpoint): [held_image(row) for row in rows] for endpoint, rows in answer.peers}
-        return [held_image(row) for row in answer.images], peers, bytes.fromhex(answer.secret)
+        return Listing(
+            here=[held_image(row) for row in answer.images],
+            peers={str(endpoint): [held_image(row) for row in rows] for endpoint, rows in answer.peers},
+            parities={str(endpoint): [held_parity(row) for row in rows] for endpoint, rows in answer.parities},
+            secret=bytes.fromhex(answer.secret),
+        )
 
     def open(self, slots: list[int]) -> dict[int, Slot]:
         """The memory of slots, as far as they are still there."""

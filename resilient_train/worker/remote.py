@@ -5,22 +5,41 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from resilient_train.errors import CheckpointDamaged, LinkLost
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.verified import Row
-from resilient_train.storage.peer import HeldImage, Peer
+from resilient_train.storage.peer import HeldImage
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+class Holder(Protocol):
+    """Serves an image: a keeper, or what makes it again."""
+
+    endpoint: str
+    """What errors call it."""
+
+    def read(self, image: HeldImage, offset: int, length: int) -> bytearray:
+        """Exactly these bytes."""
+        ...
+
+    def read_into(self, image: HeldImage, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers with the bytes from ``offset`` on."""
+        ...
+
+    def gather(self, image: HeldImage, offset: int, size: int, rows: Sequence[Row], buffer: memoryview) -> list[int]:
+        """See `resilient_train.storage.peer.Peer.gather`."""
+        ...
 
 
 class RemoteImage:
     """One rank's image and the keepers that hold it; a keeper that is gone, or serves damaged bytes, is left for the
     next one."""
 
-    def __init__(self, rank: int, holders: Sequence[tuple[Peer, HeldImage]]) -> None:
+    def __init__(self, rank: int, holders: Sequence[tuple[Holder, HeldImage]]) -> None:
         """Opens it.
 
         Args:
@@ -56,18 +75,18 @@ class RemoteImage:
                     raise
 
     def _elsewhere(self) -> bool:
-        peer: Peer | None = getattr(self._served, "peer", None)
+        peer: Holder | None = getattr(self._served, "peer", None)
         if peer is None:
             return True  # What this thread has found damaged came from somewhere else.
         return self._leave(peer, CheckpointDamaged(f"{peer.endpoint} serves damaged bytes"))
 
-    def _holder(self) -> tuple[Peer, HeldImage]:
+    def _holder(self) -> tuple[Holder, HeldImage]:
         with self._moving:
             if not self._holders:
                 raise CheckpointDamaged(f"memory of rank {self._rank}: nobody has the image any more")
             return self._holders[0]
 
-    def _leave(self, peer: Peer, why: Exception) -> bool:
+    def _leave(self, peer: Holder, why: Exception) -> bool:
         """Do not read from ``peer`` any more; whether another is left."""
         with self._moving:
             if self._holders and self._holders[0][0] is peer:
@@ -75,7 +94,7 @@ class RemoteImage:
                 del self._holders[0]
             return bool(self._holders)
 
-    def _tried(self, action: Callable[[Peer, HeldImage], _T]) -> _T:
+    def _tried(self, action: Callable[[Holder, HeldImage], _T]) -> _T:
         while True:
             peer, image = self._holder()
             self._served.peer = peer

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from resilient_train.errors import CheckpointDamaged, ResilientError
+from resilient_train.image.arena import Slot
 from resilient_train.image.reader import ImageReader, memory_reader
+from resilient_train.image.rebuild import ReadBytes, Remains, slices
+from resilient_train.plan.parity import restorable
 from resilient_train.plan.recovery import Found, Holders, not_covered, ranks_by_key
+from resilient_train.spec.parity import Parity
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.storage.catalogue import listing, read_manifest
-from resilient_train.storage.peer import HeldImage, Peer
+from resilient_train.storage.peer import HeldImage, HeldParity, Listing, Peer
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.fanout import open_together
 from resilient_train.worker.images import Images, open_image
 from resilient_train.worker.keeper_link import KeeperLink
-from resilient_train.worker.remote import RemoteImage
+from resilient_train.worker.rebuilt import reading, rebuilt_images
+from resilient_train.worker.remote import Holder, RemoteImage
 
 logger = logging.getLogger(__name__)
 
 MOST_MISSING = 2000
 """Ranks whose images may be gone; what the ranks tell each other of a state is to fit into a page."""
-
-
-Listing = tuple[list[HeldImage], dict[str, list[HeldImage]], bytes]
-"""(images in this node's memory, images of other nodes by their keeper's endpoint, the job's secret)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,8 @@ class MemorySource:
         whole: list[Candidate] = []
         listing = self._keeper.everywhere()
         for key, world, ranks in ranks_by_key(_found(listing), past):
-            state = Candidate(key=key, without=tuple(sorted(set(range(world)) - ranks)))
+            rebuilt = _restorable(key, listing, ranks) if len(ranks) < world else {}
+            state = Candidate(key=key, without=tuple(sorted(set(range(world)) - ranks - rebuilt.keys())))
             if not state.without or (not whole and self._is_covered(state, listing)):
                 whole.append(state)
         return whole
@@ -93,18 +95,19 @@ class MemorySource:
 
     @contextmanager
     def _opened(self, state: Candidate, listing: Listing, rank: int | None) -> Iterator[Images]:
-        key = state.key
-        here, endpoints, secret = listing
+        key, here, endpoints = state.key, listing.here, listing.peers
         local = {image.rank: image for image in sorted(_of(key, here), key=lambda image: not image.replica)}
         originals = [image.rank for held in (here, *endpoints.values()) for image in _of(key, held, replicas=False)]
         if len(set(originals)) != len(originals):
             raise CheckpointDamaged(f"memory: several images of the same rank claim to be {key}")
         world = max((image.world for held in (here, *endpoints.values()) for image in _of(key, held)), default=0)
-        opened = self._keeper.open([image.slot for image in local.values()])
+        opened = self._keeper.open(
+            [image.slot for image in local.values()] + [held.slot for held in _parities(key, listing).get("", [])]
+        )
         with ExitStack() as stack:
             for memory in opened.values():
                 stack.callback(memory.close)
-            peers = {endpoint: Peer(endpoint, secret) for endpoint in endpoints}
+            peers = {endpoint: Peer(endpoint, listing.secret) for endpoint in endpoints}
             for peer in peers.values():
                 stack.callback(peer.close)
             views = {}
@@ -113,14 +116,22 @@ class MemorySource:
                 if view is not None:
                     stack.callback(view.release)
                     views[owner] = view
-            remote = _remote(key, endpoints)
+            remote: dict[int, list[tuple[Holder, HeldImage]]] = {
+                owner: [(peers[endpoint], image) for endpoint, image in holders]
+                for owner, holders in _remote(key, endpoints).items()
+            }
             expected = set(range(world)) - set(state.without)
+            if expected - views.keys() - remote.keys():
+                there = {rank: reading(holder, image) for rank, ((holder, image), *_) in remote.items()}
+                there |= {rank: slices(view) for rank, view in views.items()}
+                parities = list(_read_parities(key, listing, opened, peers, stack))
+                remote |= rebuilt_images(key, world, Remains(images=there, parities=parities))
             for owner in sorted(expected - views.keys() - remote.keys()):
                 raise CheckpointDamaged(f"memory of rank {owner}: the image of {key} is gone")
             self.waits = not expected <= views.keys()
 
             def open_copy(owner: int) -> ImageReader:
-                return RemoteImage(owner, [(peers[endpoint], image) for endpoint, image in remote[owner]]).reader
+                return RemoteImage(owner, remote[owner]).reader
 
             def open_image(owner: int) -> ImageReader:
                 if owner not in views:
@@ -133,9 +144,34 @@ class MemorySource:
             images.release()
 
 
+def _parities(key: Key, listing: Listing) -> dict[str, list[HeldParity]]:
+    """Those of a state, by the keeper that holds them."""
+    found = {where: [one for one in held if one.key == key] for where, held in listing.parities.items()}
+    return {where: held for where, held in found.items() if held and (not where or where in listing.peers)}
+
+
+def _read_parities(
+    key: Key, listing: Listing, opened: Mapping[int, Slot], peers: Mapping[str, Peer], stack: ExitStack
+) -> Iterator[tuple[Parity, ReadBytes]]:
+    """The parities of a state, and how their bytes are read."""
+    for endpoint, parities in _parities(key, listing).items():
+        for held in parities:
+            if endpoint:
+                yield held.parity, reading(peers[endpoint], held.as_image(), held.begin)
+            elif held.slot in opened:
+                view = stack.enter_context(opened[held.slot].reading(key))
+                if view is not None:
+                    stack.callback(view.release)
+                    yield held.parity, slices(view, held.begin)
+
+
+def _restorable(key: Key, listing: Listing, ranks: Collection[int]) -> dict[int, int]:
+    """The lost images of a state that can be made again of parities: rank -> bytes."""
+    return restorable([one.parity for held in _parities(key, listing).values() for one in held], ranks)
+
+
 def _found(listing: Listing) -> list[Found]:
-    here, peers, _ = listing
-    images = [*here, *(image for held in peers.values() for image in held)]
+    images = [*listing.here, *(image for held in listing.peers.values() for image in held)]
     return [Found(key=image.key, rank=image.rank, world=image.world) for image in images]
 
 

@@ -54,9 +54,9 @@ def rows_of(rank: int, world: int, step: int, rows: int = 4, columns: int = 5) -
 class Worker:
     """One rank: publishes images like a `Checkpointer` does."""
 
-    def __init__(self, node: Node, slot: int, copies: int = 1, rate: int = 0) -> None:
+    def __init__(self, node: Node, slot: int, copies: int = 1, rate: int = 0, group: int = 0) -> None:
         self.link = KeeperLink(node.address, f"{node.name}/{slot}.0", slot)
-        self.link.board.report_copies(slot, copies, rate)
+        self.link.board.report_copies(slot, copies, rate, group)
         self.slot = slot
         self.slots = Slots(self.link)
         self.generation = 1
@@ -146,8 +146,8 @@ class Node:
             case Standing():
                 self.standing = message
 
-    def start_workers(self, copies: int = 1, rate: int = 0) -> list[Worker]:
-        self.workers = [Worker(self, slot, copies, rate) for slot in range(self._count)]
+    def start_workers(self, copies: int = 1, rate: int = 0, group: int = 0) -> list[Worker]:
+        self.workers = [Worker(self, slot, copies, rate, group) for slot in range(self._count)]
         return self.workers
 
     def replace_keeper(self) -> None:
@@ -218,8 +218,18 @@ class Cluster:
                 )
             )
 
-    def start_workers(self, copies: int = 1, rate: int = 0) -> list[Worker]:
-        return [worker for node in self.nodes for worker in node.start_workers(copies, rate)]
+    def lose(self, *nodes: Node) -> None:
+        """These die, and the agents of the others hear of it."""
+        for node in nodes:
+            node.kill()
+            self.nodes.remove(node)
+        for node in self.nodes:
+            others = [[other.name, other.endpoint] for other in self.nodes]
+            slots = list(range(node._count))
+            node.agent.send(Peers(node=node.name, generation=self.generation, slots=slots, keepers=[], others=others))
+
+    def start_workers(self, copies: int = 1, rate: int = 0, group: int = 0) -> list[Worker]:
+        return [worker for node in self.nodes for worker in node.start_workers(copies, rate, group)]
 
     def step(self, key: Key, rows: int = 4, columns: int = 5) -> list[bool]:
         """All ranks publish their image of a state; whether each could."""

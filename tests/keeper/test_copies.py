@@ -21,7 +21,7 @@ from resilient_train.plan.placement import place
 from resilient_train.spec.peers import Put, Ready
 from resilient_train.spec.topology import Topology
 from resilient_train.spec.world import Key
-from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
+from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_bytes
 from resilient_train.storage.wire import connect
 from resilient_train.worker.remote import RemoteImage
 from resilient_train.worker.sources import Candidate, MemorySource
@@ -34,7 +34,7 @@ Make = Callable[..., Cluster]
 
 
 def held(node: Node) -> list[HeldImage]:
-    return ask_held(node.endpoint, KEY, 5.0)[0]
+    return ask_held(node.endpoint, KEY, 5.0).images
 
 
 def test_two_copies_survive_any_two_losses(cluster: Make) -> None:
@@ -47,9 +47,8 @@ def test_two_copies_survive_any_two_losses(cluster: Make) -> None:
     ranks = [{image.rank for image in held(node) if image.key == kept} for node in job.nodes]
     for one, other in itertools.combinations(ranks, 2):
         assert one | other == {0, 1, 2, 3}
-    for node in (job.nodes[1], job.nodes[2]):
-        node.kill()
-    source = MemorySource(job.nodes[3].workers[0].link)
+    job.lose(job.nodes[1], job.nodes[2])
+    source = MemorySource(job.nodes[1].workers[0].link)
     newest = source.candidates({})[0]
     assert newest.key >= kept
     with source.open(newest) as images:
@@ -131,7 +130,7 @@ def test_a_copy_that_was_damaged_in_memory_is_named_and_the_other_one_is_read(
     memory = Memory(damaged.deposits[copy.slot][0])
     memory.map[copy.size // 2] ^= 1
     memory.close()
-    job.nodes[0].kill()
+    job.lose(job.nodes[0])
     with MemorySource(reader.workers[0].link).open(Candidate(key=kept)) as images:
         (entry,) = images.reader(0).entries()
         assert torch.equal(images.reader(0).tensor(entry), rows_of(0, 4, kept.step, 40_000))
@@ -161,7 +160,7 @@ def test_where_this_nodes_own_memory_is_damaged_a_copy_is_read(
             done.result()
     assert torch.equal(target, rows_of(0, 2, kept.step, 400_000))
     assert "reading a copy elsewhere" in caplog.text
-    job.nodes[1].kill()
+    job.lose(job.nodes[1])
     with (
         pytest.raises(CheckpointDamaged, match="memory of rank"),
         source.open(Candidate(key=kept, without=(1,))) as images,
@@ -213,7 +212,7 @@ def send_rest(node: Node, put: Put, data: bytes) -> int:
     sent: list[int] = []
     wire = connect(node.endpoint, KEY, 5.0)
     try:
-        put_copy(wire, put, memoryview(data), sent.append, 1 << 20)
+        put_bytes(wire, put, [memoryview(data)], sent.append, 1 << 20)
     finally:
         wire.close()
     return sum(sent)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nodes import Cluster, wait_until
+from nodes import Cluster, rows_of, wait_until
 
-from resilient_train.keeper.job import Last, last_state
+from resilient_train.keeper.last import Last, last_state
 from resilient_train.keeper.shelf import Listed, replica_owner
 from resilient_train.keeper.survey import Finding
 from resilient_train.spec.messages import Policy
@@ -19,7 +20,8 @@ from resilient_train.spec.shard import Stamp
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.filesystem import FilesystemTier
-from resilient_train.storage.peer import HeldImage
+from resilient_train.storage.peer import HeldImage, HeldParity
+from resilient_train.worker.images import open_image
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -40,6 +42,9 @@ class Images:
             )
             for i in self._images
         ]
+
+    def parities(self) -> list[HeldParity]:
+        return []
 
 
 def decide(held: dict[str, list[HeldImage]], own: str, chosen: Key | None = None) -> Last:
@@ -79,11 +84,14 @@ def test_what_another_node_has_begun_to_save_is_the_last_state() -> None:
     assert decide(held, "h:1", chosen=Key(1, 5)) == Last(key=Key(1, 5), world=3, images={0: 1})
 
 
-def test_the_last_state_of_all_nodes_becomes_durable(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
-    """Of one that was lost too: its neighbour writes what it has kept for it."""
+@pytest.mark.parametrize("group", [0, 3])
+def test_the_last_state_of_all_nodes_becomes_durable(
+    cluster: Callable[..., Cluster], tmp_path: Path, group: int
+) -> None:
+    """Of one that was lost too: its neighbour writes what it has kept for it, or makes it again from parities."""
     job = cluster(1, 1, 1)
     job.introduce()
-    for worker in job.start_workers():
+    for worker in job.start_workers(group=group):
         worker.link.set_policy(Policy(url=str(tmp_path), every_steps=10**6, every_seconds=0.0, keep_last=3))
     job.step_until(lambda: all(job.kept()))
     job.nodes.pop(1).kill()
@@ -95,11 +103,15 @@ def test_the_last_state_of_all_nodes_becomes_durable(cluster: Callable[..., Clus
     for node in job.nodes:
         wait_until(lambda node=node: node.flushed is not None, "Flushed")
         assert node.flushed is not None
-        assert node.flushed.text == ""
+        assert node.flushed.text == "", job.report()
     tier = FilesystemTier(str(tmp_path))
     (key,), unfinished = listing(tier)
     assert unfinished == []
-    assert len(read_manifest(tier, key).files) == 3
+    manifest = read_manifest(tier, key)
+    for rank, file in enumerate(manifest.files):
+        reader = open_image(tier, manifest, file)
+        assert torch.equal(reader.tensor(reader.entries()[0]), rows_of(rank, 3, key.step))
+    assert len(manifest.files) == 3
 
 
 @pytest.mark.soak

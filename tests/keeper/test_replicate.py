@@ -47,8 +47,8 @@ def test_every_state_that_is_kept_survives_the_loss_of_any_node(cluster: Make) -
     job.introduce()
     job.start_workers()
     job.step_until(lambda: copied(job))
-    job.nodes[1].kill()
-    for survivor in (job.nodes[0], job.nodes[2]):
+    job.lose(job.nodes[1])
+    for survivor in job.nodes:
         source = MemorySource(survivor.workers[0].link)
         kept = survivor.workers[0].link.board.kept()
         whole = keys(source)
@@ -84,8 +84,8 @@ def test_a_keeper_killed_in_the_middle_of_copying_delays_and_does_no_harm(cluste
         job.introduce()
         last = job.step_until(lambda after=before.step: copied(job, after), first=last + 1, rows=200_000)
     kept = min(key for key in job.kept() if key)
-    job.nodes[0].kill()
-    source = MemorySource(job.nodes[2].workers[0].link)
+    job.lose(job.nodes[0])
+    source = MemorySource(job.nodes[1].workers[0].link)
     assert keys(source)[0] >= kept
     check(source, keys(source)[0], 3, 200_000)
 
@@ -98,7 +98,7 @@ def test_after_a_change_of_the_world_the_old_state_stays_until_a_new_one_is_kept
     job.start_workers()
     last = job.step_until(lambda: copied(job))
     old = min(key for key in job.kept() if key)
-    job.nodes.pop(1).kill()
+    job.lose(job.nodes[1])
     job.generation = 2
     job.introduce()
     for node in job.nodes:
@@ -116,7 +116,7 @@ def test_after_a_change_of_the_world_the_old_state_stays_until_a_new_one_is_kept
     # Now what the lost node's neighbour kept for it is of no use.
     wait_until(lambda: old not in keys(source), "the old state's end")
     assert not any("replica of b/" in owner for _, owner in third.deposits.values())
-    first.kill()
+    job.lose(first)
     assert keys(source)[0].lineage == 2
     check(source, keys(source)[0], 2)
 

@@ -33,7 +33,7 @@ from resilient_train.spec.peers import (
 )
 from resilient_train.spec.topology import Topology
 from resilient_train.spec.world import Key
-from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_copy
+from resilient_train.storage.peer import HeldImage, Peer, PeerDeclined, ask_held, put_bytes
 from resilient_train.storage.wire import Wire, accept, address_of, connect
 from resilient_train.worker.remote import RemoteImage
 from resilient_train.worker.sources import Candidate, MemorySource
@@ -58,7 +58,7 @@ def publish(node: Node, step: int = 3) -> None:
 
 
 def held(node: Node) -> list[HeldImage]:
-    return sorted(ask_held(node.endpoint, KEY, 5.0)[0], key=lambda image: image.rank)
+    return sorted(ask_held(node.endpoint, KEY, 5.0).images, key=lambda image: image.rank)
 
 
 def test_every_image_is_listed_and_read_as_it_is(node: Node) -> None:
@@ -267,7 +267,7 @@ def test_a_copy_is_kept_only_if_it_arrives_whole(node: Node) -> None:
         request = Put(source="b/0", lineage=1, step=step, rank=rank, world=2, size=image.size, keep=None)
         wire = connect(node.endpoint, KEY, 5.0)
         try:
-            put_copy(wire, request, memoryview(data), lambda nbytes: None)
+            put_bytes(wire, request, [memoryview(data)], lambda nbytes: None)
         finally:
             wire.close()
 

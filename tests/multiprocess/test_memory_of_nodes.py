@@ -86,6 +86,25 @@ def test_two_nodes_lost_at_once_cost_at_most_one_step_with_two_copies(tmp_path: 
 
 
 @pytest.mark.soak
+def test_a_node_is_made_again_from_parities(tmp_path: Path) -> None:
+    """Three nodes without copies: what one held is folded into the others' parities; two go on from there."""
+    args = ("--steps", "40", "--step-time", "0.5", "--redundancy", "xor:3")
+    with nodes(tmp_path, *args, count=3, flags=("--nnodes=2:3", "--nproc-per-node=1")) as running:
+        first = running.jobs[0]
+        first.wait_for_line("step 14 size 3", 150)
+        running.kill(1)
+        first.wait_for_line("size 2", 90)
+        (tmp_path / "record" / "hurry").touch()
+        last = max(int(line.split()[1]) for _, line in first.lines if " size 3 " in line)
+        assert running.finish(120) == [0, 0], running.output
+        restore = restores(running.events())[-1]
+        assert restore.source is not None
+        assert restore.source.step >= last, running.output
+        check_restored(tmp_path, running)
+        check_every_batch_once(tmp_path / "record", running.events(), 40)
+
+
+@pytest.mark.soak
 def test_a_keeper_whose_agent_was_killed_serves_the_survivors(tmp_path: Path) -> None:
     """Only the agent dies, and its workers with it: not even the last finished step is lost."""
     with nodes(tmp_path, "--steps", "100", "--step-time", "0.05", count=2, flags=("--nnodes=1:2",)) as running:

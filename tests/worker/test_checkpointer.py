@@ -107,6 +107,16 @@ def test_a_number_of_copies_that_is_none_is_refused(wrong: object) -> None:
         rt.Checkpointer(rt.State(model=torch.nn.Linear(2, 2)), replicas=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("wrong", ["", "xor", "xor:1", "xor:65", "raid:4", 4])
+def test_a_redundancy_that_is_none_is_refused(wrong: object) -> None:
+    """Before anything is begun; so is one beside copies."""
+    state = rt.State(model=torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="redundancy must be 'xor:N', with N from 2 to 64 nodes"):
+        rt.Checkpointer(state, redundancy=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes the place of copies; leave replicas out"):
+        rt.Checkpointer(state, redundancy="xor:4", replicas=2)
+
+
 LOOPS = """
 import sys, torch, resilient_train as rt
 from resilient_train.errors import ConfigError

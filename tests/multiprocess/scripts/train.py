@@ -38,6 +38,7 @@ parser.add_argument("--url")
 parser.add_argument("--persist-every", default="auto")
 parser.add_argument("--snapshot-every", type=int, default=1)
 parser.add_argument("--replicas", type=int, default=1)
+parser.add_argument("--redundancy")
 parser.add_argument("--eval", action="store_true", help="an evaluation at the end of every step")
 parser.add_argument("--linger", type=float, default=0.0, help="seconds to live on after train() returned")
 parser.add_argument("--width", type=int, default=30)
@@ -178,7 +179,7 @@ def train(world):
     every = int(args.persist_every) if args.persist_every.isdigit() else args.persist_every
     state = rt.State(model=model, optim=optim, schedule=schedule)
     often = {"persist_every": every, "snapshot_every": args.snapshot_every}
-    ckpt = rt.Checkpointer(state, args.url, world=world, replicas=args.replicas, **often)
+    ckpt = rt.Checkpointer(state, args.url, world=world, replicas=args.replicas, redundancy=args.redundancy, **often)
     first = first_step = True
     write(world, usage=usage())
     for step in ckpt.steps(args.steps):
