@@ -39,7 +39,7 @@ def restored(found: list[dict]) -> tuple[int, int]:
     ("optim", "first", "second"),
     [
         ("adamw", ("fsdp", 3), ("fsdp", 2)),
-        ("fused", ("fsdp", 2), ("ddp", 3)),
+        pytest.param("fused", ("fsdp", 2), ("ddp", 3), marks=pytest.mark.soak),
         pytest.param("sgd", ("ddp", 2), ("fsdp", 4), marks=pytest.mark.soak),
     ],
 )

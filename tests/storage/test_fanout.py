@@ -181,7 +181,7 @@ def runs(saved: tuple[Path, str], tmp_path: Path) -> Runs:
     return Runs(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "saved_by"), [("ddp", 3), ("fsdp", 4)])
+@pytest.mark.parametrize(("kind", "saved_by"), [pytest.param("ddp", 3, marks=pytest.mark.soak), ("fsdp", 4)])
 def test_each_byte_is_read_once_by_all_ranks_together(tmp_path: Path, kind: str, saved_by: int) -> None:
     """Three ranks restore what as many replicas, or four shards, were: the same bits, and one state is read in all."""
     runs = Runs(tmp_path)

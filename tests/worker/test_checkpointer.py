@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -63,27 +66,27 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "missing", "manifest", "header"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, how: str) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     """Whatever happened to it: said by name, and no step is lost that is whole somewhere."""
-    url = tmp_path / "run"
-    assert run(url, 25).returncode == 0
-    (image,) = (url / "step-000000025.g1").glob("*.safetensors")
-    if how == "flip":
-        damage(image, image.stat().st_size // 2)
-    elif how == "header":
-        damage(image, 300)
-    elif how == "truncate":
-        image.write_bytes(image.read_bytes()[:-100])
-    elif how == "missing":
-        image.unlink()
-    else:
-        (image.parent / "manifest.json").write_text("{")
-    again = run(url, 30)
-    assert again.returncode == 0, again.stderr
-    assert "step-000000025.g1" in again.stderr
-    assert "step 20\n" in again.stdout
-    assert "step 19\n" not in again.stdout
+    whole = tmp_path / "run"
+    assert run(whole, 25).returncode == 0
+    ways: dict[str, Callable[[Path], object]] = {
+        "flipped": lambda image: damage(image, image.stat().st_size // 2),
+        "header": lambda image: damage(image, 300),
+        "truncated": lambda image: image.write_bytes(image.read_bytes()[:-100]),
+        "missing": lambda image: image.unlink(),
+        "manifest": lambda image: (image.parent / "manifest.json").write_text("{"),
+    }
+    for way, harm in ways.items():
+        shutil.copytree(whole, tmp_path / way)
+        (image,) = (tmp_path / way / "step-000000025.g1").glob("*.safetensors")
+        harm(image)
+    with ThreadPoolExecutor(2) as pool:
+        for way, again in zip(ways, pool.map(lambda way: run(tmp_path / way, 30), ways), strict=True):
+            assert again.returncode == 0, (way, again.stderr)
+            assert "step-000000025.g1" in again.stderr, way
+            assert "step 20\n" in again.stdout, way
+            assert "step 19\n" not in again.stdout, way
 
 
 def test_if_every_checkpoint_is_damaged_nothing_is_started_over(tmp_path: Path) -> None:
