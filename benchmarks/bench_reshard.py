@@ -1,19 +1,45 @@
-"""How long one rank takes to plan and to prove its part of a change from N ranks to fewer, whatever N is.
+"""From four ranks to three: seconds and bytes, from the memory of nodes; and what planning takes, for any number.
 
-python benchmarks/bench_reshard.py
+    python benchmarks/bench_reshard.py [--mib 1024] [--rounds 3] [--only memory planner]
+
+**memory**: a job of four nodes of one rank, each an ``rtrun``, trains a sharded (FSDP2) model with AdamW's moments; one
+node is killed with all it held, and the other three put the state together from their own memory, each other's, and the
+copies of the lost node's, in the processes that they are.  Bytes are those of the loopback interface, everything
+included.  Beside it, in turns: ``dcp.save`` on four ranks and ``dcp.load`` on three, on disk (in the page cache), and
+as many bytes as were moved through one plain socket.
+
+**planner**: how long one rank takes to plan and to prove its part of a change, whatever the number of ranks is.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 
+import numpy as np
+from bench_replication import RECEIVE
+from bench_restore import ranks
+
+from resilient_train.plan.placement import place
 from resilient_train.plan.recovery import Copy, Holders, Want, copies_by_layout, prove
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.sharding import Cut, Cuts, held_box
+from resilient_train.spec.topology import Topology
+from resilient_train.spec.world import node_of
+from resilient_train.testing.nodes import Nodes
 
+SCRIPT = Path(__file__).parent / "scripts" / "reshard.py"
+WIDTH = 1024
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -74,10 +100,123 @@ def planner() -> None:
             print(f"  {world:6d} ranks, {len(shapes):6d} tensors: {'; '.join(told)}", flush=True)
 
 
-def main() -> None:
-    """Print the table."""
-    print(f"{os.cpu_count()} cores")
-    planner()
+def until(condition, nodes: Nodes, what: str) -> None:
+    """Look a few times a second."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{what} did not happen\n{nodes.output}")
+        time.sleep(0.2)
+
+
+def rows(folder: Path) -> dict[int, list[dict]]:
+    """What each process wrote when it had restored."""
+    return {int(file.name): [*map(json.loads, file.read_text().splitlines())] for file in folder.glob("[0-9]*")}
+
+
+def steps(folder: Path) -> int:
+    """Steps that rank 0 has finished in all."""
+    file = folder / "steps"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int]:
+    """(seconds of the slowest rank, bytes moved, the least that could be)."""
+    (folder / "rows").mkdir(parents=True)
+    arguments = [str(folder / "rows"), str(mib), str(dim)]
+    flags = ("--nnodes=3:4", "--nproc-per-node=1", "--rdzv-conf=last_call_timeout=90")
+    with Nodes(SCRIPT, arguments, count=4, flags=flags, folder=folder) as nodes:
+        until(lambda: steps(folder / "rows") >= 6, nodes, "training")
+        members = {pid: member for job in nodes.jobs for member, pid in job.workers().items()}
+        first = {pid: node_of(members[pid]) for pid in rows(folder / "rows")}
+        before = {pid: found[-1]["rank"] for pid, found in rows(folder / "rows").items()}
+        (lost,) = (pid for job in nodes.jobs[3:] for pid in job.workers().values())
+        nodes.kill(3)
+        until(lambda: sum(len(found) > 1 for found in rows(folder / "rows").values()) == 3, nodes, "recovery")
+        after = {pid: found[-1] for pid, found in rows(folder / "rows").items() if len(found) > 1}
+    copies = place(Topology(dict.fromkeys(first.values(), ())), 1)[first[lost]]
+    here = {pid: {before[pid]} | ({before[lost]} if first[pid] in copies else set()) for pid in after}
+    assert all(found["step"] for found in after.values())
+    moved = int(statistics.median(found["moved"] for found in after.values()))
+    return (
+        max(found["seconds"] for found in after.values()),
+        moved,
+        least({p: f["rank"] for p, f in after.items()}, here, mib),
+    )
+
+
+def least(after: Mapping[int, int], here: Mapping[int, set[int]], mib: int) -> int:
+    """Bytes of the new ranks' parts that are not in their node's memory.
+
+    Args:
+        after: each process's rank of three.
+        here: the ranks of four whose images its node has.
+        mib: MiB of the state.
+    """
+    layers = max(1, round(mib * (1 << 20) / 3 / (4 * WIDTH * WIDTH)))
+    lacking = 0
+    for pid, rank in after.items():
+        wanted = held_box((WIDTH,), (Cut(0, 3, 1),), rank)
+        indices = set(range(wanted.offset[0], wanted.offset[0] + wanted.shape[0]))
+        for old in here[pid]:
+            held = held_box((WIDTH,), (Cut(0, 4, 1),), old)
+            indices -= set(range(held.offset[0], held.offset[0] + held.shape[0]))
+        lacking += len(indices)
+    return lacking * WIDTH * 4 * 3 * layers
+
+
+def through_a_socket(size: int) -> float:
+    """Seconds to send so many bytes to another process, out of and into warm memory."""
+    server = socket.create_server(("127.0.0.1", 0))
+    other = subprocess.Popen([sys.executable, "-c", RECEIVE, str(size), str(server.getsockname()[1])])
+    sock, _ = server.accept()
+    data = memoryview(np.ones(size, dtype=np.uint8))
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for at in range(0, size, 8 << 20):
+            sock.sendall(data[at : at + (8 << 20)])
+        sock.recv(1)
+        times.append(time.perf_counter() - began)
+    sock.close()
+    server.close()
+    other.wait()
+    return min(times)
+
+
+def memory(mib: int, rounds: int) -> None:
+    """The table of seconds and bytes."""
+    print(f"memory: {mib} MiB of FSDP2 state, 4 ranks to 3, medians of {rounds} (min .. max)")
+    told: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as scratch:
+        for turn in range(rounds):
+            for dim in (0, 1):
+                took, moved, fewest = from_memory(Path(scratch) / f"{turn}.{dim}", mib, dim)
+                told.setdefault(f"from memory, shards on dim {dim}", []).append(took)
+                told.setdefault(f"moved over the least possible, dim {dim}", []).append(moved / fewest)
+                told.setdefault("a plain socket, as many bytes", []).append(through_a_socket(moved))
+            folder = Path(scratch) / f"{turn}.dcp"
+            folder.mkdir()
+            save, load = (ranks(action, size, folder, mib)["seconds"] for action, size in (("save", 4), ("dcp", 3)))
+            told.setdefault("dcp.save + dcp.load", []).append(save + load)
+            told.setdefault("  of which dcp.load", []).append(load)
+            subprocess.run(["rm", "-r", str(folder)], check=True)
+    for name, values in told.items():
+        print(f"  {name:44} {statistics.median(values):7.3f} ({min(values):.3f} .. {max(values):.3f})")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=("memory", "planner"), default=("memory", "planner"))
+    args = parser.parse_args(argv)
+    print(f"{os.cpu_count()} cores; python benchmarks/bench_reshard.py {' '.join(sys.argv[1:])}", flush=True)
+    if "memory" in args.only:
+        memory(args.mib, args.rounds)
+    if "planner" in args.only:
+        planner()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
 
-def save(model: nn.Module, optim: torch.optim.Optimizer) -> None:
+def save(model: nn.Module, optim: torch.optim.Optimizer) -> float:
+    """Seconds that dcp.save took."""
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optim.step()
@@ -48,8 +49,11 @@ def save(model: nn.Module, optim: torch.optim.Optimizer) -> None:
     for _ in ckpt.steps(1):
         pass
     ckpt.close()
+    dist.barrier()
+    began = time.perf_counter()
     names = get_state_dict(model, optim)
     dcp.save({"model": names[0], "optim": names[1]}, checkpoint_id=args.folder / "dcp")
+    return time.perf_counter() - began
 
 
 def restore(model: nn.Module, optim: torch.optim.Optimizer) -> float:
@@ -84,12 +88,9 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.FileStore(args.store, size), rank=rank, world_size=size)
     model, optim = build()
     result: dict[str, object] = {}
-    if args.action == "save":
-        save(model, optim)
-    else:
-        slowest = torch.tensor(restore(model, optim))
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        result["seconds"] = slowest.item()
+    slowest = torch.tensor((save if args.action == "save" else restore)(model, optim))
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    result["seconds"] = slowest.item()
     result["sample"] = sample(model, optim)
     if rank == 0:
         print("RESULT", json.dumps(result))

@@ -31,6 +31,7 @@ from resilient_train.spec.messages import (
     UserFailed,
 )
 from resilient_train.spec.world import Key, Phase, WorldRecord, node_of, slot_of
+from resilient_train.worker.keepsakes import Keepsakes
 from resilient_train.worker.link import AgentLink
 from resilient_train.worker.operations import LongOperations
 from resilient_train.worker.position import write_stacks_when_asked
@@ -70,6 +71,7 @@ class Session:
         write_stacks_when_asked()
         self.link = AgentLink(settings.agent, hello, self.groups, on_device=torch.cuda.is_available())
         self.operations = LongOperations(self.tell)
+        self._keepsakes = Keepsakes()
         self.record: WorldRecord | None = None
         self.world: World | None = None
         self._on_leave: list[Callable[[], None]] = []
@@ -239,6 +241,7 @@ class Session:
             mesh=init_device_mesh(device.type, mesh_shape(mesh, record.size), mesh_dim_names=tuple(mesh)),
             reason=record.reason,
             _operations=self.operations,
+            _keepsakes=self._keepsakes,
         )
 
     def _judge(self, error: BaseException, record: WorldRecord) -> None:

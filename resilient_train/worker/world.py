@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from resilient_train.errors import ConfigError
+from resilient_train.worker.keepsakes import Keepsakes
 from resilient_train.worker.operations import LongOperations, check
+
+_T = TypeVar("_T")
 
 DATA_DIMS = frozenset(
     {"data", "dp", "replicate", "dp_replicate", "ddp", "shard", "dp_shard", "fsdp", "hsdp", "dp_cp", "batch"}
@@ -45,6 +49,35 @@ class World:
     """Why this generation began."""
     _operations: LongOperations | None = field(default=None, repr=False, compare=False)
     """Where long operations are announced; nowhere without an agent."""
+
+    _keepsakes: Keepsakes = field(default_factory=Keepsakes, repr=False, compare=False)
+    """What this process has kept from one generation to the next; nothing without an agent."""
+
+    def keep(self, name: str, factory: Callable[[], _T]) -> _T:
+        """What ``factory`` made under this name, when the function is entered again after a change of the world.
+
+        It is made anew if the change touches it: if it holds DTensors or a `DistributedDataParallel`, which belong to
+        the ranks of one world.  A plain module and its optimizer are the same as before, with all that was spent on
+        them (loading, compiling, moving to the device); wrap the module anew each time.  Gradients are dropped; tensors
+        are as the step that was broken off has left them, until the `Checkpointer` restores them in place.
+
+        Only some of the ranks may call ``factory``: it must not communicate.  Modules, optimizers, schedulers, lists,
+        tuples and dicts of these are looked into; anything else is kept as it is.
+
+        Args:
+            name: one for each object.
+            factory: makes it.
+
+        Raises:
+            ConfigError: without a name.
+
+        Example::
+
+            model = world.keep("model", build)
+            optim = world.keep("optim", lambda: torch.optim.AdamW(model.parameters()))
+            ddp = DistributedDataParallel(model)
+        """
+        return self._keepsakes.keep(name, factory, self.generation)
 
     def long_operation(self, name: str, seconds: float | None = None) -> AbstractContextManager[None]:
         """Announce that this rank is going to be away for long, so that nobody takes it for hanging.

@@ -139,6 +139,7 @@ for step in ckpt.steps(20):
     if step == 8 and "--kill" in sys.argv:
         children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
         os.kill(int(children[0]), signal.SIGKILL)
+        os.waitid(os.P_PID, int(children[0]), os.WEXITED | os.WNOWAIT)
 ckpt.close()
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -56,9 +57,12 @@ def check_restored_bit_for_bit(tmp_path: Path, running: Job) -> None:
 
 @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.soak)])
 def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Path, parallel: str) -> None:
-    """4 to 3 to 4 ranks: same process ids, nothing lost beyond the running step, every batch used once."""
+    """4 to 3 to 4 ranks: same process ids, nothing lost beyond the running step, every batch used once.
+
+    What `world.keep` keeps are the same objects throughout, but for what is sharded.
+    """
     steps = 400
-    with job(tmp_path, "--parallel", parallel, "--steps", str(steps), "--step-time", "0.08") as running:
+    with job(tmp_path, "--parallel", parallel, "--steps", str(steps), "--step-time", "0.08", "--keep") as running:
         running.wait_for_line("step 10 size 4", 90)
         before = running.workers()
         running.kill(2)
@@ -75,6 +79,10 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         finished = [r["step"] for r in records.read(tmp_path / "record") if r.get("generation") == 2 and "step" in r]
         assert grown.source is not None
         assert grown.source.step == max(finished) + 1, "a planned change lost a step"
+        for pid in set(before.values()) & set(after.values()):
+            rows = map(json.loads, (tmp_path / "record" / f"{pid}.jsonl").read_text().splitlines())
+            made = {tuple(row["made"]) for row in rows if "made" in row}
+            assert (len(made) == 1) == (parallel == "ddp")
         assert running.leftovers() == []
 
 

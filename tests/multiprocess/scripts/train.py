@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ parser.add_argument("--persist-every", default="auto")
 parser.add_argument("--snapshot-every", type=int, default=1)
 parser.add_argument("--replicas", type=int, default=1)
 parser.add_argument("--redundancy")
+parser.add_argument("--keep", action="store_true", help="the same module and optimizer after a change")
 parser.add_argument("--eval", action="store_true", help="an evaluation at the end of every step")
 parser.add_argument("--linger", type=float, default=0.0, help="seconds to live on after train() returned")
 parser.add_argument("--width", type=int, default=30)
@@ -157,22 +159,27 @@ def optimizer(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, fused=args.optim == "fused")
 
 
+def build(device):
+    torch.manual_seed(0)
+    layers = (nn.Linear(args.width, args.hidden), nn.Tanh(), nn.Dropout(0.1), nn.Linear(args.hidden, args.width))
+    return nn.Sequential(*layers).to(device)
+
+
 MESHES = {"hsdp": {"replicate": -1, "shard": 2}, "tp": {"data": -1, "tensor": 2}}
 
 
 @rt.elastic(mesh=MESHES.get(args.parallel))
 def train(world):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(args.width, args.hidden), nn.Tanh(), nn.Dropout(0.1), nn.Linear(args.hidden, args.width)
-    ).to(world.device)
+    model = world.keep("model", lambda: build(world.device)) if args.keep else build(world.device)
     if args.parallel == "tp":
         parallelize_module(model, world.mesh["tensor"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
     if args.parallel != "ddp":
         fully_shard(model, mesh=world.mesh["data"] if args.parallel == "tp" else world.mesh)
     else:
         model = DistributedDataParallel(model)
-    optim = optimizer(model.parameters())
+    make = partial(optimizer, list(model.parameters()))
+    optim = world.keep("optim", make) if args.keep else make()
+    write(world, made=[id(model.module if args.parallel == "ddp" else model), id(optim)])
     schedule = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1.0 / (1 + step / 100))
     samples = torch.randn(501, args.width, generator=torch.Generator().manual_seed(1))
     data = rt.ElasticSampler(len(samples), global_batch=24, micro_batch=4, world=world, seed=0)

@@ -1,0 +1,73 @@
+"""Objects that outlive a change of the world, in the processes that do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from resilient_train.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+class Keepsakes:
+    """What `World.keep` has made in this process."""
+
+    def __init__(self) -> None:
+        self._things: dict[str, tuple[Any, int]] = {}
+
+    def keep(self, name: str, factory: Callable[[], _T], generation: int) -> _T:
+        """See `World.keep`."""
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"keep() needs a name, it got {name!r:.50}")
+        thing, made_for = self._things.get(name, (None, 0))
+        if made_for == generation:
+            return thing  # type: ignore[no-any-return]
+        if made_for == 0 or is_laid_out(thing):
+            # Before another is made, so that there is memory for it.
+            self._things.pop(name, None)
+            thing = None
+            thing = factory()
+        else:
+            _drop_gradients(thing)
+        self._things[name] = (thing, generation)
+        return thing  # type: ignore[no-any-return]
+
+
+def is_laid_out(thing: Any) -> bool:
+    """Whether anything in it belongs to one world: tensors that are sharded over its ranks, or its process groups."""
+    wraps = isinstance(thing, nn.Module) and any(
+        isinstance(module, nn.parallel.DistributedDataParallel) for module in thing.modules()
+    )
+    return wraps or any(isinstance(tensor, DTensor) for tensor in _tensors(thing))
+
+
+def _tensors(thing: Any) -> Iterator[torch.Tensor]:
+    """The tensors of modules, of optimizers, of what refers to an optimizer, and of containers of these."""
+    match thing:
+        case torch.Tensor():
+            yield thing
+        case nn.Module():
+            yield from thing.parameters()
+            yield from thing.buffers()
+        case torch.optim.Optimizer():
+            yield from _tensors([group["params"] for group in thing.param_groups])
+            yield from _tensors(list(thing.state.values()))
+        case Mapping():
+            yield from _tensors(list(thing.values()))
+        case list() | tuple():
+            for part in thing:
+                yield from _tensors(part)
+        case _ if isinstance(optimizer := getattr(thing, "optimizer", None), torch.optim.Optimizer):
+            yield from _tensors(optimizer)
+
+
+def _drop_gradients(thing: Any) -> None:
+    """What the step that was broken off has left would be added to the next one's."""
+    for tensor in _tensors(thing):
+        if tensor.is_leaf:
+            tensor.grad = None

@@ -1,0 +1,78 @@
+"""world.keep: what outlives a change of the world, and what cannot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from worlds import world
+
+from resilient_train.errors import ConfigError
+from resilient_train.worker.world import World
+
+
+def after(before: World) -> World:
+    """The next world of the same process."""
+    return replace(before, generation=before.generation + 1)
+
+
+def test_a_plain_module_and_its_optimizer_are_the_same_after_a_change() -> None:
+    """Without the gradients of the step that was broken off."""
+    first = world({"data": 2}, 0)
+    model = first.keep("model", lambda: nn.Linear(2, 2))
+    optim = first.keep("optim", lambda: torch.optim.AdamW(model.parameters()))
+    schedule = first.keep("schedule", lambda: torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1.0))
+    model(torch.ones(1, 2)).sum().backward()
+    assert first.keep("model", lambda: nn.Linear(2, 2)) is model
+    assert model.weight.grad is not None, "in the same world nothing is touched"
+    second = after(first)
+    assert second.keep("model", lambda: nn.Linear(2, 2)) is model
+    assert second.keep("optim", lambda: torch.optim.AdamW(model.parameters())) is optim
+    assert second.keep("schedule", lambda: None) is schedule
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_is_sharded_is_made_anew() -> None:
+    """Its parts are those of one world: modules, optimizers, what refers to these, and containers of them."""
+    first = world({"shard": 2}, 0)
+
+    def build() -> nn.Module:
+        model = nn.Module()
+        local = torch.zeros(2, 3)
+        model.weight = nn.Parameter(DTensor.from_local(local, first.mesh, [Shard(0)], run_check=False))
+        return model
+
+    model = first.keep("model", build)
+    optim = first.keep("optim", lambda: torch.optim.SGD(model.parameters(), lr=0.1))
+    schedule = first.keep("schedule", lambda: torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1.0))
+    both = first.keep("both", lambda: {"of it": [model]})
+    second = after(first)
+    for name, thing in (("model", model), ("optim", optim), ("schedule", schedule), ("both", both)):
+        assert second.keep(name, lambda: "another") == "another", thing
+
+
+def test_anything_else_is_kept_as_it_is() -> None:
+    """Data sets, tokenizers, numbers; each under its name."""
+    first = world({"data": 2}, 0)
+    data = first.keep("data", lambda: object())
+    assert first.keep("other", lambda: None) is None
+    assert after(first).keep("data", lambda: object()) is data
+    assert after(after(first)).keep("other", lambda: 1) is None
+
+
+def test_a_factory_that_fails_leaves_nothing_behind() -> None:
+    """It is called again."""
+    first = world({"data": 2}, 0)
+    with pytest.raises(ZeroDivisionError):
+        first.keep("it", lambda: 1 // 0)
+    assert first.keep("it", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_name_is_needed(name: object) -> None:
+    """By which it is found again."""
+    with pytest.raises(ConfigError, match="needs a name"):
+        world({"data": 1}, 0).keep(name, lambda: 1)  # type: ignore[arg-type]
