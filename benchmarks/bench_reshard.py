@@ -39,7 +39,7 @@ from resilient_train.spec.world import node_of
 from resilient_train.testing.nodes import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts" / "reshard.py"
-WIDTH = 1024
+WIDTH = 1152
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -104,7 +104,7 @@ def until(condition, nodes: Nodes, what: str) -> None:
     """Look a few times a second."""
     deadline = time.monotonic() + 300
     while not condition():
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or not all(job.running() for job in nodes.left()):
             raise RuntimeError(f"{what} did not happen\n{nodes.output}")
         time.sleep(0.2)
 

@@ -42,6 +42,7 @@ def test_what_a_world_offers() -> None:
         "data_size",
         "device",
         "generation",
+        "keep",
         "local_rank",
         "local_size",
         "long_operation",

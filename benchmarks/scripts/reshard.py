@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard
 import resilient_train as rt
 
 FOLDER, MIB, DIM = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-WIDTH = 1024
+WIDTH = 1152
 
 
 def build(mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
