@@ -126,23 +126,20 @@ def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int]:
     arguments = [str(folder / "rows"), str(mib), str(dim)]
     flags = ("--nnodes=3:4", "--nproc-per-node=1", "--rdzv-conf=last_call_timeout=90")
     with Nodes(SCRIPT, arguments, count=4, flags=flags, folder=folder) as nodes:
-        until(lambda: steps(folder / "rows") >= 6, nodes, "training")
+        until(lambda: steps(folder / "rows") >= 15, nodes, "training")
         members = {pid: member for job in nodes.jobs for member, pid in job.workers().items()}
         first = {pid: node_of(members[pid]) for pid in rows(folder / "rows")}
         before = {pid: found[-1]["rank"] for pid, found in rows(folder / "rows").items()}
-        (lost,) = (pid for job in nodes.jobs[3:] for pid in job.workers().values())
         nodes.kill(3)
         until(lambda: sum(len(found) > 1 for found in rows(folder / "rows").values()) == 3, nodes, "recovery")
         after = {pid: found[-1] for pid, found in rows(folder / "rows").items() if len(found) > 1}
-    copies = place(Topology(dict.fromkeys(first.values(), ())), 1)[first[lost]]
-    here = {pid: {before[pid]} | ({before[lost]} if first[pid] in copies else set()) for pid in after}
+    copies = place(Topology(dict.fromkeys(first.values(), ())), 1)
+    holders = {before[pid]: {node, *copies[node]} for pid, node in first.items()}
+    here = {pid: {rank for rank, nodes in holders.items() if first[pid] in nodes} for pid in after}
     assert all(found["step"] for found in after.values())
     moved = int(statistics.median(found["moved"] for found in after.values()))
-    return (
-        max(found["seconds"] for found in after.values()),
-        moved,
-        least({p: f["rank"] for p, f in after.items()}, here, mib),
-    )
+    fewest = least({pid: found["rank"] for pid, found in after.items()}, here, mib)
+    return max(found["seconds"] for found in after.values()), moved, fewest
 
 
 def least(after: Mapping[int, int], here: Mapping[int, set[int]], mib: int) -> int:
