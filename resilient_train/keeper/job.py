@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from resilient_train.clock import Clock
-from resilient_train.errors import CheckpointDamaged, LinkLost, MemoryRefused
+from resilient_train.errors import LinkLost, ResilientError
 from resilient_train.image.arena import Board
 from resilient_train.keeper.conduct import Conductor
 from resilient_train.keeper.last import Last, last_state
@@ -79,9 +79,13 @@ class JobWide:
             "useless": lambda slot: loop.post(lambda: loop.drop(slot)),
         }
         self._replicas = Replicas(shelf, lambda: board().kept(), **slots)
-        self._parities = Parities(shelf, lambda: board().kept(), **slots, completed=self._replicator.look)
+        replicator = self._replicator
+        self._parities = Parities(
+            shelf, lambda: board().kept(), **slots, completed=replicator.look, wanted=replicator.folds
+        )
         self._last: Last | None = None
         self._decided: Callable[[Last], None] = lambda _: None
+        self._rebuilding: set[Key] = set()
         self._deadline = 0.0
 
     def _say(self, kind: str, text: str) -> None:
@@ -93,6 +97,16 @@ class JobWide:
     def involved(self) -> bool:
         """Whether there are other nodes that may hold images of this job."""
         return self._peers is not None and len({*map(tuple, self._peers.keepers), *map(tuple, self._peers.others)}) > 1
+
+    @property
+    def together(self) -> bool:
+        """Whether it takes more than the images here to say what there is: other nodes', or parities of lost ones'."""
+        return self.involved or (self._server is not None and self._shelf.has_parities())
+
+    @property
+    def rebuilding(self) -> bool:
+        """Whether a lost image is being made again."""
+        return bool(self._rebuilding)
 
     @property
     def shared(self) -> bool:
@@ -202,26 +216,32 @@ class JobWide:
 
     def _decide(self, finding: Finding, decided: Callable[[Last], None]) -> None:
         assert self._server is not None
-        self._last = last_state(self._shelf, finding, self._server.endpoint)
+        last = self._last = last_state(self._shelf, finding, self._server.endpoint)
         self._deadline = self._clock.now() + _DECISION
-        if self._last.rebuild:
-            threading.Thread(target=self._rebuild, args=(finding, decided), name="rebuild", daemon=True).start()
-        else:
-            decided(self._last)
+        if last.key is None or not last.rebuild:
+            decided(last)
+        elif last.key not in self._rebuilding:
+            # Whoever asks again meanwhile is told by the same.
+            self._rebuilding.add(last.key)
+            arguments = (last, last.key, finding, decided)
+            threading.Thread(target=self._rebuild, args=arguments, name="rebuild", daemon=True).start()
 
-    def _rebuild(self, finding: Finding, decided: Callable[[Last], None]) -> None:
+    def _rebuild(self, last: Last, key: Key, finding: Finding, decided: Callable[[Last], None]) -> None:
         """Make lost images again, and go on with what there is then."""
-        last = self._last
-        assert last is not None
-        assert last.key is not None
         made = dict(last.images)
+
+        def end() -> None:
+            self._rebuilding.discard(key)
+            decided(replace(last, images=made))
+
         try:
-            with remains(self._shelf, finding, last.key, bytes.fromhex(self._secret)) as left:
+            with remains(self._shelf, finding, key, bytes.fromhex(self._secret)) as left:
                 for rank in last.rebuild:
-                    made[rank] = rebuild(self._shelf, left, last.key, rank)
-        except (MemoryRefused, CheckpointDamaged, LinkLost) as error:
+                    made[rank] = rebuild(self._shelf, left, key, rank)
+        except (ResilientError, OSError) as error:
             self._say("persist", f"a lost node's part of the last state cannot be made again: {error}")
-        self._loop.post(lambda: decided(replace(last, images=made)))
+        finally:
+            self._loop.post(end)
 
     def settled(self) -> None:
         """This node has written its part: wait until the others know theirs, for they need to hear of this one's."""

@@ -21,7 +21,7 @@ from resilient_train.keeper.clients import Client
 from resilient_train.keeper.job import JobWide
 from resilient_train.keeper.last import Last
 from resilient_train.keeper.saving import Saving
-from resilient_train.keeper.shelf import Shelf, source_of
+from resilient_train.keeper.shelf import Shelf, is_parity, source_of
 from resilient_train.keeper.word import Word
 from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import (
@@ -119,7 +119,7 @@ class Keeper:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _over(self) -> bool:
-        if self._clients or self._agent or self._saving.running:
+        if self._clients or self._agent or self._saving.running or self._job.rebuilding:
             return False
         now = self._clock.now()
         if self._had_agent:
@@ -158,7 +158,7 @@ class Keeper:
             self._allocated(backed)
         tried = self._saving.outcomes()
         if tried is not None and self._everything_is_here():
-            if self._job.involved:
+            if self._job.together:
                 self._job.settled()
             else:
                 newest = self._newest_complete()
@@ -300,7 +300,7 @@ class Keeper:
         self.answer(client, Attached(), [self._board_fd])
 
     def _list(self, client: Client, everywhere: bool) -> None:
-        if not everywhere or not self._job.involved:
+        if not everywhere or not self._job.together:
             self.answer(client, Images(images=self.shelf.rows(), peers=[], secret=""))
             return
 
@@ -330,7 +330,7 @@ class Keeper:
         for (slot, owner), fd in zip(message.slots, descriptors, strict=True):
             self.shelf.add(fd, owner, slot)
             os.close(fd)
-            if not source_of(owner):
+            if not source_of(owner) and not is_parity(owner):
                 # It may live and be in the middle of a step; it attaches at its next boundary.
                 self._inherited.add(owner)
         if message.more:
@@ -430,7 +430,7 @@ class Keeper:
         """Persist the newest complete state unless that is already durable."""
         if self._saving.policy is None or self._job.left_behind:
             return
-        if self._job.involved:
+        if self._job.together:
             self._job.decide_last(self._decided)
             return
         newest, persisted = self._newest_complete(), self._saving.persisted
@@ -466,7 +466,7 @@ class Keeper:
             self._persist_newest()
             if self._job.left_behind:
                 self._answer_flushes(None)  # The last state is for those to save who go on.
-            elif not self._job.involved or self._saving.policy is None:
+            elif not self._job.together or self._saving.policy is None:
                 self._answer_flushes(self._newest_complete())
 
     def _everything_is_here(self) -> bool:

@@ -70,6 +70,7 @@ class Parities:
         added: Callable[[int], None],
         useless: Callable[[int], None],
         completed: Callable[[], None],
+        wanted: Callable[[str], bool],
     ) -> None:
         """Args:
         shelf: where the parities go.
@@ -77,12 +78,14 @@ class Parities:
         added: told of each new slot.
         useless: told of each slot that may go.
         completed: told whenever a parity is complete.
+        wanted: whether this node makes parities of an owner, or may.
         """
         self._shelf = shelf
         self._kept = kept
         self._added = added
         self._useless = useless
         self._completed = completed
+        self._wanted = wanted
         self._turns = Turns()
         self._finding = threading.Lock()
         self._foldings: dict[str, _Folding] = {}
@@ -107,11 +110,16 @@ class Parities:
             except MemoryRefused as error:
                 wire.send(Declined(reason=str(error)))
                 return
-            if folding is None or folding.parts.setdefault(request.node, parts) != parts:
+            if folding is None:
                 wire.send(Declined(reason=f"there is no room for a parity of {key}"))
                 return
+            with folding.lock:
+                same = folding.parts.setdefault(request.node, parts) == parts
+                upto = folding.upto.setdefault(request.node, 0)
+            if not same:
+                raise FormatError(f"{request.node} has folded another piece of {key}")
             yield_to_others()
-            wire.send(Ready(offset=folding.upto.setdefault(request.node, 0)))
+            wire.send(Ready(offset=upto))
             wire.send(self._receive(wire, request, folding, size))
 
     def _receive(self, wire: Wire, request: Fold, folding: _Folding, size: int) -> Stored | Declined:
@@ -129,7 +137,9 @@ class Parities:
                 engine.xor_into(folding.slot.address + start + at, buffer.ctypes.data, len(block))
                 folding.upto[node] = at + len(block)
         with folding.lock:
-            if not folding.over and self._everything_is_in(folding):
+            if folding.over:
+                raise LinkLost(f"the parity of {folding.key} is not wanted any more")
+            if self._everything_is_in(folding):
                 _publish(folding)
                 self._completed()
         return Stored()
@@ -150,6 +160,7 @@ class Parities:
         """
         owner = parity_owner(request.others)
         with self._finding:
+            self._drop_former()
             folding = self._foldings.get(owner)
             if folding is not None and not folding.over:
                 if (folding.key, folding.world) == (key, request.world):
@@ -175,6 +186,15 @@ class Parities:
             slot.populate()
             np.frombuffer(slot.map, dtype=np.uint8)[layout.starts[0] : layout.json_start] = 0
             return self._foldings[owner]
+
+    def _drop_former(self) -> None:
+        """What was begun for another group is not going to be complete."""
+        for owner in [owner for owner in self._foldings if not self._wanted(owner)]:
+            folding = self._foldings.pop(owner)
+            with folding.lock:
+                if not folding.over:
+                    folding.end()
+                    self._let_go(folding.number)
 
     def _room(self, owner: str, size: int, keep: Key | None) -> tuple[int, Slot] | None:
         """A slot, locked against readers; None if all hold what must stay."""
@@ -222,8 +242,10 @@ class Parities:
         number, slot = self._made(owner, size)
         with folding.lock:
             before, after = folding.layout, self._layouts[number]
-            data = folding.slot.map[before.starts[0] : before.json_start]
-            slot.map[after.starts[0] : after.starts[0] + len(data)] = data
+            size = before.entries[0].nbytes
+            data = np.frombuffer(folding.slot.map, dtype=np.uint8, count=size, offset=before.starts[0])
+            np.frombuffer(slot.map, dtype=np.uint8, count=size, offset=after.starts[0])[:] = data
+            del data
             folding.slot.close()
             self._let_go(folding.number)
             folding.number, folding.slot, folding.layout = number, slot, after

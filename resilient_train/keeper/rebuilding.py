@@ -39,10 +39,10 @@ def remains(shelf: Shelf, finding: Finding, key: Key, secret: bytes) -> Iterator
             for parity in finding.parities.get(endpoint, []):
                 if parity.key == key:
                     parities.append((parity.parity, _reading(peer, parity.as_image(), parity.begin)))
-        for listed in shelf.images():
+        for listed in (image for image in shelf.images() if image.stamp.key == key):
             if (view := stack.enter_context(shelf.reading(listed.slot, key))) is not None:
                 images[listed.stamp.rank] = slices(view)
-        for parity in shelf.parities():
+        for parity in (parity for parity in shelf.parities() if parity.key == key):
             if (view := stack.enter_context(shelf.reading(parity.slot, key))) is not None:
                 parities.append((parity.parity, slices(view, parity.begin)))
         yield Remains(images=images, parities=parities)

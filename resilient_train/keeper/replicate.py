@@ -55,6 +55,8 @@ class Replicator:
         self._interval = _FASTEST
         self._reported: Report | None = None
         self._copies: int | None = None
+        self._most = 0
+        """nodes of a parity group, at most; 0: there are copies"""
         self._targets: tuple[str, ...] = ()
         self._sources: frozenset[str] | None = None
         self._group: tuple[str, ...] = ()
@@ -121,22 +123,25 @@ class Replicator:
         if not same_keepers:
             self._copier.give(None)
             self._hang_up()
+            if self._group:
+                # Pieces may have gone down with a keeper that had no complete parity yet.
+                self._done = None
         self._copies, self._group = None, ()
 
     def _place(self, peers: Peers) -> None:
         """Find out where copies go and whose come here, once this world's ranks have said how many there are to be."""
         said = [self._board().copies(slot) for slot in peers.slots]
         wanted = [copies for copies in said if copies is not None]
-        if len(wanted) < len(said) or not wanted or self._copies == max(wanted):
+        most = max((self._board().group(slot) for slot in peers.slots), default=0)
+        if len(wanted) < len(said) or not wanted or (self._copies, self._most) == (max(wanted), most):
             return
         topology = Topology({node: peers.labels.get(node, []) for node, _ in peers.keepers})
-        most = max(self._board().group(slot) for slot in peers.slots)
         group = next((group for group in groups(topology, most) if peers.node in group), ()) if most else ()
         at = group.index(peers.node) if group else 0
         placed = place(topology, 0 if most else max(wanted))
         # Everybody begins with another one.
         others = group[at + 1 :] + group[:at]
-        self._copies = max(wanted)
+        self._copies, self._most = max(wanted), most
         self._targets = tuple(
             endpoint for node in others or placed[peers.node] for name, endpoint in peers.keepers if name == node
         )

@@ -138,6 +138,10 @@ class Shelf:
         """The state of which each slot holds something, an image or a parity, that is published."""
         return {listed.slot: listed.stamp.key for listed in self._published()}
 
+    def has_parities(self) -> bool:
+        """Whether there is room for any, at least."""
+        return any(map(is_parity, self.owners().values()))
+
     def parities(self) -> list[HeldParity]:
         """Every published parity; one that is damaged is not listed."""
         found = []

@@ -18,24 +18,22 @@ class Keepsakes:
     """What `World.keep` has made in this process."""
 
     def __init__(self) -> None:
-        self._things: dict[str, tuple[Any, int]] = {}
+        self._things: dict[str, Any] = {}
+        self._generation = 0
 
     def keep(self, name: str, factory: Callable[[], _T], generation: int) -> _T:
         """See `World.keep`."""
         if not isinstance(name, str) or not name:
             raise ConfigError(f"keep() needs a name, it got {name!r:.50}")
-        thing, made_for = self._things.get(name, (None, 0))
-        if made_for == generation:
-            return thing  # type: ignore[no-any-return]
-        if made_for == 0 or is_laid_out(thing):
-            # Before another is made, so that there is memory for it.
-            self._things.pop(name, None)
-            thing = None
-            thing = factory()
-        else:
-            _drop_gradients(thing)
-        self._things[name] = (thing, generation)
-        return thing  # type: ignore[no-any-return]
+        if generation != self._generation:
+            self._generation = generation
+            # All of it before anything is made anew, so that there is memory for it.
+            self._things = {name: thing for name, thing in self._things.items() if not is_laid_out(thing)}
+            for thing in self._things.values():
+                _drop_gradients(thing)
+        if name not in self._things:
+            self._things[name] = factory()
+        return self._things[name]  # type: ignore[no-any-return]
 
 
 def is_laid_out(thing: Any) -> bool:

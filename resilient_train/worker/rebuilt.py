@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
+from resilient_train.errors import CheckpointDamaged, LinkLost
 from resilient_train.image.native import engine
 from resilient_train.image.rebuild import ReadBytes, Remains
 from resilient_train.image.verified import Row
 from resilient_train.spec.world import Key
 from resilient_train.storage.peer import HeldImage
 from resilient_train.worker.remote import Holder
+
+logger = logging.getLogger(__name__)
 
 
 class Rebuilt:
@@ -47,9 +51,19 @@ class Rebuilt:
         return engine.gather_rows(made.ctypes.data, size, [(*row, 0) for row in rows], target)
 
 
-def reading(holder: Holder, image: HeldImage, begin: int = 0) -> ReadBytes:
-    """Reads from a holder of an image, from ``begin`` on."""
-    return lambda offset, length: holder.read(image, begin + offset, length)
+def reading(holders: Sequence[tuple[Holder, HeldImage]], begin: int = 0) -> ReadBytes:
+    """Reads from the first holder of an image that has it, from ``begin`` on."""
+
+    def read(offset: int, length: int) -> bytearray:
+        for holder, image in holders[:-1]:
+            try:
+                return holder.read(image, begin + offset, length)
+            except (LinkLost, CheckpointDamaged) as error:
+                logger.warning("%s; reading rank %d's image elsewhere", error, image.rank)
+        holder, image = holders[-1]
+        return holder.read(image, begin + offset, length)
+
+    return read
 
 
 def rebuilt_images(key: Key, world: int, remains: Remains) -> dict[int, list[tuple[Holder, HeldImage]]]:

@@ -122,7 +122,7 @@ class MemorySource:
             }
             expected = set(range(world)) - set(state.without)
             if expected - views.keys() - remote.keys():
-                there = {rank: reading(holder, image) for rank, ((holder, image), *_) in remote.items()}
+                there = {rank: reading(holders) for rank, holders in remote.items()}
                 there |= {rank: slices(view) for rank, view in views.items()}
                 parities = list(_read_parities(key, listing, opened, peers, stack))
                 remote |= rebuilt_images(key, world, Remains(images=there, parities=parities))
@@ -157,7 +157,7 @@ def _read_parities(
     for endpoint, parities in _parities(key, listing).items():
         for held in parities:
             if endpoint:
-                yield held.parity, reading(peers[endpoint], held.as_image(), held.begin)
+                yield held.parity, reading([(peers[endpoint], held.as_image())], held.begin)
             elif held.slot in opened:
                 view = stack.enter_context(opened[held.slot].reading(key))
                 if view is not None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import random
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from nodes import SECRET, Cluster, Node, rows_of
+from nodes import SECRET, Cluster, Node, rows_of, wait_until
 
 from resilient_train.errors import CheckpointDamaged, LinkLost
 from resilient_train.image.native import checksum
+from resilient_train.spec.messages import Policy
 from resilient_train.spec.peers import Fold, Ready
 from resilient_train.spec.shard import BLOCK
 from resilient_train.spec.world import Key
+from resilient_train.storage.catalogue import listing, read_manifest
+from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.storage.peer import HeldBy, Peer, PeerDeclined, ask_held, put_bytes
 from resilient_train.storage.wire import connect
+from resilient_train.worker.images import open_image
 from resilient_train.worker.sources import Candidate, MemorySource
 
 pytestmark = pytest.mark.timeout(180)
@@ -70,6 +75,61 @@ def test_one_node_of_each_group_can_be_lost(cluster: Make) -> None:
     job.lose(*job.nodes[:2])
     for node in job.nodes:
         assert restored(node, 5) >= kept
+
+
+def test_the_only_node_that_is_left_has_both_parts(cluster: Make, tmp_path: Path) -> None:
+    """Of a group of two; with nobody else to ask, it restores the state and makes it durable."""
+    job = cluster(1, 1)
+    job.introduce()
+    (worker, _) = job.start_workers(group=4)
+    worker.link.set_policy(Policy(url=str(tmp_path), every_steps=10**6, every_seconds=0.0, keep_last=3))
+    job.step_until(lambda: all(job.kept()), rows=20_000)
+    kept = min(key for key in job.kept() if key)
+    job.nodes.pop().kill()
+    job.generation = 2
+    job.introduce()
+    (node,) = job.nodes
+    assert restored(node, 2, 20_000) >= kept
+    worker.close()
+    node.workers = []
+    node.flush()
+    wait_until(lambda: node.flushed is not None, "Flushed")
+    assert node.flushed is not None
+    assert node.flushed.text == "", job.report()
+    tier = FilesystemTier(str(tmp_path))
+    (key,), _ = listing(tier)
+    manifest = read_manifest(tier, key)
+    for rank, file in enumerate(manifest.files):
+        reader = open_image(tier, manifest, file)
+        assert torch.equal(reader.tensor(reader.entries()[0]), rows_of(rank, 2, key.step, 20_000))
+    assert len(manifest.files) == 2
+
+
+def test_what_was_begun_for_a_former_group_is_let_go(cluster: Make) -> None:
+    """A node dies in the middle of its piece; a successor's keeper too knows parities from workers' images."""
+    job = cluster(1, 1, 1, 1)
+    job.introduce()
+    job.start_workers(group=4)
+    last = job.step_until(lambda: all(job.kept()), rows=20_000)
+    unfinished = job.nodes[0]
+    wire = connect(unfinished.endpoint, KEY, 5.0)
+    wire.send(piece("b", ONE, step=last + 1000, others=["b", "c", "d"]))
+    wire.expect(Ready)
+    wire.close()
+    job.nodes[1].replace_keeper()
+    job.lose(job.nodes[3])
+    job.generation = 2
+    job.introduce()
+    for node in job.nodes:
+        node.workers[0].generation = 2
+        node.workers[0].past = {1: last, 2: None}
+        node.workers[0].link.board.report_published(0, None)
+
+    def only_of_this_group() -> bool:
+        owners = [{owner for _, owner in node.deposits.values() if "parity" in owner} for node in job.nodes]
+        return [len(found) for found in owners] == [1, 1, 1] and not any("d" in next(iter(o))[9:] for o in owners)
+
+    job.step_until(only_of_this_group, lineage=2, first=last + 1, rows=20_000)
 
 
 def test_two_lost_nodes_of_one_group_are_not_made_up(cluster: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -61,6 +62,18 @@ def test_anything_else_is_kept_as_it_is() -> None:
     assert first.keep("other", lambda: None) is None
     assert after(first).keep("data", lambda: object()) is data
     assert after(after(first)).keep("other", lambda: 1) is None
+
+
+def test_all_that_was_sharded_goes_before_anything_is_made_anew() -> None:
+    """There may be no memory for both; what is not asked for again goes too."""
+    first = world({"shard": 2}, 0)
+
+    def build() -> DTensor:
+        return DTensor.from_local(torch.zeros(2, 3), first.mesh, [Shard(0)], run_check=False)
+
+    held = [weakref.ref(first.keep(name, build)) for name in ("model", "optim")]
+    assert all(ref() is not None for ref in held)
+    assert after(first).keep("model", lambda: [ref() for ref in held]) == [None, None]
 
 
 def test_a_factory_that_fails_leaves_nothing_behind() -> None:
