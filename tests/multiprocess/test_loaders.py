@@ -33,6 +33,7 @@ def check_shards(history: dict[int, list[dict]]) -> None:
         assert streamed[shard] == [100000 * (i // 40) + 1000 * shard + i % 40 for i in range(4 * STEPS)]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(450)
 def test_a_rank_is_killed_while_its_loaders_and_the_others_load_ahead(tmp_path: Path) -> None:
     """Three ranks, two, three again: every sample of every global batch is used once, so is every sample of every

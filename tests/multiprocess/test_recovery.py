@@ -86,7 +86,8 @@ def test_survivors_go_on_in_their_processes_and_a_replacement_joins(tmp_path: Pa
         assert running.leftovers() == []
 
 
-@pytest.mark.parametrize("rounds", [(3, 2), pytest.param((2, 3, 1, 3, 2, 3, 1, 3), marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("rounds", [(3, 2), (2, 3, 1, 3, 2, 3, 1, 3)])
 def test_kills_at_random_instants(tmp_path: Path, rounds: tuple[int, ...]) -> None:
     """Two and three ranks at once, one during a recovery and one in the last step among them: the job finishes, every
     batch is used once, and the survivors do not grow with the number of generations."""

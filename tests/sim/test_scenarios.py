@@ -19,6 +19,8 @@ from resilient_train.sim.faults import Fault, Scenario, draw, parse, shrink
 from resilient_train.sim.scenario import run
 
 FILES = sorted((Path(__file__).parent / "scenarios").glob("*.txt"))
+LONG = {"store_gone_for_good"}
+"""Those that wait for as long as nodes do."""
 DASHES = "----"
 SEEDS = 60
 
@@ -30,7 +32,10 @@ def told(text: str) -> tuple[str, tuple[str, ...]]:
     return "\n".join([scenario, DASHES, *result.story, *result.problems]) + "\n", result.problems
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.soak] if path.stem in LONG else [], id=path.stem) for path in FILES],
+)
 def test_a_scenario_tells_its_story(path: Path) -> None:
     """Every version of the world, why it came, and the end; nothing that must never be."""
     text = path.read_text()

@@ -227,6 +227,7 @@ def test_an_error_of_one_rank_reaches_all(runs: Runs) -> None:
     assert all("rank-00001" in line for line in said)
 
 
+@pytest.mark.soak
 def test_a_bucket_is_read_once(bucket: str, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same over HTTP, by what the server has sent."""
     runs = Runs(tmp_path, f"s3://{bucket}/run")
