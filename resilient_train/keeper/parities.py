@@ -95,7 +95,7 @@ class Parities:
         """Answer a `Fold`, and receive what follows, or what is left of it after a transfer that broke.
 
         Raises:
-            LinkLost: if the sender is gone; what was folded stays for its next connection.
+            LinkLost: if the sender is gone, or sends damaged bytes; what was folded stays for its next connection.
             FormatError: if what it sends is not what it said.
         """
         key, parts = _checked(request)
@@ -120,16 +120,18 @@ class Parities:
                 raise FormatError(f"{request.node} has folded another piece of {key}")
             yield_to_others()
             wire.send(Ready(offset=upto))
-            wire.send(self._receive(wire, request, folding, size))
+            self._receive(wire, request, folding, size)
+            wire.send(Stored())
 
-    def _receive(self, wire: Wire, request: Fold, folding: _Folding, size: int) -> Stored | Declined:
+    def _receive(self, wire: Wire, request: Fold, folding: _Folding, size: int) -> None:
         """Fold what arrives, block by block."""
         buffer, node = np.empty(BLOCK, dtype=np.uint8), request.node
         while (at := folding.upto[node]) < size:
             block = buffer.data[: min(BLOCK, size - at)]
             wire.fill([block])
             if checksum(block) != request.sums[at // BLOCK]:
-                return Declined(reason="what arrived fails its checksums")
+                # What stands behind it cannot be told from messages; a new connection goes on from here.
+                raise LinkLost(f"what arrived of {node}'s piece of {folding.key} fails its checksums")
             with folding.lock:
                 if folding.over:
                     raise LinkLost(f"the parity of {folding.key} is not wanted any more")
@@ -142,7 +144,6 @@ class Parities:
             if self._everything_is_in(folding):
                 _publish(folding)
                 self._completed()
-        return Stored()
 
     def _everything_is_in(self, folding: _Folding) -> bool:
         sizes = {node: sum(part.size for part in parts) for node, parts in folding.parts.items()}
