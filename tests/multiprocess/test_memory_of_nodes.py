@@ -73,14 +73,14 @@ def test_two_nodes_lost_at_once_cost_at_most_one_step_with_two_copies(tmp_path: 
         names = {node_of(member): index for index, job in enumerate(running.jobs) for member in job.workers()}
         copies = place(Topology(dict.fromkeys(names, ())), 1)
         doomed = next((one, copies[one][0]) for one in names if 0 not in (names[one], names[copies[one][0]]))
+        last = max(int(line.split()[1]) for _, line in first.lines if " size 4 " in line)
         running.kill(*(names[node] for node in doomed))
         first.wait_for_line("size 2", 90)
         (tmp_path / "record" / "hurry").touch()
-        last = max(int(line.split()[1]) for _, line in first.lines if " size 4 " in line)
         assert running.finish(120) == [0, 0], running.output
         restore = restores(running.events())[-1]
         assert restore.source is not None
-        # The line of step n is written when n + 1 steps are finished.
+        # The line of step n is written when n + 1 steps are finished: their state was due only now.
         assert restore.source.step >= last, running.output
         check_restored(tmp_path, running)
         check_every_batch_once(tmp_path / "record", running.events(), 30)
@@ -93,10 +93,10 @@ def test_a_node_is_made_again_from_parities(tmp_path: Path) -> None:
     with nodes(tmp_path, *args, count=3, flags=("--nnodes=2:3", "--nproc-per-node=1")) as running:
         first = running.jobs[0]
         first.wait_for_line("step 14 size 3", 150)
+        last = max(int(line.split()[1]) for _, line in first.lines if " size 3 " in line)
         running.kill(1)
         first.wait_for_line("size 2", 90)
         (tmp_path / "record" / "hurry").touch()
-        last = max(int(line.split()[1]) for _, line in first.lines if " size 3 " in line)
         assert running.finish(120) == [0, 0], running.output
         restore = restores(running.events())[-1]
         assert restore.source is not None
