@@ -34,12 +34,22 @@ rt::cuda::StreamHandle stream_handle(std::uintptr_t stream) {
 
 using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, bool>;
 
-using RowsTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using RowsTuple = std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
+using PlacedTuple =
+    std::tuple<std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t, std::uint64_t>;
 
 std::vector<rt::Rows> rows_of(const std::vector<RowsTuple>& tuples) {
   std::vector<rt::Rows> rows;
   rows.reserve(tuples.size());
-  for (const auto& [at, size, stride, count, target] : tuples) rows.push_back({at, size, stride, count, target});
+  for (const auto& [at, size, stride, count] : tuples) rows.push_back({at, size, stride, count, 0, 0});
+  return rows;
+}
+
+std::vector<rt::Rows> rows_of(const std::vector<PlacedTuple>& tuples) {
+  std::vector<rt::Rows> rows;
+  rows.reserve(tuples.size());
+  for (const auto& [at, size, stride, count, target, spread] : tuples)
+    rows.push_back({at, size, stride, count, target, spread});
   return rows;
 }
 
@@ -59,7 +69,7 @@ void bind_gather(nb::module_& m) {
       "Copy rows of blocks one behind the other; what the gaps between them add to the blocks' checksums.");
   m.def(
       "scatter_rows",
-      [](std::uintptr_t source, std::uint64_t total, const std::vector<RowsTuple>& tuples,
+      [](std::uintptr_t source, std::uint64_t total, const std::vector<PlacedTuple>& tuples,
          const std::vector<std::uint32_t>& gaps, const std::vector<std::uint32_t>& sums) {
         const std::vector<rt::Rows> rows = rows_of(tuples);
         nb::gil_scoped_release unlocked;
@@ -67,6 +77,16 @@ void bind_gather(nb::module_& m) {
       },
       nb::arg("source"), nb::arg("total"), nb::arg("rows"), nb::arg("gaps"), nb::arg("sums"),
       "Put gathered rows where they belong; the first block that fails its checksum, or -1.");
+  m.def(
+      "place_rows",
+      [](std::uintptr_t source, std::uint64_t total, const std::vector<PlacedTuple>& tuples,
+         const std::vector<std::uint32_t>& sums) {
+        const std::vector<rt::Rows> rows = rows_of(tuples);
+        nb::gil_scoped_release unlocked;
+        return rt::place_rows(reinterpret_cast<const unsigned char*>(source), total, rows, sums);
+      },
+      nb::arg("source"), nb::arg("total"), nb::arg("rows"), nb::arg("sums"),
+      "Put rows of blocks where they belong; the first block that fails its checksum, or -1.");
 }
 
 void bind_copier(nb::module_& m) {

@@ -22,8 +22,8 @@ void check(const std::vector<Rows>& rows, std::uint64_t total) {
   }
 }
 
-// Calls gap(at, n), row(rows, at, n) for all bytes in order, in pieces that are within a block, and ended(block) after
-// each block.
+// Calls gap(at, n), row(target, at, n) for all bytes in order, in pieces that are within a block, and ended(block) after
+// each block; `target` is where the piece of a row belongs.
 template <class Gap, class Row, class Ended>
 void walk(std::uint64_t total, const std::vector<Rows>& rows, Gap gap, Row row, Ended ended) {
   std::uint64_t at = 0;
@@ -39,7 +39,9 @@ void walk(std::uint64_t total, const std::vector<Rows>& rows, Gap gap, Row row, 
     for (std::uint64_t index = 0; index < some.count; ++index) {
       const std::uint64_t begin = some.at + (index > 0 ? index * some.stride : 0);
       until(begin, gap);
-      until(begin + some.size, [&](std::uint64_t place, std::uint64_t n) { row(some, place, n); });
+      const std::uint64_t target = some.target + (index > 0 ? index * some.spread : 0);
+      until(begin + some.size,
+            [&](std::uint64_t place, std::uint64_t n) { row(target + (place - begin), place, n); });
     }
   }
   until(total, gap);
@@ -55,7 +57,7 @@ std::vector<std::uint32_t> gather_rows(const unsigned char* source, std::uint64_
   std::uint32_t crc = kRaw;
   walk(
       total, rows, [&](std::uint64_t at, std::uint64_t n) { crc = crc32c(crc, source + at, n); },
-      [&](const Rows&, std::uint64_t at, std::uint64_t n) {
+      [&](std::uint64_t, std::uint64_t at, std::uint64_t n) {
         std::memcpy(target, source + at, n);
         target += n;
         crc = crc32c_zeros(crc, static_cast<std::uint32_t>(n));
@@ -77,12 +79,31 @@ std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, co
   walk(
       total, rows,
       [&](std::uint64_t, std::uint64_t n) { crc = crc32c_zeros(crc, static_cast<std::uint32_t>(n)); },
-      [&](const Rows& some, std::uint64_t at, std::uint64_t n) {
-        crc = stream_crc32c(crc, reinterpret_cast<unsigned char*>(some.target) + (at - some.at), source, n);
+      [&](std::uint64_t target, std::uint64_t, std::uint64_t n) {
+        crc = stream_crc32c(crc, reinterpret_cast<unsigned char*>(target), source, n);
         source += n;
       },
       [&](std::uint64_t block) {
         if (bad < 0 && (crc ^ gaps[block]) != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
+        crc = 0;
+      });
+  return bad;
+}
+
+std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
+                          const std::vector<std::uint32_t>& sums) {
+  check(rows, total);
+  if (sums.size() != (total + kBlock - 1) / kBlock)
+    throw std::invalid_argument("the checksums are not those of the blocks");
+  std::ptrdiff_t bad = -1;
+  std::uint32_t crc = 0;
+  walk(
+      total, rows, [&](std::uint64_t at, std::uint64_t n) { crc = crc32c(crc, source + at, n); },
+      [&](std::uint64_t target, std::uint64_t at, std::uint64_t n) {
+        crc = stream_crc32c(crc, reinterpret_cast<unsigned char*>(target), source + at, n);
+      },
+      [&](std::uint64_t block) {
+        if (bad < 0 && crc != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
         crc = 0;
       });
   return bad;

@@ -18,7 +18,8 @@ struct Rows {
   std::uint64_t size;
   std::uint64_t stride;
   std::uint64_t count;
-  std::uint64_t target;  // address of the first; the others are as far from it as they are in the image
+  std::uint64_t target;  // address of the first
+  std::uint64_t spread;  // bytes from the address of one to that of the next
 };
 
 // Copies the rows of the blocks at `source`, `total` bytes, to `target`, one behind the other.
@@ -36,5 +37,10 @@ std::vector<std::uint32_t> gather_rows(const unsigned char* source, std::uint64_
 // there are not as many `gaps` and `sums` as blocks.  Thread-safe.
 std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                             const std::vector<std::uint32_t>& gaps, const std::vector<std::uint32_t>& sums);
+
+// Copies the rows to their targets out of the blocks themselves, which stand at `source`, and checks these; otherwise as
+// `scatter_rows`.
+std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
+                          const std::vector<std::uint32_t>& sums);
 
 }  // namespace resilient_train

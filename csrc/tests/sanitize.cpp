@@ -94,7 +94,7 @@ void gathers(std::mt19937& chance) {
     const std::size_t size = 1 + chance() % (chance() % 2 ? 100 : 50000), stride = size + chance() % 3000;
     const std::size_t count = 1 + chance() % 20;
     if (at + stride * (count - 1) + size > total) break;
-    rows.push_back({at, size, stride, count, reinterpret_cast<std::uint64_t>(target.data() + at)});
+    rows.push_back({at, size, stride, count, reinterpret_cast<std::uint64_t>(target.data() + at), stride});
     for (std::size_t i = 0; i < count; ++i)
       std::memcpy(expected.data() + at + i * stride, image.data() + at + i * stride, size);
     wanted += size * count;
@@ -104,10 +104,13 @@ void gathers(std::mt19937& chance) {
   std::vector<unsigned char> travelled(wanted);
   const std::vector<std::uint32_t> gaps = rt::gather_rows(image.data(), total, rows, travelled.data());
   check(rt::scatter_rows(travelled.data(), total, rows, gaps, sums) == -1 && target == expected, "rows in their places");
+  std::fill(target.begin(), target.end(), 0);
+  check(rt::place_rows(image.data(), total, rows, sums) == -1 && target == expected, "rows of blocks in their places");
   image[total - 1] ^= 1;
   const std::vector<std::uint32_t> other = rt::gather_rows(image.data(), total, rows, travelled.data());
   check(rt::scatter_rows(travelled.data(), total, rows, other, sums) == 1, "the block with a damaged gap is named");
-  rows.assign(1, {1, 1, ~0ull, 3, 0});
+  check(rt::place_rows(image.data(), total, rows, sums) == 1, "the block with a damaged gap is named, in place");
+  rows.assign(1, {1, 1, ~0ull, 3, 0, 0});
   bool thrown = false;
   try {
     rt::gather_rows(image.data(), total, rows, travelled.data());

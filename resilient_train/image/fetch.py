@@ -32,6 +32,9 @@ class Range:
     along, or what stands at their addresses left alone."""
     stride: int = 0
     """See ``row``."""
+    spread: int = 0
+    """Bytes from where one row belongs to where the next does, and nothing between them is touched; 0: as many as
+    ``stride``, and what is between them does not matter."""
 
     @property
     def wanted(self) -> int:
@@ -55,7 +58,9 @@ class Rows:
     count: int
     """How many."""
     address: int
-    """Where the first belongs; the others belong as far from it as they stand from each other."""
+    """Where the first belongs."""
+    spread: int
+    """Bytes from there to where the next one belongs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +71,12 @@ class Run:
     """Number of the first block."""
     last: int
     """Number of the last one."""
+    size: int
+    """Bytes of all of them."""
     segments: list[tuple[int, int]]
-    """(address or 0, size) of everything in them, in order."""
+    """(address or 0, size) of everything in them, in order; nothing if rows belong elsewhere than they stand."""
     rows: list[Rows] = field(default_factory=list)
     """What is wanted of them, in order."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of all blocks."""
-        return sum(size for _, size in self.segments)
 
     @property
     def wanted(self) -> int:
@@ -141,7 +143,9 @@ def split(ranges: Iterable[Range], parts: Sequence[tuple[int, int]]) -> tuple[li
             else:
                 stop, place = max(at, min(end, parts[index][1])), inside[index]
                 index += 1
-            if at < stop:
+            if at < stop and wanted.spread:
+                place += [_range(rows) for rows in _rows_between(wanted, at, stop, 0)]
+            elif at < stop:
                 place.append(Range(at, stop - at, wanted.address + at - wanted.at))
             at = stop
     return inside, outside
@@ -155,7 +159,7 @@ def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
         end = min(layout.data_start + (last + 1) * BLOCK, layout.crc_start)
         segments: list[tuple[int, int]] = []
         rows: list[Rows] = []
-        start = at
+        start, apart = at, False
         while index < len(ranges) and ranges[index].at < end:
             wanted = ranges[index]
             begin, stop = max(wanted.at, at), min(wanted.at + wanted.size, end)
@@ -163,22 +167,31 @@ def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
                 segments.append((0, begin - at))
             segments.append((wanted.address + begin - wanted.at, stop - begin))
             rows += _rows_between(wanted, begin, stop, start)
+            apart |= wanted.spread > 0
             at = stop
             if wanted.at + wanted.size > end:
                 break  # The next run has the rest.
             index += 1
         if at < end:
             segments.append((0, end - at))
-        yield Run(first=first, last=last, segments=segments, rows=rows)
+        yield Run(first=first, last=last, size=end - start, segments=[] if apart else segments, rows=rows)
+
+
+def _range(rows: Rows) -> Range:
+    size = rows.stride * (rows.count - 1) + rows.size
+    return Range(rows.at, size, rows.address, rows.size, rows.stride, rows.spread)
 
 
 def _rows_between(wanted: Range, begin: int, stop: int, start: int) -> Iterator[Rows]:
     """What is wanted of the bytes ``begin`` to ``stop`` of an image, in a run that begins at ``start``."""
     row, stride = (wanted.row, wanted.stride) if wanted.row else (wanted.size, wanted.size)
 
+    spread = wanted.spread or stride
+
     def rows(at: int, size: int, count: int) -> Rows:
-        address = wanted.address + at - wanted.at
-        return Rows(at=at - start, size=size, stride=stride, count=count, address=address)
+        before, within = divmod(at - wanted.at, stride)
+        address = wanted.address + before * spread + within
+        return Rows(at=at - start, size=size, stride=stride, count=count, address=address, spread=spread)
 
     at = begin
     if behind := (at - wanted.at) % stride:

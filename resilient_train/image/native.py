@@ -39,8 +39,10 @@ class Copier(Protocol):
         ...
 
 
-Rows = tuple[int, int, int, int, int]
-"""(first byte in the blocks, size, stride, count, address of the first): see `resilient_train.image.fetch.Rows`."""
+Rows = tuple[int, int, int, int]
+"""(first byte in the blocks, size, stride, count): see `resilient_train.image.fetch.Rows`."""
+PlacedRows = tuple[int, int, int, int, int, int]
+"""The same, and (address of the first, bytes from one's address to the next's)."""
 Piece = tuple[int, int, int, bool]
 """(byte of the image, address of the source or 0 if the bytes stand there already, size, copied at once)."""
 
@@ -128,7 +130,7 @@ class Engine(Protocol):
         Args:
             source: address of the blocks.
             total: their bytes.
-            rows: in order and disjoint; their addresses do not matter.
+            rows: in order and disjoint.
             target: where to copy them.
 
         Returns:
@@ -140,15 +142,32 @@ class Engine(Protocol):
         ...
 
     def scatter_rows(
-        self, source: int, total: int, rows: Sequence[Rows], gaps: Sequence[int], sums: Sequence[int]
+        self, source: int, total: int, rows: Sequence[PlacedRows], gaps: Sequence[int], sums: Sequence[int]
     ) -> int:
         """Put what `gather_rows` copied where it belongs, and verify the blocks, gaps included.
 
         Args:
             source: address of the rows.
             total: bytes of the blocks.
-            rows: the same, with their addresses.
+            rows: the same, and where they belong.
             gaps: what `gather_rows` said.
+            sums: the CRC32C of every block.
+
+        Returns:
+            Index of the first block that fails its checksum, or -1.
+
+        Raises:
+            ValueError: if the rows are not in order within the blocks, or there are not as many numbers as blocks.
+        """
+        ...
+
+    def place_rows(self, source: int, total: int, rows: Sequence[PlacedRows], sums: Sequence[int]) -> int:
+        """Put rows of blocks where they belong, and verify all bytes of the blocks in the same pass.
+
+        Args:
+            source: address of the blocks.
+            total: their bytes.
+            rows: in order and disjoint.
             sums: the CRC32C of every block.
 
         Returns:
@@ -227,22 +246,22 @@ def _blocks(data: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     return [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
 
 
-def _each(rows: Sequence[Rows], total: int) -> list[slice]:
+def _each(rows: Sequence[Rows | PlacedRows], total: int) -> list[slice]:
     """Where each row stands in its blocks."""
     parts = [
-        slice(at + i * stride, at + i * stride + size) for at, size, stride, count, _ in rows for i in range(count)
+        slice(at + i * stride, at + i * stride + size) for at, size, stride, count, *_ in rows for i in range(count)
     ]
     ends = [0, *(part.stop for part in parts)]
     if any(end > part.start or part.start == part.stop for end, part in zip(ends, parts, strict=False)):
         raise ValueError("the rows are not in order within the blocks")
-    if ends[-1] > total or not all(count for _, _, _, count, _ in rows):
+    if ends[-1] > total or not all(row[3] for row in rows):
         raise ValueError("the rows are not in order within the blocks")
     return parts
 
 
-def _addresses(rows: Sequence[Rows]) -> list[int]:
+def _addresses(rows: Sequence[PlacedRows]) -> list[int]:
     """Where each row belongs."""
-    return [address + i * stride for _, _, stride, count, address in rows for i in range(count)]
+    return [address + i * spread for _, _, _, count, address, spread in rows for i in range(count)]
 
 
 class PythonEngine:
@@ -284,7 +303,7 @@ class PythonEngine:
         return [crc32c_numpy(block, 0xFFFFFFFF) ^ 0xFFFFFFFF for block in _blocks(blocks)]
 
     def scatter_rows(
-        self, source: int, total: int, rows: Sequence[Rows], gaps: Sequence[int], sums: Sequence[int]
+        self, source: int, total: int, rows: Sequence[PlacedRows], gaps: Sequence[int], sums: Sequence[int]
     ) -> int:
         if not len(gaps) == len(sums) == -(-total // BLOCK):
             raise ValueError("the checksums are not those of the blocks")
@@ -295,6 +314,15 @@ class PythonEngine:
             _bytes_at(target, size)[:] = blocks[part]
             source += size
         found = [crc32c_numpy(block) ^ gap for block, gap in zip(_blocks(blocks), gaps, strict=True)]
+        return next((i for i, pair in enumerate(zip(found, sums, strict=True)) if pair[0] != pair[1]), -1)
+
+    def place_rows(self, source: int, total: int, rows: Sequence[PlacedRows], sums: Sequence[int]) -> int:
+        if len(sums) != -(-total // BLOCK):
+            raise ValueError("the checksums are not those of the blocks")
+        blocks = _bytes_at(source, total)
+        for part, target in zip(_each(rows, total), _addresses(rows), strict=True):
+            _bytes_at(target, part.stop - part.start)[:] = blocks[part]
+        found = map(crc32c_numpy, _blocks(blocks))
         return next((i for i, pair in enumerate(zip(found, sums, strict=True)) if pair[0] != pair[1]), -1)
 
     def xor_into(self, target: int, source: int, size: int) -> None:

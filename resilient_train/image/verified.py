@@ -11,7 +11,7 @@ import numpy as np
 
 from resilient_train.errors import CheckpointDamaged, FormatError
 from resilient_train.image.fetch import Range, Run, plan_runs
-from resilient_train.image.native import checksum, engine
+from resilient_train.image.native import PlacedRows, checksum, engine
 from resilient_train.spec import jsontree
 from resilient_train.spec.shard import BLOCK, Entry, header_size, parse_header
 from resilient_train.spec.world import Key
@@ -167,15 +167,19 @@ class VerifiedImage:
 
     def deliver(self, run: Run, source: int) -> bool:
         """Put a run, whose bytes begin at address ``source``, where it belongs; whether all blocks are sound."""
-        return engine.scatter(source, run.segments, self._sums[run.first : run.last + 1].tolist()) < 0
+        return self._placed(source, run, self._sums[run.first : run.last + 1].tolist()) < 0
 
     def _fetched(self, run: Run) -> int:
         begin = self.layout.data_start + run.first * BLOCK
         sums = self._sums[run.first : run.last + 1].tolist()
         if self._address:
-            return engine.scatter(self._address + begin, run.segments, sums)
+            return self._placed(self._address + begin, run, sums)
         if self._gather is not None and run.sparse:
             return self._gathered(self._gather, run, begin, sums)
+        if not run.segments:
+            blocks = np.empty(run.size, dtype=np.uint8)
+            self._read_into(begin, [blocks.data])
+            return self._placed(blocks.ctypes.data, run, sums)
         nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
         segments, at = [], nobodys.ctypes.data
         for address, size in run.segments:
@@ -188,8 +192,12 @@ class VerifiedImage:
         rows = [(some.at, some.size, some.stride, some.count) for some in run.rows]
         buffer = np.empty(run.wanted, dtype=np.uint8)
         gaps = gather(begin, run.size, rows, buffer.data)
-        places = [(*row, some.address) for row, some in zip(rows, run.rows, strict=True)]
-        return engine.scatter_rows(buffer.ctypes.data, run.size, places, gaps, sums)
+        return engine.scatter_rows(buffer.ctypes.data, run.size, _places(run), gaps, sums)
+
+    def _placed(self, source: int, run: Run, sums: list[int]) -> int:
+        if run.segments:
+            return engine.scatter(source, run.segments, sums)
+        return engine.place_rows(source, run.size, _places(run), sums)
 
     def _copied(self, offset: int, buffers: Sequence[memoryview]) -> None:
         data = memoryview(self._read(offset, sum(len(buffer) for buffer in buffers)))
@@ -273,6 +281,10 @@ class VerifiedImage:
             if not sound:
                 bad.append(block)
         return bad
+
+
+def _places(run: Run) -> list[PlacedRows]:
+    return [(some.at, some.size, some.stride, some.count, some.address, some.spread) for some in run.rows]
 
 
 def _buffer(address: int, size: int) -> memoryview:

@@ -28,11 +28,11 @@ def answer_rows(wire: Wire, view: memoryview | None, request: Gather) -> None:
         wire.send(Declined(reason=f"no rows of {size} bytes at {offset} of {len(view)}"))
         return
     try:
-        rows = [(*row, 0) for row in rows_within(request.rows, size)]
+        rows = rows_within(request.rows, size)
     except FormatError as error:
         wire.send(Declined(reason=str(error)))
         return
-    gathered = np.empty(sum(width * count for _, width, _, count, _ in rows), dtype=np.uint8)
+    gathered = np.empty(sum(width * count for _, width, _, count in rows), dtype=np.uint8)
     source = np.frombuffer(view, dtype=np.uint8).ctypes.data
     gaps = engine.gather_rows(source + offset, size, rows, gathered.ctypes.data)
     wire.send(Gathered(size=len(gathered), gaps=gaps), [gathered.data])

@@ -267,7 +267,8 @@ class _Passing:
         try:
             if self._failed is not None:
                 raise self._failed
-            run = Run(first=piece.span.first, last=piece.span.last, segments=[(buffer.data_ptr(), len(buffer) - _NOTE)])
+            size = len(buffer) - _NOTE
+            run = Run(first=piece.span.first, last=piece.span.last, size=size, segments=[(buffer.data_ptr(), size)])
             self._images.reader(piece.span.image).fetch(run)
         except ResilientError as error:
             self._failed = self._failed or error

@@ -30,6 +30,9 @@ from resilient_train.worker.rng import rng_name, rng_setters
 from resilient_train.worker.state import State
 from resilient_train.worker.tensors import as_bytes, stored
 
+_LEAST_ROW = 64
+"""Bytes of a row below which it is faster to bring what is between them, too."""
+
 
 def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) -> dict[str, bool]:
     """Write the images' state into ``state``; nothing of it refers to the images afterwards.
@@ -170,14 +173,38 @@ def _arranged(
     first, count = copy.box.span_in(copy.entry.box)
     place = target[copy.box.slices_in(entry.box)]
     width = place.element_size()
+    strides = torch.empty(copy.entry.shape, device="meta").stride()
+    if in_rows := _in_rows(place, strides):
+        row, stride, spread = (n * width for n in in_rows)
+        return Range(start + first * width, count * width, place.data_ptr(), row, stride, spread), []
     after: list[Callable[[], object]] = []
     if count != copy.box.size or not addressable(place):
         gathered = torch.empty(count, dtype=place.dtype)
-        strides = torch.empty(copy.entry.shape, device="meta").stride()
         after.append(functools.partial(uploads.copy, place, gathered.as_strided(copy.box.shape, strides)))
         place = gathered
     row, stride = copy.box.rows_in(copy.entry.box)
     return Range(start + first * width, count * width, place.data_ptr(), row * width, stride * width), after
+
+
+def _in_rows(place: torch.Tensor, strides: Sequence[int]) -> tuple[int, int, int] | None:
+    """(elements in a row, elements from one to the next in the image, and in memory), if it is made of such rows.
+
+    Args:
+        place: where it belongs.
+        strides: of the same elements in the image.
+    """
+    if place.device.type != "cpu" or place.is_conj() or place.is_neg():
+        return None
+    levels: list[tuple[int, int, int]] = []
+    for size, there, here in zip(place.shape, strides, place.stride(), strict=True):
+        if levels and levels[-1][1:] == (size * there, size * here):
+            levels[-1] = (levels[-1][0] * size, there, here)
+        elif size > 1:
+            levels.append((size, there, here))
+    if len(levels) != 2 or levels[1][1:] != (1, 1) or levels[1][0] * place.element_size() < _LEAST_ROW:
+        return None
+    (_, stride, spread), (row, _, _) = levels
+    return row, stride, spread
 
 
 def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ class Rebuilt:
         """As `resilient_train.storage.peer.Peer.gather`."""
         made = np.frombuffer(self.read(image, offset, size), dtype=np.uint8)
         target = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
-        return engine.gather_rows(made.ctypes.data, size, [(*row, 0) for row in rows], target)
+        return engine.gather_rows(made.ctypes.data, size, rows, target)
 
 
 def reading(holders: Sequence[tuple[Holder, HeldImage]], begin: int = 0) -> ReadBytes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from resilient_train.errors import CheckpointDamaged
-from resilient_train.image.fetch import Range, Run, plan_runs
+from resilient_train.image.fetch import Range, Run, plan_runs, split
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import Row, VerifiedImage
 from resilient_train.plan.recovery import Holders, Want, copies_by_layout
@@ -116,9 +116,9 @@ class Memory:
 
     def gather(self, offset: int, size: int, rows: Sequence[Row], buffer: memoryview) -> list[int]:
         self.moved += len(buffer)
-        checked = [(*row, 0) for row in rows_within([[*row] for row in rows], size)]
+        checked = rows_within([[*row] for row in rows], size)
         target = np.frombuffer(buffer, dtype=np.uint8)
-        assert len(target) == sum(width * count for _, width, _, count, _ in checked)
+        assert len(target) == sum(width * count for _, width, _, count in checked)
         return engine.gather_rows(self.data.ctypes.data + offset, size, checked, target.ctypes.data)
 
 
@@ -166,3 +166,43 @@ def test_what_is_wanted_arrives_and_little_else_moves() -> None:
     with pytest.raises(CheckpointDamaged, match="block 5"):
         image.data(memory.entry, 5 * BLOCK, 1)
     assert image.data(memory.entry, 4 * BLOCK, 7) == memory.data[memory.layout.data_start + 4 * BLOCK :][:7].data
+
+
+@pytest.mark.parametrize("how", ["mapped", "read", "gathered", "split"])
+def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
+    """Columns of matrices go to matrices that are narrower or wider; what is between the rows there stays."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    memory = Memory(9_000_000 + chance.randrange(100_000), chance)
+    gather = memory.gather if how == "gathered" else None
+    address = memory.data.ctypes.data if how == "mapped" else 0
+    image = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
+    target = np.full(30_000_000, 77, dtype=np.uint8)
+    expected = target.copy()
+    ranges, at, to = [], memory.layout.data_start + 9, 5
+    while True:
+        row = chance.choice([70, 1000, 40_000, 700_000])
+        stride, spread = row + chance.randrange(2 * row), row + chance.choice([0, 3, row])
+        count = chance.randrange(2, 4 + 2_000_000 // stride)
+        size = stride * (count - 1) + row
+        if at + size > memory.layout.crc_start:
+            break
+        ranges.append(Range(at, size, target.ctypes.data + to, row, stride, spread))
+        for index in range(count):
+            expected[to + index * spread :][:row] = memory.data[at + index * stride :][:row]
+        # The next one's first row may stand right behind this one's last.
+        at, to = at + size + chance.choice([0, 300_000]), to + spread * count
+    assert ranges
+    if how == "split":
+        cuts = sorted(chance.randrange(memory.layout.data_start, memory.layout.crc_start) for _ in range(8))
+        within, outside = split(ranges, [*zip(cuts[::2], cuts[1::2], strict=True)])
+        ranges = [some for part in (*within, outside) for some in part]
+    for fetch in image.fetching(ranges):
+        fetch()
+    assert np.array_equal(target, expected)
+    damaged = min(ranges).at
+    memory.data[damaged] ^= 1
+    again = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
+    with pytest.raises(CheckpointDamaged, match=f"block {(damaged - memory.layout.data_start) // BLOCK} "):
+        again.fetching(ranges)[0]()

@@ -161,8 +161,9 @@ def test_zeros_are_appended_by_algebra() -> None:
 
 
 def random_rows(chance: random.Random, total: int) -> list[tuple[int, int, int, int]]:
-    """Single and repeated, short and long, some of them neighbours, across the borders of blocks."""
-    rows, at = [], 0
+    """Single and repeated, short and long, some of them neighbours, across the borders of blocks; never everything."""
+    rows: list[tuple[int, int, int, int]] = []
+    at = 0
     while True:
         at += chance.choice([0, 1, 100, 5000, 700_000])
         size = chance.choice([1, 3, 8, 511, 4096, 40_000, 1_500_000])
@@ -170,7 +171,10 @@ def random_rows(chance: random.Random, total: int) -> list[tuple[int, int, int, 
         count = chance.choice([1, 1, 2, 50]) if size < 50_000 else 1
         end = at + stride * (count - 1) + size
         if end > total:
-            return rows
+            if 0 < sum(size * count for _, size, _, count in rows) < total:
+                return rows
+            rows, at = [], 0
+            continue
         rows.append((at, size, stride, count))
         at = end
 
@@ -192,12 +196,11 @@ def test_gathered_rows_are_placed_and_their_blocks_verified(sender: Engine, rece
         for index in range(count):
             wanted[at + index * stride :][:size] = True
     target = np.zeros(total + 64, dtype=np.uint8)
-    places = [(*row, target.ctypes.data + 7 + row[0]) for row in rows]
+    places = [(*row, target.ctypes.data + 7 + row[0], row[2]) for row in rows]
     travelled = np.empty(int(wanted.sum()), dtype=np.uint8)
 
     def gathered(begin: int = 0) -> list[int]:
-        pieces = [(*row, 0) for row in rows]
-        return sender.gather_rows(image.ctypes.data + begin, total, pieces, travelled.ctypes.data)
+        return sender.gather_rows(image.ctypes.data + begin, total, rows, travelled.ctypes.data)
 
     def bad(gaps: list[int]) -> int:
         return receiver.scatter_rows(travelled.ctypes.data, total, places, gaps, sums)
@@ -223,6 +226,43 @@ def test_gathered_rows_are_placed_and_their_blocks_verified(sender: Engine, rece
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
+@pytest.mark.parametrize("travel", [True, False], ids=["gathered", "in place"])
+def test_rows_stand_as_far_apart_as_is_wanted(engine: Engine, travel: bool) -> None:
+    """At their targets they may stand closer or wider than in the image; nothing between them is written."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    chance = random.Random(seed)
+    total = 2 * BLOCK + chance.choice([1, 77_777, BLOCK])
+    image = np.frombuffer(chance.randbytes(total), dtype=np.uint8).copy()
+    sums = [checksum(image[at : at + BLOCK].tobytes()) for at in range(0, total, BLOCK)]
+    target, expected = np.zeros(4 * total, dtype=np.uint8), np.zeros(4 * total, dtype=np.uint8)
+    places, at = [], 1
+    for begin, size, stride, count in random_rows(chance, total):
+        spread = size + chance.randrange(1 + min(stride, 2 * total // max(1, count * 8)))
+        if at + spread * count > len(target):
+            break
+        places.append((begin, size, stride, count, target.ctypes.data + at, spread))
+        for index in range(count):
+            expected[at + index * spread :][:size] = image[begin + index * stride :][:size]
+        at += spread * count + 3
+    assert places
+
+    def bad() -> int:
+        if not travel:
+            return engine.place_rows(image.ctypes.data, total, places, sums)
+        rows = [place[:4] for place in places]
+        travelled = np.empty(sum(row[1] * row[3] for row in rows), dtype=np.uint8)
+        gaps = engine.gather_rows(image.ctypes.data, total, rows, travelled.ctypes.data)
+        return engine.scatter_rows(travelled.ctypes.data, total, places, gaps, sums)
+
+    assert bad() == -1
+    assert np.array_equal(target, expected)
+    where = chance.randrange(total)
+    image[where] ^= 2
+    assert bad() == where // BLOCK
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
 def test_rows_outside_of_their_blocks_are_refused(engine: Engine) -> None:
     """Before anything is read or written."""
     source, target = np.zeros(100, dtype=np.uint8), np.zeros(100, dtype=np.uint8)
@@ -238,15 +278,20 @@ def test_rows_outside_of_their_blocks_are_refused(engine: Engine) -> None:
         [(0, 10, 20, 2), (29, 1, 1, 1)],
     ):
         with pytest.raises(ValueError, match="in order within"):
-            engine.gather_rows(source.ctypes.data, 100, [(*row, 0) for row in rows], target.ctypes.data)
+            engine.gather_rows(source.ctypes.data, 100, rows, target.ctypes.data)
+        places = [(*row, target.ctypes.data, row[2]) for row in rows]
         with pytest.raises(ValueError, match="in order within"):
-            engine.scatter_rows(source.ctypes.data, 100, [(*row, target.ctypes.data) for row in rows], [0], [0])
+            engine.scatter_rows(source.ctypes.data, 100, places, [0], [0])
+        with pytest.raises(ValueError, match="in order within"):
+            engine.place_rows(source.ctypes.data, 100, places, [0])
     with pytest.raises(ValueError, match="not those of the blocks"):
         engine.scatter_rows(source.ctypes.data, 100, [], [0, 0], [0, 0])
+    with pytest.raises(ValueError, match="not those of the blocks"):
+        engine.place_rows(source.ctypes.data, 100, [], [0, 0])
     if engine is _native:
         for rows in ([(high, 2, 2, 1)], [(1, high, high, 1)], [(0, 1, high, 2)], [(0, 1, 2, high)], [(1, 1, high, 3)]):
             with pytest.raises(ValueError, match="in order within"):
-                engine.gather_rows(source.ctypes.data, 100, [(*row, 0) for row in rows], target.ctypes.data)
+                engine.gather_rows(source.ctypes.data, 100, rows, target.ctypes.data)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])

@@ -365,7 +365,7 @@ class Liar:
         here = [at - request.offset for at in self._damage if 0 <= at - request.offset < request.size]
         if not self._late:
             data[here] ^= 0xFF
-        rows = [(*row, 0) for row in rows_within(request.rows, request.size)]
+        rows = rows_within(request.rows, request.size)
         gathered = np.empty(sum(row[1] * row[3] for row in rows), dtype=np.uint8)
         gaps = engine.gather_rows(data.ctypes.data, request.size, rows, gathered.ctypes.data)
         if self._late:

@@ -101,7 +101,7 @@ def of_a_peer(reader: ImageReader) -> ImageReader:
 
     def gather(offset: int, size: int, rows: Sequence[Row], buffer: memoryview) -> list[int]:
         target = np.frombuffer(buffer, dtype=np.uint8).ctypes.data
-        return engine.gather_rows(data.ctypes.data + offset, size, [(*row, 0) for row in rows], target)
+        return engine.gather_rows(data.ctypes.data + offset, size, rows, target)
 
     return ImageReader(reader.name, len(data), reader._read, gather=gather)
 
