@@ -6,6 +6,9 @@
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
+#include <wmmintrin.h>
+
+#define RT_CRC __attribute__((target("sse4.2,pclmul")))
 #endif
 
 namespace resilient_train {
@@ -65,10 +68,37 @@ const std::array<Shift, 32>& shifts() {
 
 #if defined(__x86_64__)
 // One chain of crc32 instructions has a latency of 3 cycles and a throughput of 1, so three independent lanes run at
-// full speed; their results are joined by shifting the CRC over the following lanes' bytes with precomputed tables.
-constexpr int kLaneBits = 12;
-constexpr std::size_t kLane = 1 << kLaneBits;
-constexpr int kShortBits = 7;  // What is left, and rows of matrices.
+// full speed; their results are joined by shifting the CRC over the following lanes' bytes.
+constexpr std::size_t kLane = 4096;
+constexpr std::size_t kShort = 128;  // What is left, and rows of matrices.
+constexpr std::size_t kAhead = 3072;
+
+bool has_instructions() {
+  static const bool both = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+  return both;
+}
+
+// Shifts a register over `bytes` bytes when multiplied with it and reduced by a crc32 instruction over the product:
+// x^(8 * bytes - 33) modulo the polynomial, bits reversed.  The product is one bit short of where a register's bits would
+// stand, and the instruction multiplies with x^32 itself.
+constexpr std::uint32_t multiplier(std::size_t bytes) {
+  std::uint32_t power = 0x80000000;
+  for (std::size_t n = 8 * bytes - 33; n > 0; --n) power = (power >> 1) ^ ((power & 1) ? kPolynomial : 0);
+  return power;
+}
+
+// The register after three lanes of `kBytes` bytes, of which `a` went through the first, and `b` and `c`, zero before,
+// through the others.
+template <std::size_t kBytes>
+RT_CRC inline std::uint64_t joined(std::uint64_t a, std::uint64_t b, std::uint64_t c) {
+  constexpr std::uint32_t one = multiplier(kBytes), two = multiplier(2 * kBytes);
+  const auto times = [](std::uint64_t crc, std::uint32_t power) RT_CRC {
+    return _mm_clmulepi64_si128(_mm_cvtsi64_si128(static_cast<long long>(crc)), _mm_cvtsi32_si128(static_cast<int>(power)),
+                                0);
+  };
+  const __m128i product = _mm_xor_si128(times(a, two), times(b, one));
+  return _mm_crc32_u64(0, static_cast<std::uint64_t>(_mm_cvtsi128_si64(product))) ^ c;
+}
 
 std::uint64_t load(const unsigned char* at) {
   std::uint64_t word;
@@ -76,29 +106,29 @@ std::uint64_t load(const unsigned char* at) {
   return word;
 }
 
-// The register after as many of the bytes as three lanes of 2^kBits bytes have, again and again; takes them off.
-template <int kBits>
-__attribute__((target("sse4.2"))) std::uint64_t in_lanes(std::uint64_t a, const unsigned char*& at, std::size_t& size) {
-  constexpr std::size_t lane = std::size_t{1} << kBits;
-  const Shift& one = shifts()[kBits];
-  const Shift& two = shifts()[kBits + 1];
+// The register after as many of the bytes as three lanes have, again and again; takes them off.
+template <std::size_t lane>
+RT_CRC std::uint64_t in_lanes(std::uint64_t a, const unsigned char*& at, std::size_t& size) {
   for (; size >= 3 * lane; size -= 3 * lane, at += 3 * lane) {
     std::uint64_t b = 0, c = 0;
     for (std::size_t i = 0; i < lane; i += 8) {
+      // The processor foresees three streams, but not one that is read at three places.
+      if (lane < kLane && i % 64 == 0)
+        for (int part = 0; part < 3; ++part) _mm_prefetch(at + part * lane + i + kAhead, _MM_HINT_T0);
       a = _mm_crc32_u64(a, load(at + i));
       b = _mm_crc32_u64(b, load(at + lane + i));
       c = _mm_crc32_u64(c, load(at + 2 * lane + i));
     }
-    a = apply(two, static_cast<std::uint32_t>(a)) ^ apply(one, static_cast<std::uint32_t>(b)) ^ c;
+    a = joined<lane>(a, b, c);
   }
   return a;
 }
 
-__attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
+RT_CRC std::uint32_t crc32c_sse42(std::uint32_t crc, const void* data, std::size_t size) {
   const auto* at = static_cast<const unsigned char*>(data);
   std::uint64_t a = ~crc;
-  if (size >= 3 << kLaneBits) a = in_lanes<kLaneBits>(a, at, size);
-  if (size >= 3 << kShortBits) a = in_lanes<kShortBits>(a, at, size);
+  if (size >= 3 * kLane) a = in_lanes<kLane>(a, at, size);
+  if (size >= 3 * kShort) a = in_lanes<kShort>(a, at, size);
   for (; size >= 8; size -= 8, at += 8) a = _mm_crc32_u64(a, load(at));
   auto rest = static_cast<std::uint32_t>(a);
   for (; size > 0; --size, ++at) rest = _mm_crc32_u8(rest, *at);
@@ -106,8 +136,8 @@ __attribute__((target("sse4.2"))) std::uint32_t crc32c_sse42(std::uint32_t crc, 
 }
 
 // 64 bytes past the caches, and their checksum; `to` is 16-byte aligned.
-__attribute__((target("sse4.2"), always_inline)) inline std::uint64_t stream_line(std::uint64_t crc, unsigned char* to,
-                                                                                 const unsigned char* from) {
+__attribute__((target("sse4.2,pclmul"), always_inline)) inline std::uint64_t stream_line(
+    std::uint64_t crc, unsigned char* to, const unsigned char* from) {
   for (std::size_t i = 0; i < 64; i += 16) {
     const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), word);
@@ -117,10 +147,7 @@ __attribute__((target("sse4.2"), always_inline)) inline std::uint64_t stream_lin
   return crc;
 }
 
-__attribute__((target("sse4.2"))) std::uint32_t stream_sse42(std::uint32_t crc, void* target, const void* source,
-                                                             std::size_t size) {
-  static const Shift& one = shifts()[kLaneBits];
-  static const Shift& two = shifts()[kLaneBits + 1];
+RT_CRC std::uint32_t stream_sse42(std::uint32_t crc, void* target, const void* source, std::size_t size) {
   auto* to = static_cast<unsigned char*>(target);
   const auto* from = static_cast<const unsigned char*>(source);
   const std::size_t head = std::min<std::size_t>(size, -reinterpret_cast<std::uintptr_t>(to) & 63);
@@ -134,13 +161,26 @@ __attribute__((target("sse4.2"))) std::uint32_t stream_sse42(std::uint32_t crc, 
       b = stream_line(b, to + kLane + i, from + kLane + i);
       c = stream_line(c, to + 2 * kLane + i, from + 2 * kLane + i);
     }
-    crc = ~(apply(two, static_cast<std::uint32_t>(a)) ^ apply(one, static_cast<std::uint32_t>(b)) ^
-            static_cast<std::uint32_t>(c));
+    crc = ~static_cast<std::uint32_t>(joined<kLane>(a, b, c));
     to += 3 * kLane, from += 3 * kLane, size -= 3 * kLane;
   }
   _mm_sfence();
   std::memcpy(to, from, size);
   return crc32c_sse42(crc, from, size);
+}
+
+// Whole lines past the caches, so that memory need not be read to be written, however short a row is.
+void stream_short(void* target, const void* source, std::size_t size) {
+  auto* to = static_cast<unsigned char*>(target);
+  const auto* from = static_cast<const unsigned char*>(source);
+  const std::size_t head = std::min<std::size_t>(size, -reinterpret_cast<std::uintptr_t>(to) & 63);
+  std::memcpy(to, from, head);
+  to += head, from += head, size -= head;
+  for (; size >= 64; to += 64, from += 64, size -= 64)
+    for (std::size_t i = 0; i < 64; i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+  std::memcpy(to, from, size);
 }
 #endif
 
@@ -160,8 +200,7 @@ std::uint32_t crc32c_portable(std::uint32_t crc, const void* data, std::size_t s
 
 std::uint32_t crc32c(std::uint32_t crc, const void* data, std::size_t size) noexcept {
 #if defined(__x86_64__)
-  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
-  if (has_instruction) return crc32c_sse42(crc, data, size);
+  if (has_instructions()) return crc32c_sse42(crc, data, size);
 #endif
   return crc32c_portable(crc, data, size);
 }
@@ -192,11 +231,26 @@ std::uint32_t copy_crc32c(std::uint32_t crc, void* target, const void* source, s
 
 std::uint32_t stream_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept {
 #if defined(__x86_64__)
-  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
   // Less than this is in the caches anyway.
-  if (has_instruction && size >= (32 << 10)) return stream_sse42(crc, target, source, size);
+  if (has_instructions() && size >= (32 << 10)) return stream_sse42(crc, target, source, size);
 #endif
   return copy_crc32c(crc, target, source, size);
+}
+
+std::uint32_t row_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept {
+#if defined(__x86_64__)
+  if (has_instructions() && size < (32 << 10)) {
+    stream_short(target, source, size);
+    return crc32c_sse42(crc, source, size);
+  }
+#endif
+  return stream_crc32c(crc, target, source, size);
+}
+
+void rows_done() noexcept {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace resilient_train

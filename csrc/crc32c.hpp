@@ -18,6 +18,10 @@ std::uint32_t crc32c_zeros(std::uint32_t crc, std::uint32_t size) noexcept;
 // crc32c(crc, source, size). The copy is visible to other threads when this returns. Thread-safe; never fails.
 std::uint32_t stream_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept;
 
+// The same for one of many short rows; the copies are visible to other threads after rows_done().
+std::uint32_t row_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept;
+void rows_done() noexcept;
+
 // Copies `size` bytes from `source` to `target` (which do not overlap) and returns crc32c(crc, source, size), reading
 // the source once. Thread-safe; never fails.
 std::uint32_t copy_crc32c(std::uint32_t crc, void* target, const void* source, std::size_t size) noexcept;

@@ -80,13 +80,14 @@ std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, co
       total, rows,
       [&](std::uint64_t, std::uint64_t n) { crc = crc32c_zeros(crc, static_cast<std::uint32_t>(n)); },
       [&](std::uint64_t target, std::uint64_t, std::uint64_t n) {
-        crc = stream_crc32c(crc, reinterpret_cast<unsigned char*>(target), source, n);
+        crc = row_crc32c(crc, reinterpret_cast<unsigned char*>(target), source, n);
         source += n;
       },
       [&](std::uint64_t block) {
         if (bad < 0 && (crc ^ gaps[block]) != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
         crc = 0;
       });
+  rows_done();
   return bad;
 }
 
@@ -100,12 +101,13 @@ std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, cons
   walk(
       total, rows, [&](std::uint64_t at, std::uint64_t n) { crc = crc32c(crc, source + at, n); },
       [&](std::uint64_t target, std::uint64_t at, std::uint64_t n) {
-        crc = stream_crc32c(crc, reinterpret_cast<unsigned char*>(target), source + at, n);
+        crc = row_crc32c(crc, reinterpret_cast<unsigned char*>(target), source + at, n);
       },
       [&](std::uint64_t block) {
         if (bad < 0 && crc != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
         crc = 0;
       });
+  rows_done();
   return bad;
 }
 

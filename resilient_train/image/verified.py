@@ -12,6 +12,7 @@ import numpy as np
 from resilient_train.errors import CheckpointDamaged, FormatError
 from resilient_train.image.fetch import Range, Run, plan_runs
 from resilient_train.image.native import PlacedRows, checksum, engine
+from resilient_train.image.scratch import Scratch
 from resilient_train.spec import jsontree
 from resilient_train.spec.shard import BLOCK, Entry, header_size, parse_header
 from resilient_train.spec.world import Key
@@ -27,6 +28,8 @@ Gather = Callable[[int, int, Sequence[Row], memoryview], "list[int]"]
 the other bytes add to the checksums of the blocks that begin at ``offset``; or an error."""
 Elsewhere = Callable[[], bool]
 """After a block failed its checksum: whether there is another place to read from, which is used from then on."""
+
+_SCRATCH = Scratch()
 
 
 class VerifiedImage:
@@ -177,10 +180,10 @@ class VerifiedImage:
         if self._gather is not None and run.sparse:
             return self._gathered(self._gather, run, begin, sums)
         if not run.segments:
-            blocks = np.empty(run.size, dtype=np.uint8)
+            blocks = _SCRATCH.take(run.size)
             self._read_into(begin, [blocks.data])
             return self._placed(blocks.ctypes.data, run, sums)
-        nobodys = np.empty(sum(size for address, size in run.segments if not address), dtype=np.uint8)
+        nobodys = _SCRATCH.take(sum(size for address, size in run.segments if not address))
         segments, at = [], nobodys.ctypes.data
         for address, size in run.segments:
             segments.append((address or at, size))
@@ -190,7 +193,7 @@ class VerifiedImage:
 
     def _gathered(self, gather: Gather, run: Run, begin: int, sums: list[int]) -> int:
         rows = [(some.at, some.size, some.stride, some.count) for some in run.rows]
-        buffer = np.empty(run.wanted, dtype=np.uint8)
+        buffer = _SCRATCH.take(run.wanted)
         gaps = gather(begin, run.size, rows, buffer.data)
         return engine.scatter_rows(buffer.ctypes.data, run.size, _places(run), gaps, sums)
 

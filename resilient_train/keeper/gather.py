@@ -6,8 +6,11 @@ import numpy as np
 
 from resilient_train.errors import FormatError
 from resilient_train.image.native import engine
+from resilient_train.image.scratch import Scratch
 from resilient_train.spec.peers import MOST_GATHERED, Declined, Gather, Gathered, rows_within
 from resilient_train.storage.wire import Wire
+
+_SCRATCH = Scratch()
 
 
 def answer_rows(wire: Wire, view: memoryview | None, request: Gather) -> None:
@@ -32,7 +35,7 @@ def answer_rows(wire: Wire, view: memoryview | None, request: Gather) -> None:
     except FormatError as error:
         wire.send(Declined(reason=str(error)))
         return
-    gathered = np.empty(sum(width * count for _, width, _, count in rows), dtype=np.uint8)
+    gathered = _SCRATCH.take(sum(width * count for _, width, _, count in rows))
     source = np.frombuffer(view, dtype=np.uint8).ctypes.data
     gaps = engine.gather_rows(source + offset, size, rows, gathered.ctypes.data)
     wire.send(Gathered(size=len(gathered), gaps=gaps), [gathered.data])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -173,7 +175,7 @@ def _arranged(
     first, count = copy.box.span_in(copy.entry.box)
     place = target[copy.box.slices_in(entry.box)]
     width = place.element_size()
-    strides = torch.empty(copy.entry.shape, device="meta").stride()
+    strides = _strides(copy.entry.shape)
     if in_rows := _in_rows(place, strides):
         row, stride, spread = (n * width for n in in_rows)
         return Range(start + first * width, count * width, place.data_ptr(), row, stride, spread), []
@@ -184,6 +186,11 @@ def _arranged(
         place = gathered
     row, stride = copy.box.rows_in(copy.entry.box)
     return Range(start + first * width, count * width, place.data_ptr(), row * width, stride * width), after
+
+
+def _strides(shape: Sequence[int]) -> list[int]:
+    """Elements from one to the next in each dimension of a contiguous tensor."""
+    return [*accumulate(reversed(shape[1:]), mul, initial=1)][::-1] if shape else []
 
 
 def _in_rows(place: torch.Tensor, strides: Sequence[int]) -> tuple[int, int, int] | None:
