@@ -9,7 +9,8 @@ announced.  Silence alone proves little, because either end may be cut off:
 - one that is heard, and whose announcement stays away, cannot reach the store: it goes too, before the store's word
   runs out that lets its world step (`resilient_train.plan.fence`), and so before it stops the others;
 - among nodes that all reach the store but not each other, whoever most others cannot reach goes (`_most_doubted`).
-  All see the same announcements and reckon alike; a node that finds itself among those to go proposes nothing.
+  All see the same announcements and reckon alike; a node that finds itself among those to go proposes nothing.  The
+  first that cannot reach a node that is in trouble is no more than one of two at odds: others are given time to say.
 
 An expired announcement alone is a reason to probe, no more: a store that freezes and comes back may have let
 everybody's expire at once.
@@ -17,7 +18,8 @@ everybody's expire at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 from resilient_train.spec.node import NodeInfo
@@ -36,8 +38,15 @@ _UNHEARD = (3.0, 3.0)
 slow: times ``within``, and so many seconds more."""
 _FAINT = 0.4
 """Share of ``within`` of silence, two beats, after which a node may be on its way to be lost."""
+_ALONE = 0.25
+"""Share of ``within``, more than a beat, for which nobody else has had anything to say of two nodes at odds before one
+of them goes: who notices first that a node is gone does not go for having noticed."""
 AGENT_GONE = "its agent is gone"
 """Why a node is lost where nobody listens any more; it is known at once, and of each for itself."""
+
+
+Odds = frozenset[str]
+"""Two nodes of which one cannot reach the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +83,8 @@ class State:
     """The other nodes of the job that are not known to be gone."""
     at: float = 0.0
     """When this agent last did anything."""
+    at_odds: Mapping[Odds, float] = field(default_factory=dict)
+    """Nodes that do not reach each other, and since when that is known."""
     standing: bool = False
     """This node's own announcement was among those that stand, when they were last heard of."""
     last: Verdict | None = None
@@ -145,6 +156,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if now > state.at + state.within / 2:
         # This agent was stopped or starved itself: what it did not hear meanwhile says nothing.
         peers = {name: _excused(peer, now) for name, peer in peers.items()}
+        state = replace(state, at_odds=dict.fromkeys(state.at_odds, now))
     if isinstance(event, Heard) and event.nodes & peers.keys() and not _refusals_count(state, now):
         # Who refused while nobody was heard has to do so again.
         peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
@@ -152,7 +164,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
     if isinstance(event, Announced):
         state = replace(state, standing=any(node.node == state.me.node for node in event.nodes))
     state = replace(state, peers=peers, at=now, last=None)
-    verdict = _judge(state, now)
+    lost, doubts = _condemned(state, now)
+    state = replace(state, at_odds={odds: state.at_odds.get(odds, now) for odds in _odds(doubts)})
+    verdict = _judge(state, lost, doubts, now)
     for name, peer in list(peers.items()):
         if not peer.announced and name in verdict.lost:
             # Who is lost and not announced any more is forgotten; it may come back under the same name.
@@ -274,7 +288,9 @@ def _refusals_count(state: State, now: float) -> bool:
     return any(peer.wanted_at is not None and not _is_suspect(state, peer, now) for peer in state.peers.values())
 
 
-def _judge(state: State, now: float) -> Verdict:
+def _condemned(state: State, now: float) -> tuple[dict[str, str], dict[str, frozenset[str]]]:
+    """(the nodes that are lost for what this one knows itself, and why; by node, this one included, whom it cannot
+    reach)."""
     suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
     at_once = _refusals_count(state, now)
     lost = {}
@@ -288,11 +304,18 @@ def _judge(state: State, now: float) -> Verdict:
         # A store that has forgotten this node too says nothing about the others.
         if state.standing and not peer.announced and name not in suspects and now >= _unheard_at(state, peer):
             lost[name] = "it does not reach the control store"
+    doubts = {
+        name: frozenset(peer.info.suspects) for name, peer in state.peers.items() if name not in lost and peer.announced
+    }
+    return lost, doubts | {state.me.node: suspects}
+
+
+def _judge(state: State, lost: dict[str, str], doubts: Mapping[str, frozenset[str]], now: float) -> Verdict:
+    suspects = doubts[state.me.node]
     infos = {name: peer.info for name, peer in state.peers.items() if name not in lost}
-    doubts = {name: frozenset(info.suspects) for name, info in infos.items() if state.peers[name].announced}
-    doubts[state.me.node] = suspects
     orders = {name: info.order for name, info in infos.items()} | {state.me.node: state.me.order}
-    for name in _most_doubted(doubts, orders):
+    young = {odds for odds in state.at_odds if now < _heeded_at(state, odds) and len(doubts) > 2}
+    for name in _most_doubted(state.at_odds.keys(), orders, young):
         lost[name] = "other nodes cannot reach it"
     alive = tuple(sorted((info for name, info in infos.items() if name not in lost), key=lambda info: info.order))
     doubted = lost.pop(state.me.node, "") != ""
@@ -307,23 +330,30 @@ def _judge(state: State, now: float) -> Verdict:
     )
 
 
-def _most_doubted(doubts: Mapping[str, frozenset[str]], orders: Mapping[str, int]) -> list[str]:
+def _odds(doubts: Mapping[str, frozenset[str]]) -> set[Odds]:
+    return {frozenset((a, b)) for a, found in doubts.items() for b in found if b in doubts and a != b}
+
+
+def _heeded_at(state: State, odds: Odds) -> float:
+    """When something has to be done about two nodes at odds, whatever others say."""
+    return state.at_odds[odds] + _ALONE * state.within
+
+
+def _most_doubted(at_odds: Iterable[Odds], orders: Mapping[str, int], young: Set[Odds]) -> list[str]:
     """Who has to go so that all who stay reach each other: again and again whoever most others are at odds with.
 
-    Of several the last that joined goes.  A pure function of announcements, so all who see the same agree.
+    Of several the last that joined goes; of two that nobody else is at odds with none, while it is ``young``.  All who
+    know the same agree.
     """
-    if not any(doubts.values()):
-        return []
-    edges = {frozenset((a, b)) for a, found in doubts.items() for b in found if b in doubts and a != b}
+    edges = set(at_odds)
     gone = []
     while edges:
-        degree: dict[str, int] = {}
-        for edge in edges:
-            for name in edge:
-                degree[name] = degree.get(name, 0) + 1
+        degree = Counter(name for edge in edges for name in edge)
         worst = max(degree, key=lambda name: (degree[name], orders[name]))
-        gone.append(worst)
-        edges = {edge for edge in edges if worst not in edge}
+        its = {edge for edge in edges if worst in edge}
+        edges -= its
+        if degree[worst] > 1 or not its <= young:
+            gone.append(worst)
     return gone
 
 
@@ -347,4 +377,5 @@ def _next_look(state: State, now: float) -> float | None:
     times = [_silent_at(state, peer) for peer in state.peers.values() if not _is_suspect(state, peer, now)]
     times += [_faint_at(state, peer) for peer in state.peers.values()]
     times += [_unheard_at(state, peer) for peer in state.peers.values() if not peer.announced]
+    times += [_heeded_at(state, odds) for odds in state.at_odds]
     return min((at for at in times if at is not None and at > now), default=None)

@@ -116,7 +116,8 @@ def test_silence_makes_a_suspect_and_no_more() -> None:
     bench.hears.discard("n2")
     assert bench.run_for(4.9).suspects == frozenset()
     assert bench.run_for(0.2).suspects == {"n2"}
-    assert bench.verdict.lost == {"n2": "other nodes cannot reach it"}, "of two at odds the one that joined last goes"
+    assert bench.verdict.lost == {}, "others may have something to say"
+    assert bench.run_for(1.3).lost == {"n2": "other nodes cannot reach it"}, "of two at odds the one that joined last goes"
     assert "n2" in bench.verdict.wanted, "it may come back"
 
 
@@ -189,7 +190,7 @@ def test_a_node_that_comes_back_is_alive_again() -> None:
     bench = Bench()
     bench.run_for(2)
     bench.hears.discard("n2")
-    bench.run_for(6)
+    bench.run_for(7)
     assert bench.alive() == ["n1", "n3"]
     bench.hears.add("n2")
     assert bench.run_for(1).lost == {}
@@ -239,6 +240,37 @@ def test_asymmetric_doubt_counts_both_ways() -> None:
     bench = Bench(me=0)
     bench.infos["n3"] = node(3, suspects=("n0", "n1", "n2"))
     assert set(bench.announced().lost) == {"n3"}
+
+
+def test_who_notices_first_does_not_go_for_it() -> None:
+    """Two nodes are gone: what the other survivor says of the one that this agent has not missed yet is no quarrel."""
+    bench = Bench(me=0)
+    bench.run_for(2)
+    bench.hears -= {"n1", "n2"}
+    assert bench.feed(s.Refused("n2")).lost == {"n2": s.AGENT_GONE}
+    bench.infos["n3"] = node(3, suspects=("n1", "n2"))
+    assert bench.announced().lost == {"n2": s.AGENT_GONE}
+    assert bench.feed(s.Refused("n1")).lost == {"n1": s.AGENT_GONE, "n2": s.AGENT_GONE}
+    assert bench.run_for(3).lost == {"n1": s.AGENT_GONE, "n2": s.AGENT_GONE}
+    assert bench.alive() == ["n3"]
+
+
+def test_two_that_stay_at_odds_are_parted_in_time() -> None:
+    """It says when to look again; an agent that was stopped itself begins to count anew; of two nodes there is nobody
+    else who could have something to say."""
+    bench = Bench(me=0)
+    bench.infos["n3"] = node(3, suspects=("n1",))
+    verdict = bench.announced()
+    assert verdict.lost == {}
+    assert verdict.wake_at is not None
+    bench.run_for(1.0)
+    bench.now += 4.0
+    bench.announced()
+    assert bench.run_for(1.2).lost == {}
+    assert bench.run_for(0.2).lost == {"n3": "other nodes cannot reach it"}
+    bench = Bench(count=2)
+    bench.hears.clear()
+    assert bench.run_for(5.1).lost == {"n1": "other nodes cannot reach it"}
 
 
 def test_who_expired_is_not_asked_for_an_opinion() -> None:
