@@ -6,7 +6,6 @@ A group has two slots here: the parity that counts, and the one that is being ma
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from resilient_train.errors import FormatError, LinkLost, MemoryRefused
-from resilient_train.image.arena import Slot, create_memory, touch
+from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.publish import publish, sum_blocks
 from resilient_train.keeper.replicas import yield_to_others
@@ -219,15 +218,7 @@ class Parities:
         shape = (size,)
         entry = Entry(name=NAME, dtype="U8", shape=shape, global_shape=shape, offset=(0,))
         layout = plan_image([entry], _ROOM_FOR_JSON)
-        descriptor = create_memory(owner, layout.total)
-        try:
-            touch(descriptor)
-            number = self._shelf.add(descriptor, owner)
-            slot = self._shelf.open(number)
-        finally:
-            os.close(descriptor)
-        assert slot is not None
-        slot.try_lock(exclusive=True)
+        number, slot = self._shelf.make(owner, layout.total, owner)
         self._layouts[number] = layout
         self._added(number)
         return number, slot

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from resilient_train.errors import FormatError, LinkLost, MemoryRefused
-from resilient_train.image.arena import Slot, create_memory, touch
+from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.keeper.shelf import Shelf, replica_owner
 from resilient_train.keeper.turns import Turns
@@ -141,15 +141,7 @@ class Replicas:
                 slot.close()
             if taken >= _PER_SOURCE:
                 return None
-            descriptor = create_memory(f"copy of {request.source}", request.size)
-        try:
-            touch(descriptor)
-            number = self._shelf.add(descriptor, owner)
-            slot = self._shelf.open(number)
-        finally:
-            os.close(descriptor)
-        assert slot is not None
-        slot.try_lock(exclusive=True)
+        number, slot = self._shelf.make(f"copy of {request.source}", request.size, owner)
         self._added(number)
         return number, slot
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from resilient_train.errors import FormatError
-from resilient_train.image.arena import Slot
+from resilient_train.image.arena import Slot, create_memory, touch
 from resilient_train.spec import jsontree
 from resilient_train.spec.parity import Parity
 from resilient_train.spec.shard import Stamp, header_size, parse_header
@@ -93,6 +94,22 @@ class Shelf:
             self._next = max(self._next, number + 1)
             self._slots[number] = Kept(Slot(descriptor), owner)
             return number
+
+    def make(self, name: str, size: int, owner: str) -> tuple[int, Slot]:
+        """A new slot of so many bytes, locked against readers: (its number, its memory for the caller to close).
+
+        Raises:
+            MemoryRefused: if there is not as much memory.
+        """
+        descriptor = create_memory(name, size)
+        try:
+            touch(descriptor)
+            number = self.add(descriptor, owner)
+            memory = Slot(descriptor)
+        finally:
+            os.close(descriptor)
+        memory.try_lock(exclusive=True)
+        return number, memory
 
     def remove(self, number: int) -> bool:
         """Let go of a slot; whether it was there."""
