@@ -20,6 +20,11 @@ from resilient_train.spec.world import Key
 
 logger = logging.getLogger(__name__)
 
+SLOTS = 3
+"""Images of a rank: one being written, one that is complete here, one that is complete on all ranks; one more while one
+is persisted, and for each that is being copied, or is copied, to other nodes, as long as there is memory for it.
+"""
+
 
 def create_memory(name: str, size: int) -> int:
     """A new anonymous shared file of ``size`` bytes, fully backed; returns its descriptor.

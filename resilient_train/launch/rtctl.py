@@ -195,6 +195,9 @@ def _describe(url: str, content: Content) -> list[str]:
         f"lineage     {manifest.key.lineage}" + f" (past: {past})" * bool(past),
         f"ranks       {manifest.world}",
         f"images      {len(manifest.files)}, {human(stored)}",
+        "memory      {} for the snapshots of each of as many ranks, {} while one is written".format(
+            *map(human, content.memory)
+        ),
         "",
         *table(("PART", "KIND"), sorted(content.parts.items())),
         "",

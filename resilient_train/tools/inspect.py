@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from resilient_train.image.arena import SLOTS
 from resilient_train.spec.shard import DTYPE_SIZES, Entry
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import read_manifest
@@ -51,6 +52,13 @@ class Content:
     """Name of a part of the state to its kind: ``module``, ``optimizer``, ``stateful``."""
     tensors: tuple[TensorLine, ...]
     """All tensors by name."""
+    image: int
+    """Bytes, about, of the image that each rank makes of the state in memory, on as many ranks as made this one."""
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes of shared memory that each rank's snapshots take on as many ranks: (always, while one is written)."""
+        return SLOTS * self.image, (SLOTS + 1) * self.image
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +77,7 @@ class Content:
             "parts": dict(self.parts),
             "tensors": [tensor.to_json() for tensor in self.tensors],
             "tensor_bytes": self.nbytes,
+            "memory_per_rank": {"snapshots": self.memory[0], "while_one_is_written": self.memory[1]},
         }
 
 
@@ -83,7 +92,15 @@ def inspect(tier: Tier, key: Key) -> Content:
     parts = {name: str(part["kind"]) for name, part in parts_of(images[0]).items()} if images else {}
     held = holders(image.entries() for image in images)
     lines = tuple(_line(name, [entry for _, entry in found]) for name, found in sorted(held.items()))
-    return Content(manifest=manifest, parts=parts, tensors=lines)
+    image = sum(_part_of_a_rank([entry for _, entry in found]) for found in held.values())
+    return Content(manifest=manifest, parts=parts, tensors=lines, image=image)
+
+
+def _part_of_a_rank(entries: list[Entry]) -> int:
+    """Bytes of a tensor that one rank holds: what is not cut stands on all of them, though only one has written it."""
+    first = entries[0]
+    size = prod(first.global_shape) * DTYPE_SIZES[first.dtype]
+    return -(-size // prod(cut.parts for cut in first.cuts or ()))
 
 
 def _line(name: str, entries: list[Entry]) -> TensorLine:

@@ -7,17 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from resilient_train.errors import LinkLost, MemoryRefused
-from resilient_train.image.arena import Slot
+from resilient_train.image.arena import SLOTS, Slot
 from resilient_train.spec.world import Key, in_ancestry
 from resilient_train.worker.keeper_link import KeeperLink
 
 logger = logging.getLogger(__name__)
-
-SLOTS = 3
-"""One being written, one that is complete here, one that is complete on all ranks; one more while one is persisted.
-
-One more for each that is being copied, or is copied, to other nodes, as long as there is memory for it.
-"""
 
 
 @dataclass

@@ -68,10 +68,15 @@ def test_inspect_shows_parts_and_tensors(tmp_path: Path, make: Make, capsys: pyt
     assert lines["model/empty"]["bytes"] == 0
     assert "model/head.weight" not in lines
     assert found["tensor_bytes"] == sum(one["bytes"] for one in lines.values())
+    whole = sum(one["bytes"] for one in lines.values() if one["name"].startswith("rng/") or one["shape"] == [])
+    image = found["memory_per_rank"]["snapshots"] / 3
+    assert whole + (found["tensor_bytes"] - whole) / 2 <= image <= 1.1 * found["tensor_bytes"]
+    assert found["memory_per_rank"]["while_one_is_written"] == 4 * image
     assert run(["inspect", f"{tmp_path}@5"]) == 0
     text = capsys.readouterr().out
     assert "model/wide.weight" in text
     assert "10x6" in text
+    assert "for the snapshots of each of as many ranks" in text
     assert text.splitlines()[-1].startswith(f"{len(lines)} tensors, ")
 
 
