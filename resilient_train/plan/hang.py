@@ -14,7 +14,8 @@ The first steps of later generations may take `START` times what any first steps
 before, and `START` times the limit: without a limit, a hang that comes back with the step that is computed again would
 last for ever.
 
-A stopped process is seen for what it is, at any time.
+A stopped process is seen for what it is, at any time.  One that was left out of a world because it did not come free,
+and does not come free for as long as first steps may take either, is ended: another takes its slot.
 """
 
 from __future__ import annotations
@@ -156,6 +157,8 @@ class Watch:
     """What was announced."""
     stopped: Mapping[str, float] = field(default_factory=dict)
     """Local members that are stopped, and since when."""
+    outside: Mapping[str, float] = field(default_factory=dict)
+    """Local workers that are not in the world and do not come free, and since when."""
     decided: frozenset[str] = frozenset()
     """Members that were evicted in this generation; or "" if it is to be formed again."""
     said: int = -1
@@ -168,9 +171,13 @@ class Watch:
 
     def limit(self, record: WorldRecord) -> float:
         """Seconds without any progress after which somebody hangs."""
-        usual = max(self.detect_within, USUAL * max(self.gaps, default=0.0))
-        limit = usual * 2.0 ** max(0, record.stalls - 1)
+        limit = self.usual * 2.0 ** max(0, record.stalls - 1)
         return limit if self.settled else START * max(limit, self.longest_start)
+
+    @property
+    def usual(self) -> float:
+        """The same where nothing is known of hangs before."""
+        return max(self.detect_within, USUAL * max(self.gaps, default=0.0))
 
 
 def step(watch: Watch, event: Event, now: float) -> tuple[Watch, list[Effect]]:
@@ -193,7 +200,30 @@ def _answered(watch: Watch, number: int, report: RankReport) -> Watch:
 
 def _look(watch: Watch, look: Look, now: float) -> tuple[Watch, list[Effect]]:
     absent = watch.looked_at is not None and now - watch.looked_at > max(_ABSENT, 3 * watch.period)
-    watch = replace(watch, looked_at=now)
+    watch, evictions = _outside(replace(watch, looked_at=now, outside={} if absent else watch.outside), look, now)
+    watch, effects = _look_inside(watch, look, now, absent)
+    return watch, [*evictions, *effects]
+
+
+def _outside(watch: Watch, look: Look, now: float) -> tuple[Watch, list[Effect]]:
+    """Who was left out and is never going to be idle keeps its slot from a successor."""
+    record = look.view.record
+    if record is None or record.phase is not Phase.RUNNING or look.view.silent:
+        return replace(watch, outside={}), []
+    there = {
+        w.member
+        for w in look.view.workers().values()
+        if node_of(w.member) == look.view.me and w.member not in record.members
+        if w.elastic and not (w.idle or w.busy or w.done)
+    }
+    limit = START * max(watch.usual, watch.longest_start)
+    outside = {member: watch.outside.get(member, now) for member in there}
+    due = sorted(member for member, since in outside.items() if now >= since + limit)
+    reason = f"hung: it was left out of generation {record.generation} and has not come free for {limit:.3g} s"
+    return replace(watch, outside=outside | dict.fromkeys(due, now)), [Evict(member, reason) for member in due]
+
+
+def _look_inside(watch: Watch, look: Look, now: float, absent: bool) -> tuple[Watch, list[Effect]]:
     record = look.view.record
     if record is None or record.phase is not Phase.RUNNING or not record.members:
         return _alive(watch, now)
@@ -208,6 +238,7 @@ def _look(watch: Watch, look: Look, now: float) -> tuple[Watch, list[Effect]]:
             longest_start=watch.longest_start,
             number=watch.number,
             reports=watch.reports,
+            outside=watch.outside,
         )
     if absent:
         return _alive(replace(watch, stopped={}), now)

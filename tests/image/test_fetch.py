@@ -168,7 +168,7 @@ def test_what_is_wanted_arrives_and_little_else_moves() -> None:
     assert image.data(memory.entry, 4 * BLOCK, 7) == memory.data[memory.layout.data_start + 4 * BLOCK :][:7].data
 
 
-@pytest.mark.parametrize("how", ["mapped", "read", "gathered", "split"])
+@pytest.mark.parametrize("how", ["mapped", "read", "near", "gathered", "split"])
 def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     """Columns of matrices go to matrices that are narrower or wider; what is between the rows there stays."""
     seed = random.randrange(1 << 30)
@@ -177,7 +177,8 @@ def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     memory = Memory(9_000_000 + chance.randrange(100_000), chance)
     gather = memory.gather if how == "gathered" else None
     address = memory.data.ctypes.data if how == "mapped" else 0
-    image = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
+    near = how == "near"
+    image = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address, near=near)
     target = np.full(30_000_000, 77, dtype=np.uint8)
     expected = target.copy()
     ranges, at, to = [], memory.layout.data_start + 9, 5

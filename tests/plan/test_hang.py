@@ -422,3 +422,50 @@ def test_a_node_that_has_just_joined_suspects_nobody_by_itself() -> None:
             bench.worker(info.member, acknowledged=2)
     bench.run_for(100)
     assert not [e for _, e in bench.effects if isinstance(e, (hang.Ask, hang.Evict, hang.Regroup))]
+
+
+def left_out() -> Bench:
+    """A world of which one local member was left out when the next one was made."""
+    bench = Bench()
+    bench.train(10, 1.0)
+    members = tuple(m for m in bench.record.members if m != "n1/1.0")
+    bench.record = replace(bench.record, revision=2, generation=2, members=members)
+    for member in members:
+        bench.worker(member, acknowledged=2, formed=2, stepping=2)
+        bench.board[member] = (2, 10)
+    return bench
+
+
+def test_who_is_left_out_and_never_comes_free_is_ended() -> None:
+    """By its own agent, after what first steps may take; where it comes free before, or said what it does, it stays."""
+    bench = left_out()
+    bench.run_for(19.0)
+    assert bench.evicted() == []
+    bench.train(3, 1.0)
+    assert bench.evicted() == ["n1/1.0"]
+    (end,) = [effect for _, effect in bench.acts()]
+    assert isinstance(end, hang.Evict)
+    assert "left out of generation 2 and has not come free for 20 s" in end.reason
+    for change in ({"idle": True}, {"busy": "evaluate"}, {"done": 1}, {"elastic": False}):
+        bench = left_out()
+        bench.run_for(15.0)
+        bench.worker("n1/1.0", **change)
+        bench.train(30, 1.0)
+        assert bench.evicted() == [], change
+
+
+def test_who_is_left_out_is_ended_where_nobody_trains_and_not_while_the_store_is_silent() -> None:
+    """Its slot may be just the one that is missing; but the record may name it by now where nothing is heard of it."""
+    bench = left_out()
+    bench.record = replace(bench.record, members=())
+    for member in bench.board:
+        if member != "n1/1.0":
+            bench.worker(member, idle=True)
+    bench.run_for(15.0)
+    bench.silent = True
+    bench.run_for(15.0)
+    bench.silent = False
+    bench.run_for(19.0)
+    assert bench.evicted() == []
+    bench.run_for(2.0)
+    assert bench.evicted() == ["n1/1.0"]
