@@ -439,7 +439,7 @@ def left_out() -> Bench:
 def test_who_is_left_out_and_never_comes_free_is_ended() -> None:
     """By its own agent, after what first steps may take; where it comes free before, or said what it does, it stays."""
     bench = left_out()
-    bench.run_for(19.0)
+    bench.train(19, 1.0)
     assert bench.evicted() == []
     bench.train(3, 1.0)
     assert bench.evicted() == ["n1/1.0"]
@@ -448,7 +448,7 @@ def test_who_is_left_out_and_never_comes_free_is_ended() -> None:
     assert "left out of generation 2 and has not come free for 20 s" in end.reason
     for change in ({"idle": True}, {"busy": "evaluate"}, {"done": 1}, {"elastic": False}):
         bench = left_out()
-        bench.run_for(15.0)
+        bench.train(15, 1.0)
         bench.worker("n1/1.0", **change)
         bench.train(30, 1.0)
         assert bench.evicted() == [], change
