@@ -10,9 +10,11 @@
 namespace resilient_train {
 namespace {
 
-void check(const std::vector<Rows>& rows, std::uint64_t total) {
+void check(const std::vector<Rows>& rows, std::uint64_t total, bool placed) {
   std::uint64_t end = 0;
   for (const Rows& some : rows) {
+    if (placed && some.count > 1 && some.spread < some.size)
+      throw std::invalid_argument("rows would be written on top of each other");
     // In this order, so that nothing overflows.
     if (some.size == 0 || some.count == 0 || some.at < end || some.at > total || some.size > total - some.at ||
         (some.count > 1 && (some.stride < some.size || some.stride > total ||
@@ -51,7 +53,7 @@ void walk(std::uint64_t total, const std::vector<Rows>& rows, Gap gap, Row row, 
 
 std::vector<std::uint32_t> gather_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                                        unsigned char* target) {
-  check(rows, total);
+  check(rows, total, false);
   std::vector<std::uint32_t> gaps((total + kBlock - 1) / kBlock);
   constexpr std::uint32_t kRaw = ~0u;  // An initial value of zero, as crc32c() complements it.
   std::uint32_t crc = kRaw;
@@ -71,7 +73,7 @@ std::vector<std::uint32_t> gather_rows(const unsigned char* source, std::uint64_
 
 std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                             const std::vector<std::uint32_t>& gaps, const std::vector<std::uint32_t>& sums) {
-  check(rows, total);
+  check(rows, total, true);
   if (sums.size() != (total + kBlock - 1) / kBlock || gaps.size() != sums.size())
     throw std::invalid_argument("the checksums are not those of the blocks");
   std::ptrdiff_t bad = -1;
@@ -93,7 +95,7 @@ std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, co
 
 std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                           const std::vector<std::uint32_t>& sums) {
-  check(rows, total);
+  check(rows, total, true);
   if (sums.size() != (total + kBlock - 1) / kBlock)
     throw std::invalid_argument("the checksums are not those of the blocks");
   std::ptrdiff_t bad = -1;

@@ -33,8 +33,8 @@ std::vector<std::uint32_t> gather_rows(const unsigned char* source, std::uint64_
 // The other end: copies the rows, which stand one behind the other at `source`, to their targets, and checks each block
 // of them and its gaps against `sums`.
 //
-// Returns the index of the first block whose checksum differs, or -1.  Throws std::invalid_argument as above, and if
-// there are not as many `gaps` and `sums` as blocks.  Thread-safe.
+// Returns the index of the first block whose checksum differs, or -1.  Throws std::invalid_argument as above, if rows
+// would be written on top of each other, and if there are not as many `gaps` and `sums` as blocks.  Thread-safe.
 std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                             const std::vector<std::uint32_t>& gaps, const std::vector<std::uint32_t>& sums);
 

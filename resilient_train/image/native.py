@@ -259,6 +259,11 @@ def _each(rows: Sequence[Rows | PlacedRows], total: int) -> list[slice]:
     return parts
 
 
+def _check_apart(rows: Sequence[PlacedRows]) -> None:
+    if any(count > 1 and spread < size for _, size, _, count, _, spread in rows):
+        raise ValueError("rows would be written on top of each other")
+
+
 def _addresses(rows: Sequence[PlacedRows]) -> list[int]:
     """Where each row belongs."""
     return [address + i * spread for _, _, _, count, address, spread in rows for i in range(count)]
@@ -305,6 +310,7 @@ class PythonEngine:
     def scatter_rows(
         self, source: int, total: int, rows: Sequence[PlacedRows], gaps: Sequence[int], sums: Sequence[int]
     ) -> int:
+        _check_apart(rows)
         if not len(gaps) == len(sums) == -(-total // BLOCK):
             raise ValueError("the checksums are not those of the blocks")
         blocks = np.zeros(total, dtype=np.uint8)
@@ -317,6 +323,7 @@ class PythonEngine:
         return next((i for i, pair in enumerate(zip(found, sums, strict=True)) if pair[0] != pair[1]), -1)
 
     def place_rows(self, source: int, total: int, rows: Sequence[PlacedRows], sums: Sequence[int]) -> int:
+        _check_apart(rows)
         if len(sums) != -(-total // BLOCK):
             raise ValueError("the checksums are not those of the blocks")
         blocks = _bytes_at(source, total)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.errors import CheckpointDamaged, FormatError, StateMismatch
 from resilient_train.image.device import Uploads
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
@@ -78,7 +78,10 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         for name, tensor in targets.tensors.items():
             entry, local = stored(name, tensor)
             wants.append(Want(name=name, dtype=_dtype(entry), global_shape=entry.global_shape, box=entry.box))
-            places[name] = (_as_stored(entry, local, back), entry)
+            apart = torch.empty(local.shape, dtype=local.dtype, device=local.device) if _is_expanded(local) else local
+            places[name] = (_as_stored(entry, apart, back), entry)
+            if apart is not local:
+                back.append(functools.partial(_collapse, name, apart, local))
     if images.whole and first.layout.alike:
         differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
         copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
@@ -160,6 +163,31 @@ def _as_stored(entry: Entry, local: torch.Tensor, back: list[Callable[[], object
     return target
 
 
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether elements stand in the same place, as `torch.Tensor.expand` has them."""
+    return tensor.numel() > 0 and any(
+        not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _collapse(name: str, filled: torch.Tensor, target: torch.Tensor) -> None:
+    """Bring what was restored to a tensor whose elements share memory.
+
+    Raises:
+        StateMismatch: if they are not all to be the same.
+    """
+    for dim, stride in enumerate(target.stride()):
+        if not stride and target.shape[dim] > 1:
+            first = filled.narrow(dim, 0, 1)
+            if not torch.equal(first.expand_as(filled), filled):
+                raise StateMismatch(
+                    f"{name} is expanded along dimension {dim}, so all its elements there are the same; those that were"
+                    " saved differ"
+                )
+            filled, target = first, target.narrow(dim, 0, 1)
+    target.copy_(filled)
+
+
 def _arranged(
     copy: Copy, target: torch.Tensor, entry: Entry, start: int, uploads: Uploads
 ) -> tuple[Range, list[Callable[[], object]]]:
@@ -211,7 +239,8 @@ def _in_rows(place: torch.Tensor, strides: Sequence[int]) -> tuple[int, int, int
     if len(levels) != 2 or levels[1][1:] != (1, 1) or levels[1][0] * place.element_size() < _LEAST_ROW:
         return None
     (_, stride, spread), (row, _, _) = levels
-    return row, stride, spread
+    # Rows that stand on top of each other are nobody's to write: an expanded tensor.
+    return (row, stride, spread) if spread >= row else None
 
 
 def _generators(reader: ImageReader, rank: int) -> dict[str, torch.Tensor]:

@@ -279,7 +279,7 @@ def test_rows_outside_of_their_blocks_are_refused(engine: Engine) -> None:
     ):
         with pytest.raises(ValueError, match="in order within"):
             engine.gather_rows(source.ctypes.data, 100, rows, target.ctypes.data)
-        places = [(*row, target.ctypes.data, row[2]) for row in rows]
+        places = [(*row, target.ctypes.data, max(row[1:3])) for row in rows]
         with pytest.raises(ValueError, match="in order within"):
             engine.scatter_rows(source.ctypes.data, 100, places, [0], [0])
         with pytest.raises(ValueError, match="in order within"):
@@ -288,6 +288,11 @@ def test_rows_outside_of_their_blocks_are_refused(engine: Engine) -> None:
         engine.scatter_rows(source.ctypes.data, 100, [], [0, 0], [0, 0])
     with pytest.raises(ValueError, match="not those of the blocks"):
         engine.place_rows(source.ctypes.data, 100, [], [0, 0])
+    upon = [(0, 10, 20, 2, target.ctypes.data, 9)]
+    with pytest.raises(ValueError, match="on top of each other"):
+        engine.place_rows(source.ctypes.data, 100, upon, [0])
+    with pytest.raises(ValueError, match="on top of each other"):
+        engine.scatter_rows(source.ctypes.data, 100, upon, [0], [0])
     if engine is _native:
         for rows in ([(high, 2, 2, 1)], [(1, high, high, 1)], [(0, 1, high, 2)], [(0, 1, 2, high)], [(1, 1, high, 3)]):
             with pytest.raises(ValueError, match="in order within"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import random
 from collections.abc import Callable
@@ -103,6 +104,34 @@ def test_training_goes_on_exactly_as_if_nothing_had_happened(kind: str, dtype: t
     train(two, fresh)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", [(4, 100), (100, 4), (3, 1, 50)])
+def test_an_expanded_buffer_is_restored_to_the_memory_that_it_has(shape: tuple[int, ...]) -> None:
+    """Nothing behind it is written; what no expanded tensor can hold is refused."""
+
+    def net(values: torch.Tensor) -> nn.Module:
+        made = nn.Module()
+        made.register_buffer("table", values)
+        return made
+
+    row = torch.arange(float(shape[-1]))
+    image = saved(State(model=net(row.expand(shape).contiguous())))
+    memory = torch.full((10 * shape[-1],), -1.0)
+    two = net(memory[: shape[-1]].expand(shape))
+    fill(State(model=two), Images.of([image]), 0, 1)
+    assert torch.equal(memory[: shape[-1]], row)
+    assert (memory[shape[-1] :] == -1).all()
+    assert torch.equal(saved(State(model=two)).tensor(image.entries()[0]), row.expand(shape))
+    differing = saved(State(model=net(torch.arange(float(math.prod(shape))).view(shape))))
+    with pytest.raises(StateMismatch, match=r"table is expanded along dimension 0"):
+        fill(State(model=two), Images.of([differing]), 0, 1)
+    column = torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 1))
+    memory = torch.full((10 * shape[0],), -1.0)
+    upright = net(memory[: shape[0]].view_as(column).expand(shape))
+    fill(State(model=upright), Images.of([saved(State(model=net(column.expand(shape))))]), 0, 1)
+    assert torch.equal(memory[: shape[0]], column.view(-1))
+    assert (memory[shape[0] :] == -1).all()
 
 
 def test_restoring_never_aliases_the_image() -> None:
