@@ -7,11 +7,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from resilient_train.errors import ConfigError
 
 _T = TypeVar("_T")
+_WRAPPERS = (nn.parallel.DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+"""Between a forward and the end of its backward the parameters of such a module may look like anybody's."""
 
 
 class Keepsakes:
@@ -37,11 +42,25 @@ class Keepsakes:
 
 
 def is_laid_out(thing: Any) -> bool:
-    """Whether anything in it belongs to one world: tensors that are sharded over its ranks, or its process groups."""
-    wraps = isinstance(thing, nn.Module) and any(
-        isinstance(module, nn.parallel.DistributedDataParallel) for module in thing.modules()
-    )
-    return wraps or any(isinstance(tensor, DTensor) for tensor in _tensors(thing))
+    """Whether anything in it belongs to one world: tensors that are sharded over its ranks, modules that wrap others
+    for them, its process groups and meshes."""
+    match thing:
+        case ProcessGroup() | DeviceMesh():
+            return True
+        case nn.Module() if any(isinstance(module, _WRAPPERS) or _refers(module) for module in thing.modules()):
+            return True
+        case Mapping():
+            return any(map(is_laid_out, thing.values()))
+        case list() | tuple():
+            return any(map(is_laid_out, thing))
+    optimizer = getattr(thing, "optimizer", None)
+    wraps = isinstance(optimizer, torch.optim.Optimizer) and is_laid_out(optimizer)
+    return wraps or _refers(thing) or any(isinstance(tensor, DTensor) for tensor in _tensors(thing))
+
+
+def _refers(thing: Any) -> bool:
+    """Whether it holds a process group, or a mesh of ranks, itself."""
+    return any(isinstance(value, (ProcessGroup, DeviceMesh)) for value in getattr(thing, "__dict__", {}).values())
 
 
 def _tensors(thing: Any) -> Iterator[torch.Tensor]:

@@ -56,10 +56,11 @@ class World:
     def keep(self, name: str, factory: Callable[[], _T]) -> _T:
         """What ``factory`` made under this name, when the function is entered again after a change of the world.
 
-        It is made anew if the change touches it: if it holds DTensors or a `DistributedDataParallel`, which belong to
-        the ranks of one world.  A plain module and its optimizer are the same as before, with all that was spent on
-        them (loading, compiling, moving to the device); wrap the module anew each time.  Gradients are dropped; tensors
-        are as the step that was broken off has left them, until the `Checkpointer` restores them in place.
+        It is made anew if the change touches it: if it holds DTensors, modules of FSDP, a `DistributedDataParallel`, or
+        a process group, which belong to the ranks of one world.  A plain module and its optimizer are the same as
+        before, with all that was spent on them (loading, compiling, moving to the device); wrap the module anew each
+        time.  Gradients are dropped; tensors are as the step that was broken off has left them, until the
+        `Checkpointer` restores them in place.
 
         Only some of the ranks may call ``factory``: it must not communicate.  Modules, optimizers, schedulers, lists,
         tuples and dicts of these are looked into; anything else is kept as it is.

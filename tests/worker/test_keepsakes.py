@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import types
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 from worlds import world
 
@@ -53,6 +61,37 @@ def test_what_is_sharded_is_made_anew() -> None:
     second = after(first)
     for name, thing in (("model", model), ("optim", optim), ("schedule", schedule), ("both", both)):
         assert second.keep(name, lambda: "another") == "another", thing
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+WRAPPED: dict[str, Callable[[], Any]] = {
+    "ddp": lambda: nn.parallel.DistributedDataParallel(nn.Linear(2, 2)),
+    "in a tuple": lambda: (nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), "and more"),
+    "in a dict": lambda: {"model": [nn.parallel.DistributedDataParallel(nn.Linear(2, 2))]},
+    "fsdp2": lambda: fully_shard(nn.Linear(2, 2), mesh=init_device_mesh("cpu", (1,))),
+    "sync batch norm": lambda: nn.Sequential(nn.SyncBatchNorm(2, process_group=dist.group.WORLD)),
+    "zero": lambda: ZeroRedundancyOptimizer(nn.Linear(2, 2).parameters(), torch.optim.SGD, lr=0.1),
+    "a group": lambda: dist.group.WORLD,
+    "what has a mesh": lambda: types.SimpleNamespace(mesh=init_device_mesh("cpu", (1,))),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_what_wraps_a_module_for_one_world_is_made_anew(alone: None, kind: str) -> None:
+    """Wherever it stands, and in the middle of a step too, when FSDP's parameters look like any others."""
+    first = world({"data": 1}, 0)
+    thing = first.keep("it", WRAPPED[kind])
+    if kind == "fsdp2":
+        thing(torch.ones(1, 2))
+        assert not any(isinstance(parameter, DTensor) for parameter in thing.parameters())
+    assert after(first).keep("it", lambda: "another") == "another"
 
 
 def test_anything_else_is_kept_as_it_is() -> None:
