@@ -143,7 +143,9 @@ class Memory:
         _system.madvise(ctypes.c_void_p(self.address), ctypes.c_size_t(self.size), _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
-        """Unmap and close; the memory itself lives as long as any process holds it."""
+        """Unlock, unmap and close; the memory itself lives as long as any process holds it."""
+        # A mapping that some view still keeps would keep the lock as well.
+        self.unlock()
         del self._anchor
         try:
             self.map.close()

@@ -40,7 +40,8 @@ class Remains:
             CheckpointDamaged: if no parity has them; whatever a reader raises, too.
         """
         try:
-            needed = terms([parity for parity, _ in self.parities], rank, offset, offset + length)
+            parities = [parity for parity, _ in self.parities]
+            needed = terms(parities, self.images.keys(), rank, offset, offset + length)
         except ValueError as error:
             raise CheckpointDamaged(f"{error}") from error
         made = bytearray(length)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
 
-class Scratch(threading.local):
-    """Each thread has its own; what `take` gives is good until the thread's next."""
+class Scratch:
+    """Lends buffers to any thread, and keeps a few of those that come back."""
 
-    def __init__(self) -> None:
-        self._held: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
+    def __init__(self, most: int = 2) -> None:
+        """Args:
+        most: buffers that are kept.
+        """
+        self._most = most
+        self._idle: deque[npt.NDArray[np.uint8]] = deque()
 
-    def take(self, size: int) -> npt.NDArray[np.uint8]:
+    @contextmanager
+    def lend(self, size: int) -> Iterator[npt.NDArray[np.uint8]]:
         """So many bytes of anything."""
-        if len(self._held) < size:
-            self._held = np.empty(size, dtype=np.uint8)
-        return self._held[:size]
+        try:
+            buffer = self._idle.pop()
+        except IndexError:
+            buffer = np.empty(size, dtype=np.uint8)
+        if len(buffer) < size:
+            buffer = np.empty(size, dtype=np.uint8)
+        try:
+            yield buffer[:size]
+        finally:
+            if len(self._idle) < self._most:
+                self._idle.append(buffer)

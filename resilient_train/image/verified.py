@@ -184,22 +184,22 @@ class VerifiedImage:
         if self._gather is not None and run.sparse:
             return self._gathered(self._gather, run, begin, sums)
         if self._near or not run.segments:
-            blocks = _SCRATCH.take(run.size)
-            self._read_into(begin, [blocks.data])
-            return self._placed(blocks.ctypes.data, run, sums)
-        nobodys = _SCRATCH.take(sum(size for address, size in run.segments if not address))
-        segments, at = [], nobodys.ctypes.data
-        for address, size in run.segments:
-            segments.append((address or at, size))
-            at += 0 if address else size
-        self._read_into(begin, [_buffer(*segment) for segment in segments])
-        return engine.scatter(0, segments, sums)
+            with _SCRATCH.lend(run.size) as blocks:
+                self._read_into(begin, [blocks.data])
+                return self._placed(blocks.ctypes.data, run, sums)
+        with _SCRATCH.lend(sum(size for address, size in run.segments if not address)) as nobodys:
+            segments, at = [], nobodys.ctypes.data
+            for address, size in run.segments:
+                segments.append((address or at, size))
+                at += 0 if address else size
+            self._read_into(begin, [_buffer(*segment) for segment in segments])
+            return engine.scatter(0, segments, sums)
 
     def _gathered(self, gather: Gather, run: Run, begin: int, sums: list[int]) -> int:
         rows = [(some.at, some.size, some.stride, some.count) for some in run.rows]
-        buffer = _SCRATCH.take(run.wanted)
-        gaps = gather(begin, run.size, rows, buffer.data)
-        return engine.scatter_rows(buffer.ctypes.data, run.size, _places(run), gaps, sums)
+        with _SCRATCH.lend(run.wanted) as buffer:
+            gaps = gather(begin, run.size, rows, buffer.data)
+            return engine.scatter_rows(buffer.ctypes.data, run.size, _places(run), gaps, sums)
 
     def _placed(self, source: int, run: Run, sums: list[int]) -> int:
         if run.segments:

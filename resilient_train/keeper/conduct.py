@@ -27,6 +27,8 @@ class Conductor:
         self._say = say
         self._lock = threading.Lock()
         self._state: replication.State | None = None
+        self._reports: dict[str, Report] = {}
+        """The last of each node; those of a world to come may be here before it."""
         self._wires: dict[str, Wire] = {}
         self._told: dict[str, Orders] = {}
         self._said = False
@@ -39,6 +41,8 @@ class Conductor:
                 self._state = None
             elif self._state is None or (self._state.generation, self._state.nodes) != (peers.generation, nodes):
                 self._state = replication.State(generation=peers.generation, nodes=nodes)
+                for report in self._reports.values():
+                    self._take_in(report)
 
     def heard(self, wire: Wire, report: Report) -> None:
         """A node has reported.
@@ -46,26 +50,18 @@ class Conductor:
         Raises:
             FormatError: if it talks nonsense.
         """
-        progress = replication.Progress(
-            lineage=_number(report.lineage),
-            slowest=_number(report.slowest),
-            furthest=_number(report.furthest),
-            published=_number(report.published),
-            every=max(1, _number(report.every)),
-            done=key_or_none(report.done),
-            missed=key_or_none(report.missed),
-            moved=_number(report.moved),
-            kept=key_or_none(report.kept),
-            saving=bool(report.saving),
-        )
+        _progress(report)
         with self._lock:
-            state = self._state
-            if state is None or report.generation != state.generation:
-                return
             if self._wires.get(report.node) is not wire:
                 self._wires[report.node] = wire
                 self._told.pop(report.node, None)
-            self._state = replication.heard(state, report.node, progress, self._now())
+            self._reports[report.node] = report
+            self._take_in(report)
+
+    def _take_in(self, report: Report) -> None:
+        state = self._state
+        if state is not None and report.generation == state.generation:
+            self._state = replication.heard(state, report.node, _progress(report), self._now())
             self._tell()
 
     def hang_up(self, wire: Wire) -> None:
@@ -73,6 +69,7 @@ class Conductor:
         with self._lock:
             for node in [node for node, other in self._wires.items() if other is wire]:
                 del self._wires[node]
+                self._reports.pop(node, None)
                 self._told.pop(node, None)
                 if self._state is not None:
                     self._state = replication.lost(self._state, node)
@@ -104,6 +101,21 @@ class Conductor:
                 except LinkLost:
                     # Its own thread hears of it and takes it out.
                     wire.hang_up()
+
+
+def _progress(report: Report) -> replication.Progress:
+    return replication.Progress(
+        lineage=_number(report.lineage),
+        slowest=_number(report.slowest),
+        furthest=_number(report.furthest),
+        published=_number(report.published),
+        every=max(1, _number(report.every)),
+        done=key_or_none(report.done),
+        missed=key_or_none(report.missed),
+        moved=_number(report.moved),
+        kept=key_or_none(report.kept),
+        saving=bool(report.saving),
+    )
 
 
 def _number(value: object) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from resilient_train.errors import LinkLost
+from resilient_train.errors import LinkLost, ResilientError
 from resilient_train.image.native import checksum
 from resilient_train.keeper.replicas import yield_to_others
 from resilient_train.keeper.shelf import Listed, Shelf
@@ -27,6 +27,8 @@ _TIMEOUT = 2.0
 _BREATH = 0.1
 """Seconds of the agreed bandwidth that are sent at once."""
 _LEAST_PIECE = 64 << 10
+_BROKEN = 8
+"""Connections that may break in the middle of one state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,8 +110,9 @@ class Copier:
     def _carry_out(self, errand: Errand) -> bool:
         """Whether all targets have all images; False also if they are not wanted any more."""
         for gone in self._wires.keys() - set(errand.targets):
-            self._wires.pop(gone).close()
+            self._hang_up(gone)
         done: set[str] = set()
+        broken = 0
         while True:
             target = next((target for target in errand.targets if target not in done), None)
             if target is None:
@@ -123,12 +126,25 @@ class Copier:
             except PeerDeclined as refusal:
                 self._mention(f"{errand.key} is not copied to another node: {refusal}")
                 return False
-            except LinkLost:
-                if wire := self._wires.pop(target, None):
-                    wire.close()
+            except LinkLost as error:
+                broken += target in self._wires
+                self._hang_up(target)
                 if self._errand is not errand:
                     return False
+                if broken >= _BROKEN:
+                    # One that nobody can reach is lost soon; this one is there, and may never get it whole.
+                    self._mention(f"{errand.key} is not copied to another node: {error}")
+                    return False
                 time.sleep(_RETRY)
+            except (ResilientError, OSError) as error:
+                # This node lacks something, memory or files; whoever waits for the copy is to hear that.
+                self._hang_up(target)
+                self._mention(f"{errand.key} is not copied to another node: {error}")
+                return False
+
+    def _hang_up(self, target: str) -> None:
+        if wire := self._wires.pop(target, None):
+            wire.close()
 
     def _copy(self, errand: Errand, target: str) -> bool:
         """Have one keeper hold all images of a state; False if one was overwritten before."""

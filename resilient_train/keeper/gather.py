@@ -35,7 +35,7 @@ def answer_rows(wire: Wire, view: memoryview | None, request: Gather) -> None:
     except FormatError as error:
         wire.send(Declined(reason=str(error)))
         return
-    gathered = _SCRATCH.take(sum(width * count for _, width, _, count in rows))
     source = np.frombuffer(view, dtype=np.uint8).ctypes.data
-    gaps = engine.gather_rows(source + offset, size, rows, gathered.ctypes.data)
-    wire.send(Gathered(size=len(gathered), gaps=gaps), [gathered.data])
+    with _SCRATCH.lend(sum(width * count for _, width, _, count in rows)) as gathered:
+        gaps = engine.gather_rows(source + offset, size, rows, gathered.ctypes.data)
+        wire.send(Gathered(size=len(gathered), gaps=gaps), [gathered.data])

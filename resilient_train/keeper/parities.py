@@ -44,6 +44,8 @@ class _Folding:
     lock: threading.Lock = field(default_factory=threading.Lock)
     over: bool = False
     """Whether it is complete, or given up; the slot is not its own any more."""
+    complete: bool = False
+    """Whether it is published."""
     parts: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     upto: dict[str, int] = field(default_factory=dict)
     """How many bytes of each node's piece are in it."""
@@ -54,9 +56,10 @@ class _Folding:
         return self.layout.entries[0].nbytes
 
     def end(self) -> None:
-        """Let go of the slot."""
-        self.over = True
-        self.slot.close()
+        """Let go of the slot, if that has not been done."""
+        if not self.over:
+            self.over = True
+            self.slot.close()
 
 
 class Parities:
@@ -112,6 +115,10 @@ class Parities:
             if folding is None:
                 wire.send(Declined(reason=f"there is no room for a parity of {key}"))
                 return
+            if folding.complete:
+                wire.send(Ready(offset=size))
+                wire.send(Stored())
+                return
             with folding.lock:
                 same = folding.parts.setdefault(request.node, parts) == parts
                 upto = folding.upto.setdefault(request.node, 0)
@@ -138,9 +145,9 @@ class Parities:
                 engine.xor_into(folding.slot.address + start + at, buffer.ctypes.data, len(block))
                 folding.upto[node] = at + len(block)
         with folding.lock:
-            if folding.over:
+            if folding.over and not folding.complete:
                 raise LinkLost(f"the parity of {folding.key} is not wanted any more")
-            if self._everything_is_in(folding):
+            if not folding.over and self._everything_is_in(folding):
                 _publish(folding)
                 self._completed()
 
@@ -162,13 +169,18 @@ class Parities:
         with self._finding:
             self._drop_former()
             folding = self._foldings.get(owner)
-            if folding is not None and not folding.over:
-                if (folding.key, folding.world) == (key, request.world):
-                    return self._with_room(folding, owner, size)
-                if folding.key > key:
-                    return None
+            if folding is not None:
+                same = (folding.key, folding.world) == (key, request.world)
                 with folding.lock:
-                    folding.end()
+                    if same and folding.complete and folding.number in self._shelf:
+                        return folding  # Only just, and by somebody else's piece.
+                    going_on = not folding.over
+                    if going_on and not same and folding.key < key:
+                        folding.end()
+                if going_on and same:
+                    return self._with_room(folding, owner, size)
+                if going_on and not same and folding.key >= key:
+                    return None
             room = self._room(owner, size, _to_keep(request, self._kept()))
             if room is None:
                 return None
@@ -193,8 +205,8 @@ class Parities:
             folding = self._foldings.pop(owner)
             with folding.lock:
                 if not folding.over:
-                    folding.end()
                     self._let_go(folding.number)
+                folding.end()
 
     def _room(self, owner: str, size: int, keep: Key | None) -> tuple[int, Slot] | None:
         """A slot, locked against readers; None if all hold what must stay."""
@@ -277,4 +289,5 @@ def _publish(folding: _Folding) -> None:
     slot.map[layout.json_start : layout.crc_start] = document.ljust(layout.json_capacity)
     sum_blocks(slot, layout)
     publish(slot, layout, Stamp(key=folding.key, rank=0, world=folding.world, json_length=len(document), crc=0))
+    folding.complete = True
     folding.end()

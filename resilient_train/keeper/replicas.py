@@ -124,6 +124,7 @@ class Replicas:
         # The sender may know of a newer one than this node has heard of; then that is what must stay.
         keep = {max(keep)} if keep else keep
         with self._finding:
+            self._arrived = {number: part for number, part in self._arrived.items() if number in self._shelf}
             taken = 0
             for number in sorted(self._own(owner), key=lambda number: not self._begun(number, request)):
                 slot = self._shelf.open(number)
@@ -203,6 +204,8 @@ def _verified(slot: Slot, arrived: _Arrived, request: Put) -> int:
     try:
         layout, _ = parse_header(arrived.header, request.size)
     except FormatError:
+        return 0
+    if not layout.blocks:
         return 0
     view = memoryview(slot.map)
     try:

@@ -5,6 +5,7 @@ One thread looks at the board, reports to the conductor and puts its orders on t
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
@@ -22,6 +23,8 @@ from resilient_train.spec.peers import Orders, Report, key_or_none
 from resilient_train.spec.topology import Topology
 from resilient_train.spec.world import Key, node_of, slot_of
 from resilient_train.storage.wire import Wire, connect
+
+logger = logging.getLogger(__name__)
 
 _FASTEST, _SLOWEST, _SLOWER = 0.005, 0.1, 1.2
 """Seconds between two looks at the board: right after a change, at the most, and by what each is longer."""
@@ -108,7 +111,9 @@ class Replicator:
             if takes_part(peers):
                 try:
                     self._round(peers)
-                except (LinkLost, FormatError):
+                except (LinkLost, FormatError, OSError) as error:
+                    if isinstance(error, OSError):
+                        logger.warning("reports to the conductor are interrupted: %s", error)
                     self._hang_up()
                     time.sleep(_RETRY)
 
@@ -116,9 +121,10 @@ class Replicator:
         """A new world decides anew what is copied; what is kept stays until it has something newer."""
         same_keepers = before is not None and before.keepers == peers.keepers
         if before is None or before.generation != peers.generation:
+            # First of all, or it would say that a former state is copied.
+            self._copier.give(None)
             with self._changed:
                 self._pending = self._done = self._missed = self.kept = None
-            self._copier.give(None)
             self._board().protect(None, None if alone(peers) else self._board().kept())
         if not same_keepers:
             self._copier.give(None)
@@ -126,7 +132,11 @@ class Replicator:
             if self._group:
                 # Pieces may have gone down with a keeper that had no complete parity yet.
                 self._done = None
-        self._copies, self._group = None, ()
+        with self._changed:
+            self._copies, self._group = None, ()
+            if self._peers is peers and not takes_part(peers):
+                # Nothing comes here any more: what did goes with the next complete state.
+                self._sources = frozenset()
 
     def _place(self, peers: Peers) -> None:
         """Find out where copies go and whose come here, once this world's ranks have said how many there are to be."""

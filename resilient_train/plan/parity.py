@@ -71,12 +71,18 @@ def restorable(parities: Sequence[Parity], there: Collection[int]) -> dict[int, 
     """
     found: dict[int, list[Part]] = {}
     for parity in parities:
-        for node, parts in parity.pieces.items():
-            others = {part.rank for other, theirs in parity.pieces.items() if other != node for part in theirs}
-            if others <= set(there):
-                for part in parts:
-                    found.setdefault(part.rank, []).append(part)
+        for _, parts in _usable(parity, there):
+            for part in parts:
+                found.setdefault(part.rank, []).append(part)
     return {rank: parts[0].image for rank, parts in found.items() if rank not in there and _is_whole(parts)}
+
+
+def _usable(parity: Parity, there: Collection[int]) -> Iterator[tuple[str, Sequence[Part]]]:
+    """The nodes whose pieces can be made again of a parity, and what is in these: all that the others have folded into
+    it is left."""
+    for node, parts in parity.pieces.items():
+        if all(part.rank in there for other, theirs in parity.pieces.items() if other != node for part in theirs):
+            yield node, parts
 
 
 def _is_whole(parts: Sequence[Part]) -> bool:
@@ -104,18 +110,25 @@ class Term:
     """(first byte from ``target`` on, bytes of an image) of everything else that was folded into these."""
 
 
-def terms(parities: Sequence[Parity], rank: int, begin: int, end: int) -> list[Term]:
+def terms(parities: Sequence[Parity], there: Collection[int], rank: int, begin: int, end: int) -> list[Term]:
     """How the bytes from ``begin`` to ``end`` of a lost rank's image are made again; each byte once.
 
+    Args:
+        parities: what is left of them.
+        there: the ranks whose images are left.
+        rank: the lost one.
+        begin: the first byte.
+        end: the one behind the last.
+
     Raises:
-        ValueError: if some of them are in no parity.
+        ValueError: if some of them are in no parity of which the rest is left.
     """
     found: list[Term] = []
     upto = begin
     pieces = [
         (part, at, index, node)
         for index, parity in enumerate(parities)
-        for node, parts in parity.pieces.items()
+        for node, parts in _usable(parity, there)
         for at, part in _placed(parts)
         if part.rank == rank
     ]

@@ -113,7 +113,7 @@ def _made(
 ) -> bytes:
     made = bytearray(end - begin)
     filled = 0
-    for term in terms(parities, rank, begin, end):
+    for term in terms(parities, images.keys() - {rank}, rank, begin, end):
         value = bytearray(folded[term.parity][term.begin : term.begin + term.size])
         assert len(value) == term.size
         for at, part in term.others:
@@ -130,7 +130,18 @@ def test_what_no_parity_covers_is_an_error() -> None:
     half = Parity(pieces={"a": (Part(rank=0, image=10, begin=0, end=5),), "b": ()})
     assert restorable([half], []) == {}
     with pytest.raises(ValueError, match="byte 5 of rank 0"):
-        terms([half], 0, 2, 8)
+        terms([half], [], 0, 2, 8)
+
+
+def test_a_parity_of_which_more_is_lost_is_passed_over() -> None:
+    """Another one has the same bytes."""
+    piece = (Part(rank=0, image=4, begin=0, end=4),)
+    useless = Parity(pieces={"a": piece, "b": (Part(rank=9, image=4, begin=0, end=4),)})
+    useful = Parity(pieces={"a": piece, "c": (Part(rank=1, image=4, begin=0, end=4),)})
+    for parities in ([useless, useful], [useful, useless]):
+        assert restorable(parities, [1]) == {0: 4}
+        (term,) = terms(parities, [1], 0, 0, 4)
+        assert parities[term.parity] is useful
 
 
 @pytest.mark.parametrize(
