@@ -96,6 +96,20 @@ def test_nothing_is_named_while_a_node_is_not_connected() -> None:
     assert bench.last("a").pending is None
 
 
+def test_reports_that_are_here_before_their_world_count_in_it() -> None:
+    """Who has told the conductor before it was one does not say the same again; who is gone by then does not count."""
+    bench = Bench()
+    bench.report("b", 5, generation=2)
+    bench.lead(2)
+    bench.report("a", 5, generation=2)
+    assert bench.last().pending == [2, 5]
+    bench.report("a", 5, generation=3)
+    bench.report("b", 5, generation=3)
+    bench.conductor.hang_up(cast(Wire, bench.lines["b"]))
+    bench.lead(3)
+    assert bench.last("a").pending is None
+
+
 def test_reports_of_another_world_do_not_count() -> None:
     """Nor those that come to a keeper that does not conduct."""
     bench = Bench()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -270,6 +271,28 @@ def test_who_comes_again_need_not_wait_for_its_silent_connection_to_end(node: No
     with pytest.raises(LinkLost):
         silent.receive()
     silent.close()
+
+
+def test_a_transfer_resumes_behind_a_silent_connection_though_the_other_slot_is_taken(node: Node) -> None:
+    """Whoever received is done with the slot as soon as it has given up."""
+    image, data = whole(node)
+    send_rest(node, request(image), data)
+    (worker,) = node.workers
+    assert worker.publish(Key(1, 4), 0, 2, ROWS, COLUMNS)
+    (newer,) = [other for other in held(node) if other.key.step == 4]
+    peer = Peer(node.endpoint, KEY)
+    data = bytes(peer.read(newer, 0, newer.size))
+    peer.close()
+    with ExitStack() as stack:
+        for _ in range(12):
+            silent = connect(node.endpoint, KEY, 5.0)
+            stack.callback(silent.close)
+            silent.patience(20.0)
+            silent.send(request(newer, step=4, keep=[1, 3]))
+            begin = silent.expect(Ready).offset  # And not that both slots are in use.
+            silent.send_bytes([memoryview(data)[begin : begin + 100_000]])
+        send_rest(node, request(newer, step=4, keep=[1, 3]), data)
+    assert {other.key.step for other in held(node) if other.replica} == {3, 4}
 
 
 class Cutter:

@@ -105,6 +105,26 @@ def test_the_only_node_that_is_left_has_both_parts(cluster: Make, tmp_path: Path
     assert len(manifest.files) == 2
 
 
+def test_who_is_left_alone_lets_go_of_parities(cluster: Make) -> None:
+    """With its next complete state; they take as much memory as its images."""
+    job = cluster(1, 1)
+    job.introduce()
+    job.start_workers(group=4)
+    last = job.step_until(lambda: all(job.kept()), rows=20_000)
+    job.lose(job.nodes[1])
+    job.generation = 2
+    job.introduce()
+    (node,) = job.nodes
+    node.workers[0].generation = 2
+    node.workers[0].past = {1: last, 2: None}
+    assert any("parity" in owner for _, owner in node.deposits.values())
+
+    def gone() -> bool:
+        return not any("parity" in owner for _, owner in node.deposits.values())
+
+    job.step_until(gone, lineage=2, first=last + 1, rows=20_000)
+
+
 def test_what_was_begun_for_a_former_group_is_let_go(cluster: Make) -> None:
     """A node dies in the middle of its piece; a successor's keeper too knows parities from workers' images."""
     job = cluster(1, 1, 1, 1)
