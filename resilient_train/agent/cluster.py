@@ -56,6 +56,8 @@ class Cluster:
         self._unreadable: set[str] = set()
         self._announcing = False
         self._unsaid: NodeInfo | None = None
+        self._asked = False
+        """Whether the store was asked for its word since there is a world that it can speak of."""
 
     def begin(self) -> None:
         """Take part."""
@@ -136,6 +138,9 @@ class Cluster:
             self._say(f"a node announces itself in a way that this version does not understand: {text}")
         self._unreadable |= set(news.unreadable)
         self._feed(ev.RecordSeen(news.record))
+        if news.record is not None and not self._asked:
+            self._asked = True
+            self._ask_for_word()
         self._neighbours.announced(news.nodes)
 
     def _silent(self, error: ResilientError) -> None:

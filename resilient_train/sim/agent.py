@@ -201,6 +201,7 @@ class Agent:
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
+        self._asked = False
         self._hangs = Hangs(within, crew, lambda: self.state.view, clock.now, self._at, self.feed)
         self._progress = (0, 0)
         self._store = StoreLine(self.node, server, clock, self.guard)
@@ -390,6 +391,9 @@ class Agent:
 
     def _news(self, news: Snapshot) -> None:
         self.feed(ev.RecordSeen(news.record))
+        if news.record is not None and not self._asked:
+            self._asked = True
+            self._ask_for_word()
         self._step(suspicion.Announced(news.nodes))
 
     def _store_silent(self, text: str) -> None:

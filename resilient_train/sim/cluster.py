@@ -64,7 +64,7 @@ class Node:
         self.name = name
         self.workers: dict[str, Worker] = {}
         self.ended: ev.End | None = None
-        self.vouched_until = float("inf")
+        self.vouched_until = 0.0
         self._cluster = cluster
         self.clock = clock = DriftingClock(
             cluster.engine, random.random() * 1e5, 1 + _DRIFT * (2 * random.random() - 1)
