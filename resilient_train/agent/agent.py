@@ -56,6 +56,8 @@ _VERDICT = (6.0, 10.0)
 so many seconds (the agreement takes its time, too)."""
 _AT_ONCE = 3
 """Signals after which nothing is waited for any more."""
+_MENTION_FIRST, _MENTION_AGAIN = 5.0, 60.0
+"""Seconds until it is said that nodes are waited for, and until it is said again."""
 _EARLY_RETURN = 10
 """Looks at the board, about one a second, between two mentions of ranks whose function has returned before others'."""
 
@@ -171,6 +173,7 @@ class Agent:
         self._keeper = keeper
         self._hangs = Hangs(settings.within, workers, _Surroundings(self), clock)
         self._interrupts = 0
+        self._mention_at = clock.now() + _MENTION_FIRST
         self._waited_for_done = 0
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -386,10 +389,21 @@ class Agent:
             self._loop.selector.unregister(channel)
             channel.close()
 
+    def _mention_waiting(self) -> None:
+        """There is no world yet, and whoever started this node may wonder why."""
+        now, limits = self._clock.now(), self._settings.limits
+        if self._several and now >= self._mention_at:
+            self._mention_at = now + _MENTION_AGAIN
+            span = "" if limits.min_nodes == limits.max_nodes else f" to {limits.max_nodes}"
+            here = len(self._state.view.nodes)
+            self._say(f"waiting for nodes: {here} of {limits.min_nodes}{span} {'is' if here == 1 else 'are'} here")
+
     def _watch_board(self) -> None:
         """How far the local members of the current generation are."""
         self._show_word()
         board, record = self._keeper.board, self._state.view.record
+        if record is None:
+            self._mention_waiting()
         if board is None or record is None:
             return
         self._mention_early_return(record)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
-from resilient_train.control.endpoint import EtcdAccess, OwnEtcd, parse
+from resilient_train.control.endpoint import EtcdAccess, OwnEtcd, check_any_known, parse
 from resilient_train.control.store import ControlStore
 from resilient_train.errors import ConfigError
 
@@ -56,6 +56,7 @@ def connected(access: EtcdAccess, job: str, ttl: float, *, timeout: float) -> Co
         from resilient_train.control.etcd import EtcdControlStore
     except ImportError as error:
         raise _missing(error) from error
+    check_any_known([one.rpartition(":")[0].strip("[]") for one in access.endpoints])
     return EtcdControlStore(access, job, ttl, timeout)
 
 

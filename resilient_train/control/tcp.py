@@ -80,8 +80,15 @@ class TcpControlStore:
         self._expired: frozenset[int] = frozenset()
         self._seeing = threading.Lock()
         self._caller = Caller("store calls")
-        self._calls: TCPStore | None = _connect(host, port, timeout)
-        self._watching: TCPStore | None = _connect(host, port, timeout)
+        # Not by this thread: torch's client cannot be interrupted.
+        self._calls: TCPStore | None = self._first(host, port, timeout)
+        self._watching: TCPStore | None = self._first(host, port, timeout)
+
+    def _first(self, host: str, port: int, timeout: float) -> TCPStore:
+        try:
+            return self._caller.call(lambda: _connect(host, port, timeout), timeout + _PROBE)
+        except TimeoutError:
+            raise StoreLost(f"no store answers at {host}:{port} within {timeout:g} s") from None
 
     def join(self) -> int:
         def join() -> int:

@@ -69,7 +69,7 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
         if launch.max_nodes == 1:
             server = serve("127.0.0.1", 0)
             with closing(TcpControlStore("127.0.0.1", server.port, launch.run_id)) as alone:
-                yield Place(store=alone, order=0, host=launch.local_addr or host, port=number, secret="")
+                yield Place(store=alone, order=0, host=_own_host(launch) or host, port=number, secret="")
             return
         if not number and args.rdzv_backend == "static" and not args.rdzv_endpoint:
             number = int(args.master_port or MASTER_PORT)
@@ -96,9 +96,17 @@ def _own_host(launch: Any) -> str:
     if not launch.local_addr:
         return ""
     try:
-        return str(socket.getaddrinfo(launch.local_addr, None, type=socket.SOCK_STREAM)[0][4][0])
+        family, *_, address = socket.getaddrinfo(launch.local_addr, None, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"--local-addr={launch.local_addr} is not known: {error}") from error
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address[0], 0))
+    except OSError as error:
+        raise ConfigError(
+            f"--local-addr={launch.local_addr} is no address of this machine: {error.strerror}"
+        ) from error
+    return str(address[0])
 
 
 def _placed(store: ControlStore, host: str) -> Place:

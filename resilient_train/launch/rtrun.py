@@ -8,6 +8,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, FormatError, ResilientError, StoreLost
 from resilient_train.events import JsonLinesSink, ListSink, Sink
 from resilient_train.launch.meeting import MASTER_PORT, Place, joined
+from resilient_train.launch.waiting import Interrupted, interruptible, said
 from resilient_train.plan.view import Limits
 from resilient_train.spec.topology import parse_labels
 
@@ -85,17 +87,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, it is {text!r}")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, it is {text!r}")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -106,7 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with the job's exit code."""
     args = parser().parse_args(argv)
     try:
-        code = run(args)
+        with interruptible():
+            code = run(args)
+    except Interrupted as signal_:
+        print_line(f"ended by {signal_} before the job had begun")
+        code = ExitCode.INTERRUPTED
     except ConfigError as error:
         print(f"rtrun: error: {error}", file=sys.stderr)
         code = ExitCode.USAGE
@@ -138,7 +144,10 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     launch, entrypoint, worker_args = _launch_config(args)
-    with joined(args, launch) as place:
+    with ExitStack() as stack:
+        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or MASTER_PORT}"
+        with said(f"the control store at {where}", print_line):
+            place = stack.enter_context(joined(args, launch))
         return _take_part(args, launch, entrypoint, worker_args, place, write_events)
 
 

@@ -10,7 +10,7 @@ import pytest
 from etcd_cluster import free_ports, running
 
 from resilient_train.control.connect import open_store
-from resilient_train.errors import ConfigError
+from resilient_train.errors import ConfigError, StoreLost
 from resilient_train.testing.control import record
 
 
@@ -45,6 +45,20 @@ def test_own_etcd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_flag_is_an_error() -> None:
     """Before anything is opened."""
     with pytest.raises(ConfigError, match="etcd-v2"), open_store("etcd-v2", "h", {}, "job", 2.0):
+        pass
+
+
+@pytest.mark.parametrize("endpoint", ["no-such-host.invalid", "etcd://a.invalid,b.invalid:99", "own:a.invalid"])
+def test_hosts_without_any_address_are_an_error(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said at once which; one that is known is enough, as those that are lost may be forgotten."""
+    monkeypatch.setattr("resilient_train.control.own_etcd._KNOWN", 0.2)
+    with pytest.raises(ConfigError, match=r"no address is known of '.*invalid'"):  # noqa: SIM117
+        with open_store("etcd", endpoint, {}, "job", 2.0):
+            pass
+    with (
+        pytest.raises(StoreLost),
+        open_store("etcd", "a.invalid,127.0.0.1:1", {}, "job", 2.0, timeout=0.5),
+    ):
         pass
 
 

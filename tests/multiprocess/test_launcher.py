@@ -12,6 +12,7 @@ import pytest
 
 from resilient_train.launch.rtrun import main
 from resilient_train.testing.job import Job
+from resilient_train.testing.nodes import free_port
 
 RTRUN = [sys.executable, "-m", "resilient_train.launch.rtrun"]
 pytestmark = pytest.mark.timeout(180)
@@ -110,6 +111,28 @@ def test_a_signal_ends_the_job_in_good_order(stock: Path, tmp_path: Path, number
         assert job.leftovers() == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_store(stock: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Something listens and says nothing: it is said what is waited for, and no folder or process stays."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        flags = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{silent.getsockname()[1]}"]
+        with Job(stock, flags=flags, log_dir=tmp_path / "logs") as job:
+            job.wait_for_line("waiting for the control store at 127.0.0.1", 60)
+            job.signal(number)
+            assert job.finish(20) == 130, job.output
+            assert f"ended by {number.name} before the job had begun" in job.output
+            assert "Traceback" not in job.output
+            assert job.leftovers() == []
+
+
+def test_a_node_that_is_alone_says_what_it_waits_for(stock: Path, tmp_path: Path) -> None:
+    """And ends in good order."""
+    with Job(stock, flags=["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{free_port()}"], log_dir=tmp_path / "logs") as job:
+        job.wait_for_line("waiting for nodes: 1 of 2 is here", 60)
+        job.signal(signal.SIGINT)
+        assert job.finish(30) == 130, job.output
+
+
 def test_a_module_and_a_program(tmp_path: Path) -> None:
     """--module and --no-python work as in torchrun."""
     module = subprocess.run([*RTRUN, "-m", "this"], capture_output=True, text=True, timeout=60, check=False)
@@ -132,6 +155,10 @@ def test_a_module_and_a_program(tmp_path: Path) -> None:
         (["--nproc-per-node=0", "SCRIPT"], "--nproc-per-node must be at least 1"),
         (["--node-rank=1", "SCRIPT"], "--node-rank=1 is not one of 1 nodes"),
         (["--rdzv-endpoint=localhost:many", "SCRIPT"], "the endpoint must be HOST:PORT, it is 'localhost:many'"),
+        (["--local-addr=192.0.2.1", "SCRIPT"], "--local-addr=192.0.2.1 is no address of this machine"),
+        (["--nnodes=2", "--local-addr=no.invalid", "--rdzv-endpoint=:1", "SCRIPT"], "--local-addr=no.invalid is not"),
+        (["--detect-within=0", "SCRIPT"], "argument --detect-within: must be a number of seconds above 0, it is '0'"),
+        (["--standby=-1", "SCRIPT"], "argument --standby: must be a whole number, 0 or more, it is '-1'"),
         (["--signals-to-handle=SIGTERM,SIGNOTHING", "SCRIPT"], "there is no signal SIGNOTHING"),
     ],
 )
