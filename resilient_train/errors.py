@@ -67,6 +67,10 @@ class StorageError(OutsideError):
     """A checkpoint location could not be read or written."""
 
 
+class StorageUnusable(StorageError):
+    """Storage that is not set up for what is asked of it; to ask again does not help."""
+
+
 class CheckpointDamaged(StorageError):
     """A file of a checkpoint is missing, truncated or fails its checksum; the message names the file."""
 

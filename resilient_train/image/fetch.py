@@ -100,7 +100,7 @@ def plan_runs(ranges: Iterable[Range], layout: ImageLayout, blocks: int = RUN) -
         blocks: see above.
     """
     runs: list[Run] = []
-    left = sorted(wanted for wanted in ranges if wanted.size)
+    left = _apart(ranges)
     while left:
         chosen, again, end = [], [], 0
         for wanted in left:
@@ -116,7 +116,7 @@ def plan_runs(ranges: Iterable[Range], layout: ImageLayout, blocks: int = RUN) -
 
 def wanted_blocks(ranges: Iterable[Range], layout: ImageLayout) -> list[tuple[int, int]]:
     """(first, last) of the longest rows of blocks of which something is wanted."""
-    return _rows(sorted(wanted for wanted in ranges if wanted.size), layout.data_start, along=0)
+    return _rows(_apart(ranges), layout.data_start, along=0)
 
 
 def bounds(first: int, last: int, layout: ImageLayout) -> tuple[int, int]:
@@ -150,6 +150,19 @@ def split(ranges: Iterable[Range], parts: Sequence[tuple[int, int]]) -> tuple[li
                 place.append(Range(at, stop - at, wanted.address + at - wanted.at))
             at = stop
     return inside, outside
+
+
+def _apart(ranges: Iterable[Range]) -> list[Range]:
+    """The ranges in order; rows with whole blocks between them that nobody wants are ranges of their own."""
+    found: list[Range] = []
+    for wanted in ranges:
+        if wanted.row and wanted.stride - wanted.row >= (2 + ALONG) * BLOCK:
+            for index, at in enumerate(range(wanted.at, wanted.at + wanted.size, wanted.stride)):
+                size = min(wanted.row, wanted.at + wanted.size - at)
+                found.append(Range(at, size, wanted.address + index * (wanted.spread or wanted.stride)))
+        elif wanted.size:
+            found.append(wanted)
+    return sorted(found)
 
 
 def _disjoint(ranges: list[Range], layout: ImageLayout, blocks: int) -> Iterator[Run]:

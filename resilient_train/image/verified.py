@@ -156,9 +156,7 @@ class VerifiedImage:
             CheckpointDamaged: if a block fails its checksum.
         """
         runs = plan_runs(ranges, self.layout, 1 if self._near else RUN)
-        if self._gather is not None:
-            runs = [run for run in runs if run.rows]
-        return [functools.partial(self.fetch, run) for run in runs]
+        return [functools.partial(self.fetch, run) for run in runs if run.rows]
 
     def fetch(self, run: Run) -> None:
         """Read a run to its addresses, verified.

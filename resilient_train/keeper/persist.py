@@ -108,7 +108,7 @@ def persist(tier: Tier, job: Job) -> Written:
         put_part(tier, part)
         done = False
     if done:
-        _remove_superseded(tier, job.keep_last, job.word)
+        _remove_superseded(tier, part, job.keep_last, job.word)
     return Written(part=part, committed=done, nbytes=sum(image.file.size for image in left))
 
 
@@ -151,7 +151,7 @@ def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, kee
         return None
     if not word.may_commit() or not complete(tier, part, names):
         return None
-    _remove_superseded(tier, keep_last, word)
+    _remove_superseded(tier, part, keep_last, word)
     return part.key
 
 
@@ -165,10 +165,10 @@ def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
     return (image.layout.total, image.header_crc, image.stamp.crc) == (file.size, file.header_crc, file.table_crc)
 
 
-def _remove_superseded(tier: Tier, keep_last: int, word: Word) -> None:
+def _remove_superseded(tier: Tier, part: Manifest, keep_last: int, word: Word) -> None:
     """What cannot be removed costs room; what was just written is durable all the same."""
     try:
-        for key in superseded(*listing(tier), keep_last):
+        for key in superseded(*listing(tier), keep_last, part.past):
             if not word.holds():
                 # Another world may have resumed from it; whoever is current removes it later.
                 return

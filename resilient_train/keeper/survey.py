@@ -115,8 +115,13 @@ def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:
 
     if not targets:
         return Finding()
-    with ThreadPoolExecutor(min(len(targets), _AT_ONCE), "ask") as pool:
-        answers = dict(zip([endpoint for endpoint, _ in targets], pool.map(ask, targets), strict=True))
+    try:
+        with ThreadPoolExecutor(min(len(targets), _AT_ONCE), "ask") as pool:
+            answers = dict(zip([endpoint for endpoint, _ in targets], pool.map(ask, targets), strict=True))
+    except RuntimeError:
+        if threading.main_thread().is_alive():
+            raise
+        return Finding()  # The keeper has ended meanwhile: nobody waits for the answer.
     there = {endpoint: answer for endpoint, answer in answers.items() if answer is not None}
     return Finding(
         images={endpoint: held.images for endpoint, held in there.items()},

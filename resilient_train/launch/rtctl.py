@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from resilient_train.errors import ConfigError, ExitCode, ResilientError
+from resilient_train.errors import ConfigError, ExitCode, ResilientError, StorageError
 from resilient_train.storage.catalogue import listing
 from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import open_tier
+from resilient_train.storage.tier import Tier
 from resilient_train.tools.clean import propose, remove
 from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
@@ -154,7 +155,9 @@ def _scale(args: argparse.Namespace) -> ExitCode:
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:
-    found = survey(open_tier(args.place))
+    tier = _opened(args.place)
+    # To ask a server about every file takes long.
+    found = survey(tier, sizes=tier.local)
     total = sum(one.nbytes or 0 for one in found)
     if args.json:
         _print_json({"url": args.place, "checkpoints": [one.to_json() for one in found], "total_bytes": total})
@@ -167,6 +170,18 @@ def _ls(args: argparse.Namespace) -> ExitCode:
         f"{count(len(found) - others, 'committed checkpoint')}, {others} unfinished or damaged, {human(total)} in all"
     )
     return ExitCode.SUCCESS
+
+
+def _opened(place: str) -> Tier:
+    """Where checkpoints are to be: a folder that is not there is a slip of the pen.
+
+    Raises:
+        StorageError: if there is none.
+    """
+    tier = open_tier(place)
+    if tier.local and not os.path.isdir(place.removeprefix("file://")):
+        raise StorageError(f"{place}: there is no such folder")
+    return tier
 
 
 def _row(one: Checkpoint) -> tuple[str, ...]:
@@ -273,7 +288,7 @@ def _import(args: argparse.Namespace) -> ExitCode:
 def _clean(args: argparse.Namespace) -> ExitCode:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep must be at least 1, it is {args.keep}")
-    tier = open_tier(args.place)
+    tier = _opened(args.place)
     proposal = propose(tier, args.keep)
     for one in proposal.kept:
         print(f"keep    {folder_of(one.key)}  {human(one.nbytes)}  {one.state}{f': {one.note}' if one.note else ''}")

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from resilient_train.spec.world import Key
+from resilient_train.spec.world import Key, in_ancestry
 
 
-def superseded(committed: Collection[Key], incomplete: Collection[Key], keep_last: int) -> list[Key]:
-    """Checkpoints to remove, oldest first: all but the newest ``keep_last`` committed ones (at least one stays), and
-    unfinished ones older than the newest committed one, which nobody can still be writing."""
+def superseded(
+    committed: Collection[Key], incomplete: Collection[Key], keep_last: int, past: Mapping[int, int | None]
+) -> list[Key]:
+    """Checkpoints to remove, oldest first.
+
+    Those older than the newest ``keep_last`` (at least one) committed ones; and unfinished ones older than the newest
+    committed one, which nobody can still be writing.  States that the job has gone back behind, because they were
+    damaged for instance, do not count among those to keep.
+
+    Args:
+        committed: whole, as far as their manifests say.
+        incomplete: folders without a manifest.
+        keep_last: how many stay.
+        past: the job's ancestry.
+    """
     ordered = sorted(committed)
-    gone = ordered[: max(0, len(ordered) - max(1, keep_last))]
+    # Of jobs before the last one nothing is known, and they may have been sound.
+    kept = [key for key in ordered if key.lineage not in past or in_ancestry(key, past)][-max(1, keep_last) :]
+    gone = [key for key in ordered if kept and key < kept[0]]
     if ordered:
         gone += [key for key in incomplete if key < ordered[-1]]
     return sorted(gone)

@@ -15,13 +15,15 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
 from resilient_train.storage import s3
 from resilient_train.storage.commit import MANIFEST
 from resilient_train.storage.local import make_folder, read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
 from resilient_train.storage.tier import Chunk, Tier
 
+_SETTINGS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+"""Errors of backends that do not go away by themselves."""
 _PART = 16 << 20
 """Bytes held back for one part of a multipart upload."""
 
@@ -61,8 +63,12 @@ class FilesystemTier:
             if reading:
                 raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
             raise StorageError(f"{self.name}: {what}: there is no such place: {error}") from error
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"{self.name}: {what}: {error.filename} is not a folder") from error
         except Exception as error:  # Every backend raises its own errors; this is the edge where they become ours.
-            raise StorageError(f"{self.name}: {what}: {type(error).__name__}: {error}") from error
+            name = type(error).__name__
+            kind = StorageUnusable if name in _SETTINGS else StorageError
+            raise kind(f"{self.name}: {what}: {name}: {error}") from error
 
     def folders(self) -> dict[str, set[str]]:
         with self._mapped("cannot list"):
@@ -93,7 +99,11 @@ class FilesystemTier:
         return bytes(data)
 
     def _check_length(self, path: str, offset: int, wanted: int, length: int) -> None:
-        if length != wanted:
+        if length > wanted:
+            raise StorageUnusable(
+                f"{self.name}: {path}: {wanted} bytes asked for, {length} came: the server gives no parts of files"
+            )
+        if length < wanted:
             raise CheckpointDamaged(
                 f"{self.name}: {path}: truncated, {wanted} bytes asked for at byte {offset}, {length} are there"
             )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
 from resilient_train.storage.tier import Chunk, Tier
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,8 @@ _T = TypeVar("_T")
 class RetryingTier:
     """Every operation of another tier, tried again when storage refuses it.
 
-    What is damaged or missing is not tried again, and neither is a write whose source can be read only once.
+    What is damaged, missing or not set up is not tried again, and neither is a write whose source can be read only
+    once.
     """
 
     def __init__(self, tier: Tier, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -60,7 +61,7 @@ class RetryingTier:
         for delay in DELAYS:
             try:
                 return operation()
-            except CheckpointDamaged:
+            except (CheckpointDamaged, StorageUnusable):
                 raise
             except StorageError as error:
                 logger.warning("%s; trying again in %g s", error, delay)

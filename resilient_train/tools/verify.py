@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from resilient_train.errors import CheckpointDamaged, StorageError
+from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
 from resilient_train.image.verified import VerifiedImage
 from resilient_train.plan.recovery import missing
 from resilient_train.spec.shard import BLOCK
@@ -56,11 +56,17 @@ class Verdict:
 
 
 def verify(tier: Tier, key: Key, progress: Progress) -> Verdict:
-    """Read every byte of a checkpoint; what is wrong is in the verdict, nothing is raised for it."""
+    """Read every byte of a checkpoint; what is wrong with it is in the verdict, nothing is raised for that.
+
+    Raises:
+        StorageUnusable: if the place cannot be read at all.
+    """
     verdict = Verdict(key=key)
     folder = folder_of(key)
     try:
         manifest = read_manifest(tier, key)
+    except StorageUnusable:
+        raise
     except StorageError as error:
         verdict.damage.append(Damage(file=f"{folder}/{MANIFEST}", reason=str(error)))
         return verdict
@@ -76,6 +82,8 @@ def verify(tier: Tier, key: Key, progress: Progress) -> Verdict:
             image = open_image(tier, manifest, file)
             sound.append(image)
             _read_all(image, report)
+        except StorageUnusable:
+            raise
         except StorageError as error:
             verdict.damage.append(Damage(file=f"{folder}/{file.name}", reason=str(error)))
         done += file.size

@@ -190,14 +190,15 @@ class Restoring:
         received: dict[str, Any] = json.loads(page.cpu().numpy().tobytes())
         return received
 
-    def _try(self, place: str, state: Candidate) -> tuple[ResilientError | None, dict[str, bool]]:
+    def _try(self, place: str, state: Candidate) -> tuple[Exception | None, dict[str, bool]]:
         """Fill the state: (the error, if there is one: the other ranks must hear of it before it is raised, which
         tensors were left to other ranks)."""
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(state, self._rank) as images:
                 return None, fill(self._state, images, self._rank, self._size, self._restore_threads(source))
-        except ResilientError as error:
+        except Exception as error:
+            # Whatever it is, memory that is not to be had for instance: the others wait to hear how it went.
             return error, {}
 
     def _check_all_wanted(self, left: dict[str, bool]) -> None:

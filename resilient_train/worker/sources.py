@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from resilient_train.errors import CheckpointDamaged, ResilientError
+from resilient_train.errors import CheckpointDamaged, PeerFailed, ResilientError
 from resilient_train.image.arena import Slot
 from resilient_train.image.reader import ImageReader, memory_reader
 from resilient_train.image.rebuild import ReadBytes, Remains, slices
@@ -247,6 +247,7 @@ class TierSource:
         images = open_together(self._tier, state.key, self._exchange)
         try:
             yield images
-        except ResilientError as error:
-            images.give_up(error)
+        except Exception as error:
+            other = PeerFailed(f"{type(error).__name__}: {error}")
+            images.give_up(error if isinstance(error, ResilientError) else other)
             raise

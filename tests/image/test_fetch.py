@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from resilient_train.errors import CheckpointDamaged
-from resilient_train.image.fetch import Range, Run, plan_runs, split
+from resilient_train.image.fetch import Range, Run, plan_runs, split, wanted_blocks
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import Row, VerifiedImage
 from resilient_train.plan.recovery import Holders, Want, copies_by_layout
@@ -207,3 +207,23 @@ def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     again = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
     with pytest.raises(CheckpointDamaged, match=f"block {(damaged - memory.layout.data_start) // BLOCK} "):
         again.fetching(ranges)[0]()
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_blocks_between_rows_are_not_read(near: bool) -> None:
+    """Columns of a very wide matrix: what stands between them is neither moved nor summed."""
+    chance = random.Random(5)
+    memory = Memory(64 * BLOCK, chance)
+    image = VerifiedImage("memory", len(memory.data), memory.read, near=near)
+    at, row, stride = memory.layout.data_start + 5, BLOCK // 2, 8 * BLOCK
+    for spread in (0, row):
+        target = np.zeros(len(memory.data), dtype=np.uint8)
+        wanted = Range(at, 7 * stride + row, target.ctypes.data, row, stride, spread)
+        memory.moved = 0
+        for fetch in image.fetching([wanted]):
+            fetch()
+        assert memory.moved <= 8 * 2 * BLOCK
+        for index in range(8):
+            here = target[index * (spread or stride) :][:row]
+            assert np.array_equal(here, memory.data[at + index * stride :][:row])
+    assert len(wanted_blocks([wanted], memory.layout)) == 8

@@ -127,11 +127,21 @@ def test_replicated_state_is_written_once_and_evenly() -> None:
 def test_retention_never_removes_the_last_good_one() -> None:
     """The newest stay; unfinished ones go only when they are older than a committed one."""
     keys = [Key(1, step) for step in range(5)]
-    assert superseded(keys, [], 3) == keys[:2]
-    assert superseded(keys[:1], [Key(1, 0), Key(2, 9)], 1) == []
-    assert superseded([Key(2, 5)], [Key(1, 9), Key(2, 6)], 1) == [Key(1, 9)]
+    assert superseded(keys, [], 3, {}) == keys[:2]
+    assert superseded(keys[:1], [Key(1, 0), Key(2, 9)], 1, {}) == []
+    assert superseded([Key(2, 5)], [Key(1, 9), Key(2, 6)], 1, {}) == [Key(1, 9)]
     for n in range(6):
-        assert len(superseded(keys[:n], [], 1)) == max(0, n - 1)
+        assert len(superseded(keys[:n], [], 1, {})) == max(0, n - 1)
+
+
+def test_a_checkpoint_that_the_job_went_back_behind_takes_nobodys_place() -> None:
+    """It was damaged; it goes when what is kept is newer, and those of jobs before count."""
+    old, sound, damaged, new = Key(1, 50), Key(2, 150), Key(2, 200), Key(3, 210)
+    past = {2: 150, 3: None}
+    assert superseded([old, sound, damaged, new], [], 3, past) == []
+    assert superseded([old, sound, damaged, new], [], 2, past) == [old]
+    assert superseded([old, sound, damaged, new], [], 1, past) == [old, sound, damaged]
+    assert superseded([damaged], [], 1, past) == []
 
 
 def test_intervals() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
+import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +56,52 @@ def test_other_tiers_are_read_too(make: Make, capsys: pytest.CaptureFixture[str]
     make(url, 5)
     assert run(["verify", url]) == 0
     assert run(["inspect", url]) == 0
+
+
+@pytest.mark.parametrize("command", [["ls"], ["clean"], ["verify"], ["inspect"]])
+def test_a_folder_that_is_not_there_is_an_error(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slip of the pen is no empty place."""
+    assert run([*command, str(tmp_path / "mistyped")]) is ExitCode.USER_ERROR
+    assert "mistyped: there is no" in capsys.readouterr().err
+
+
+def test_ls_sees_images_that_were_cut_short(tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """On disks their lengths are looked at."""
+    make(tmp_path, 5)
+    image = next(tmp_path.glob("*/rank-00001*"))
+    os.truncate(image, 1000)
+    assert run(["ls", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" in said.splitlines()[1]
+    assert f"{image.name} has 1000 bytes, the manifest says" in said
+
+
+def test_a_server_that_gives_no_parts_of_files_is_named(
+    tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is damaged there."""
+    make(tmp_path, 5)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            assert run(["verify", f"http://127.0.0.1:{server.server_port}"]) is ExitCode.USER_ERROR
+        finally:
+            server.shutdown()
+            thread.join()
+    said = capsys.readouterr()
+    assert "the server gives no parts of files" in said.out + said.err
+    assert "DAMAGED" not in said.out
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files, but no ranges of them."""
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 def test_inspect_shows_parts_and_tensors(tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
