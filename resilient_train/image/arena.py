@@ -95,20 +95,8 @@ def _left(group: tuple[Path, str, str]) -> int | None:
         return None
 
 
-_MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23
-_PAGE = 4096
 _system = ctypes.CDLL(None)
-
-
-def prefer_huge_pages(address: int, size: int) -> None:
-    """Ask for large pages for memory that nothing was written to yet: its first use is faster by half then.
-
-    Where the system has none to give, or is not to, nothing changes.
-    """
-    begin, end = -(-address // _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
-    if begin < end:
-        _system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
 
 
 def touch(fd: int) -> None:

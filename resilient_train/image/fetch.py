@@ -89,15 +89,14 @@ class Run:
         return len(self.rows) <= MOST_ROWS and self.wanted + REQUEST * len(self.rows) < 0.95 * self.size
 
 
-def plan_runs(ranges: Iterable[Range], layout: ImageLayout, blocks: int = RUN) -> list[Run]:
-    """Runs, of at most so many ``blocks``, that bring every range to its place.
+def plan_runs(ranges: Iterable[Range], layout: ImageLayout) -> list[Run]:
+    """Runs that bring every range to its place.
 
     A byte that is wanted in several places is in several runs.
 
     Args:
         ranges: within the checksummed bytes of the image.
         layout: the image's.
-        blocks: see above.
     """
     runs: list[Run] = []
     left = _apart(ranges)
@@ -109,7 +108,7 @@ def plan_runs(ranges: Iterable[Range], layout: ImageLayout, blocks: int = RUN) -
                 end = wanted.at + wanted.size
             else:
                 again.append(wanted)
-        runs += _disjoint(chosen, layout, blocks)
+        runs += _disjoint(chosen, layout)
         left = again
     return runs
 
@@ -165,10 +164,10 @@ def _apart(ranges: Iterable[Range]) -> list[Range]:
     return sorted(found)
 
 
-def _disjoint(ranges: list[Range], layout: ImageLayout, blocks: int) -> Iterator[Run]:
+def _disjoint(ranges: list[Range], layout: ImageLayout) -> Iterator[Run]:
     """Runs for ranges that do not overlap and are in order."""
     index = 0
-    for first, last in _runs_of_blocks(ranges, layout.data_start, blocks):
+    for first, last in _runs_of_blocks(ranges, layout.data_start):
         at = layout.data_start + first * BLOCK
         end = min(layout.data_start + (last + 1) * BLOCK, layout.crc_start)
         segments: list[tuple[int, int]] = []
@@ -220,10 +219,10 @@ def _rows_between(wanted: Range, begin: int, stop: int, start: int) -> Iterator[
         yield rows(stop - rest, rest, 1)
 
 
-def _runs_of_blocks(ranges: list[Range], start: int, blocks: int) -> Iterator[tuple[int, int]]:
+def _runs_of_blocks(ranges: list[Range], start: int) -> Iterator[tuple[int, int]]:
     for first, last in _rows(ranges, start, ALONG):
-        for begin in range(first, last + 1, blocks):
-            yield begin, min(begin + blocks - 1, last)
+        for begin in range(first, last + 1, RUN):
+            yield begin, min(begin + RUN - 1, last)
 
 
 def _rows(ranges: list[Range], start: int, along: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from resilient_train.errors import CheckpointDamaged, FormatError
-from resilient_train.image.fetch import RUN, Range, Run, plan_runs
+from resilient_train.image.fetch import Range, Run, plan_runs
 from resilient_train.image.native import PlacedRows, checksum, engine
 from resilient_train.image.scratch import Scratch
 from resilient_train.spec import jsontree
@@ -44,7 +44,6 @@ class VerifiedImage:
         read_into: ReadInto | None = None,
         gather: Gather | None = None,
         address: int = 0,
-        near: bool = False,
         elsewhere: Elsewhere = lambda: False,
         header_crc: int | None = None,
     ) -> None:
@@ -58,8 +57,6 @@ class VerifiedImage:
             gather: how to get no more than rows of blocks, if that can be had and spares something.
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
-            near: to read is to copy from this machine's memory, mostly; then single blocks go by way of the caches,
-                where they are verified on their way on, instead of being fetched from memory again for that.
             elsewhere: finds another holder of the same image.
             header_crc: what was committed, if it is known: a header that is another is not looked into.
 
@@ -71,7 +68,6 @@ class VerifiedImage:
         self._read_into = read_into or self._copied
         self._gather = gather
         self._address = address
-        self._near = near
         self._elsewhere = elsewhere
         try:
             header = read(0, min(size, header_size(read(0, min(size, 8)))))
@@ -155,7 +151,7 @@ class VerifiedImage:
         Each raises:
             CheckpointDamaged: if a block fails its checksum.
         """
-        runs = plan_runs(ranges, self.layout, 1 if self._near else RUN)
+        runs = plan_runs(ranges, self.layout)
         return [functools.partial(self.fetch, run) for run in runs if run.rows]
 
     def fetch(self, run: Run) -> None:
@@ -181,7 +177,7 @@ class VerifiedImage:
             return self._placed(self._address + begin, run, sums)
         if self._gather is not None and run.sparse:
             return self._gathered(self._gather, run, begin, sums)
-        if self._near or not run.segments:
+        if not run.segments:
             with _SCRATCH.lend(run.size) as blocks:
                 self._read_into(begin, [blocks.data])
                 return self._placed(blocks.ctypes.data, run, sums)

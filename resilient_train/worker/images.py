@@ -109,7 +109,7 @@ def read_image(
 ) -> ImageReader:
     """The same of a file whose length is known to be right, by a function that reads it."""
     name = f"{tier.name}/{folder_of(manifest.key)}/{file.name}"
-    reader = ImageReader(name, file.size, read, read_into=read_into, near=tier.local, header_crc=file.header_crc)
+    reader = ImageReader(name, file.size, read, read_into=read_into, header_crc=file.header_crc)
     reader.check(
         key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
     )

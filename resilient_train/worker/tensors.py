@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from resilient_train.errors import FormatError, StateMismatch, UnsupportedState
-from resilient_train.image.arena import prefer_huge_pages
 from resilient_train.image.snapshot import DTYPES, TORCH_DTYPES
 from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
@@ -21,8 +20,6 @@ from resilient_train.spec.sharding import Cut, held_box
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CUTTING = (Shard, _StridedShard)
-_LARGE = 2 << 20
-"""Bytes of what has large pages of its own."""
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box, tuple[int, ...]]:
@@ -201,7 +198,7 @@ def like_parameter(
     if distributed and isinstance(parameter, DTensor) and tuple(shape) != tuple(parameter.shape):
         return _factor(parameter, tuple(shape), dtype)
     if isinstance(parameter, DTensor) and tuple(shape) == tuple(parameter.shape):
-        local = _fresh(torch.empty_like(parameter.to_local(), dtype=dtype))
+        local = torch.empty_like(parameter.to_local(), dtype=dtype)
         return DTensor.from_local(
             local,
             parameter.device_mesh,
@@ -213,15 +210,8 @@ def like_parameter(
     where = parameter.device if device == "parameter" else device_named(device)
     memory_format = torch.preserve_format if tuple(shape) == tuple(parameter.shape) else torch.contiguous_format
     if memory_format is torch.preserve_format and not isinstance(parameter, DTensor):
-        return _fresh(torch.empty_like(parameter, dtype=dtype, device=where, requires_grad=False))
-    return _fresh(torch.empty(tuple(shape), dtype=dtype, device=where))
-
-
-def _fresh(tensor: torch.Tensor) -> torch.Tensor:
-    """A new tensor, whose memory is about to be written for the first time."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE:
-        prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
+        return torch.empty_like(parameter, dtype=dtype, device=where, requires_grad=False)
+    return torch.empty(tuple(shape), dtype=dtype, device=where)
 
 
 def _factor(parameter: DTensor, shape: tuple[int, ...], dtype: torch.dtype) -> DTensor:

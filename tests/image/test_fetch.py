@@ -168,7 +168,7 @@ def test_what_is_wanted_arrives_and_little_else_moves() -> None:
     assert image.data(memory.entry, 4 * BLOCK, 7) == memory.data[memory.layout.data_start + 4 * BLOCK :][:7].data
 
 
-@pytest.mark.parametrize("how", ["mapped", "read", "near", "gathered", "split"])
+@pytest.mark.parametrize("how", ["mapped", "read", "gathered", "split"])
 def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     """Columns of matrices go to matrices that are narrower or wider; what is between the rows there stays."""
     seed = random.randrange(1 << 30)
@@ -177,8 +177,7 @@ def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     memory = Memory(9_000_000 + chance.randrange(100_000), chance)
     gather = memory.gather if how == "gathered" else None
     address = memory.data.ctypes.data if how == "mapped" else 0
-    near = how == "near"
-    image = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address, near=near)
+    image = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
     target = np.full(30_000_000, 77, dtype=np.uint8)
     expected = target.copy()
     ranges, at, to = [], memory.layout.data_start + 9, 5
@@ -209,12 +208,11 @@ def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
         again.fetching(ranges)[0]()
 
 
-@pytest.mark.parametrize("near", [True, False])
-def test_blocks_between_rows_are_not_read(near: bool) -> None:
+def test_blocks_between_rows_are_not_read() -> None:
     """Columns of a very wide matrix: what stands between them is neither moved nor summed."""
     chance = random.Random(5)
     memory = Memory(64 * BLOCK, chance)
-    image = VerifiedImage("memory", len(memory.data), memory.read, near=near)
+    image = VerifiedImage("memory", len(memory.data), memory.read)
     at, row, stride = memory.layout.data_start + 5, BLOCK // 2, 8 * BLOCK
     for spread in (0, row):
         target = np.zeros(len(memory.data), dtype=np.uint8)
