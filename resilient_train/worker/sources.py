@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from resilient_train.errors import CheckpointDamaged, PeerFailed, ResilientError
@@ -249,5 +249,6 @@ class TierSource:
             yield images
         except Exception as error:
             other = PeerFailed(f"{type(error).__name__}: {error}")
-            images.give_up(error if isinstance(error, ResilientError) else other)
+            with suppress(ResilientError):  # What everybody hears is raised here, too.
+                images.give_up(error if isinstance(error, ResilientError) else other)
             raise

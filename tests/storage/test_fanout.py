@@ -33,6 +33,7 @@ from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker import checkpointer
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.process_group import is_communication_error
+from resilient_train.worker.state import State
 
 class Remote(FilesystemTier):
     count = 0
@@ -61,6 +62,9 @@ def lies(send):
 def dies(self, run):
     os.kill(os.getpid(), signal.SIGKILL)
 
+def lacks(self, *_, **__):
+    raise RuntimeError("out of memory")
+
 def digest(model, optim):
     found = hashlib.sha256()
     for tensor in [p.data for p in model.parameters()] + [s[k] for s in optim.state.values() for k in sorted(s)]:
@@ -80,6 +84,8 @@ def work(rank, ranks, url, meeting, steps, kind, fault):
         Exchange.send = lies(Exchange.send)
     if fault == f"{rank} dies":
         VerifiedImage.fetch = dies
+    if fault == f"{rank} lacks memory":
+        State.targets = lacks
     if fault == f"{rank} is refused":
         Remote.refused = "rank-00001"
     if not url.startswith("s3:"):
@@ -211,6 +217,13 @@ def test_a_rank_that_passes_on_something_else_is_named_and_does_no_harm(runs: Ru
     assert {(one.step, one.restored) for one in said} == {(4, saved[1])}
     assert any(re.match(r"2 .* came damaged from rank 1", line) for line in logged), logged
     assert not any(re.match(r"1 .* came damaged", line) for line in logged)
+
+
+def test_a_rank_that_lacks_memory_is_heard_of_by_the_others(runs: Runs) -> None:
+    """Any error before it knows what it wants: the others do not wait for that."""
+    said, logged = runs.run(3, 2, fault="1 lacks memory")
+    assert [line.split(":")[0] for line in said] == ["0 PeerFailed", "1 lost the others", "2 PeerFailed"], logged
+    assert any("out of memory" in line for line in logged)
 
 
 @pytest.mark.soak
