@@ -6,6 +6,7 @@ import argparse
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch.distributed import run as torchrun
@@ -122,9 +123,9 @@ def test_rtctl_commands_and_options() -> None:
     assert "exit codes" in rtctl.parser().format_help()
 
 
-def test_rtctl_is_a_program() -> None:
+def test_rtctl_is_a_program(tmp_path: Path) -> None:
     """It runs as a module, and ends with the exit codes it names."""
     command = [sys.executable, "-m", "resilient_train.launch.rtctl"]
-    assert subprocess.run([*command, "ls", "/nowhere"], check=False, capture_output=True).returncode == 0
+    assert subprocess.run([*command, "ls", str(tmp_path)], check=False, capture_output=True).returncode == 0
     assert subprocess.run([*command, "inspect", "/nowhere"], check=False, capture_output=True).returncode == 1
     assert subprocess.run(command, check=False, capture_output=True).returncode == 2

@@ -10,7 +10,7 @@ from types import FrameType
 
 _FIRST, _AGAIN = 3.0, 60.0
 """Seconds until it is said for the first time what is waited for, and until it is said again."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,8 +28,9 @@ def interruptible() -> Iterator[None]:
     def interrupt(number: int, _frame: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number).name)
 
-    # What is ignored stays ignored: nohup.
-    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    # Under nohup the end of the terminal is to be ignored; a shell has jobs in the background ignore SIGINT, too, but
+    # who sends it to one of them means it.
+    heeded = [*_ALWAYS, *(() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,))]
     before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
