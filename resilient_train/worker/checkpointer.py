@@ -171,6 +171,8 @@ class Checkpointer:
         """
         _check_steps("steps", total)
         first = self.restore() if self._step is None else self._step
+        if first >= total and self._rank == 0 and len(self._restores) == 1:
+            logger.warning("%d steps were asked for and %d are finished: there is nothing left to train", total, first)
         self._host.begin_steps(first, total)
         for step in range(first, total + 1):
             if step > first:

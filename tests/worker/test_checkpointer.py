@@ -57,7 +57,10 @@ def test_a_script_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert checkpoints(url) == ["step-000000030.g2", "step-000000040.g2"], "every run has a lineage of its own"
     whole = run(tmp_path / "whole", 40)
     assert second.stdout.splitlines()[-1] == whole.stdout.splitlines()[-1]
-    assert run(url, 40).stdout.startswith("sum"), "nothing is left to do"
+    third = run(url, 40)
+    assert third.stdout.startswith("sum")
+    assert "40 steps were asked for and 40 are finished: there is nothing left to train" in third.stderr
+    assert "nothing left" not in second.stderr
 
 
 def damage(path: Path, at: int) -> None:
