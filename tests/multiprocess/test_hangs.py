@@ -10,6 +10,7 @@ import records
 
 from resilient_train.spec.world import slot_of
 from resilient_train.testing.job import Job
+from resilient_train.testing.nodes import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts" / "train.py"
 DETECT_WITHIN = 2.0
@@ -118,3 +119,24 @@ def test_what_is_slow_does_not_hang(tmp_path: Path, args: tuple[str, ...]) -> No
         assert "hung" not in running.output
         assert running.output.count("result 3") == 3
         assert running.leftovers() == []
+
+
+@pytest.mark.soak
+def test_a_rank_that_is_stuck_where_a_node_is_lost_is_ended_below_min(tmp_path: Path) -> None:
+    """Nobody waits for it in a collective any more: it was left out, and its slot is needed."""
+    hangs = tmp_path / "hangs"
+    hangs.mkdir()
+    args = ["--record", str(tmp_path / "record"), "--steps", "200", "--step-time", "0.05", "--hang-folder", str(hangs)]
+    flags = ["--nnodes=2:3", "--nproc-per-node=1", f"--detect-within={DETECT_WITHIN:g}"]
+    with Nodes(SCRIPT, args, count=3, flags=flags, folder=tmp_path / "logs") as running:
+        first = running.jobs[0]
+        first.wait_for_line("step 20 size 3", 90)
+        (stuck,) = running.jobs[2].workers().values()
+        (hangs / str(stuck)).write_text("spin")
+        first.wait_for(lambda: any("hang" in row for row in records.read(tmp_path / "record")), 30, "the hang")
+        running.kill(1)
+        running.jobs[2].wait_for_line("has not come free for", 60)
+        first.wait_for_line("size 2", 60)
+        assert running.finish(120) == [0, 0], running.output
+        assert "too few are left, waiting for replacements" in running.output
+        assert "most recent call first" in running.jobs[2].output
