@@ -1,12 +1,15 @@
 """From four ranks to three: seconds and bytes, from the memory of nodes; and what planning takes, for any number.
 
-    python benchmarks/bench_reshard.py [--mib 1024] [--rounds 3] [--only memory planner]
+    python benchmarks/bench_reshard.py [--mib 1024] [--rounds 3] [--only memory transport planner]
 
 **memory**: a job of four nodes of one rank, each an ``rtrun``, trains a sharded (FSDP2) model with AdamW's moments; one
 node is killed with all it held, and the other three put the state together from their own memory, each other's, and the
 copies of the lost node's, in the processes that they are.  Bytes are those of the loopback interface, everything
 included.  Beside it, in turns: ``dcp.save`` on four ranks and ``dcp.load`` on three, on disk (in the page cache), and
 as many bytes as were moved through one plain socket.
+
+**transport**: the same bytes from one process to another, in turns, in the pieces of a restore: by the connections that
+keepers serve images on, and by the process group (gloo, point to point).
 
 **planner**: how long one rank takes to plan and to prove its part of a change, whatever the number of ranks is.
 """
@@ -22,11 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from bench_replication import RECEIVE
 from bench_restore import ranks
 
@@ -36,10 +42,12 @@ from resilient_train.spec.shard import Entry
 from resilient_train.spec.sharding import Cut, Cuts, held_box
 from resilient_train.spec.topology import Topology
 from resilient_train.spec.world import node_of
+from resilient_train.storage.wire import accept, connect
 from resilient_train.testing.nodes import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts" / "reshard.py"
 WIDTH = 1152
+TABLES = ("memory", "transport", "planner")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -181,6 +189,46 @@ def through_a_socket(size: int) -> float:
     return min(times)
 
 
+def exchange(rank: int, meeting: str, mib: int, rounds: int) -> None:
+    """One of two processes: sends, or receives and says how long each way took."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    piece, count = torch.ones(8 << 20, dtype=torch.uint8), mib // 8
+    view, secret = memoryview(piece.numpy()), b"the job's"
+    if rank == 0:
+        server = socket.create_server(("127.0.0.1", 0))
+        dist.send(torch.tensor(server.getsockname()[1]), 1)
+        sock, _ = server.accept()
+        wire = accept(sock, secret, 5.0)
+    else:
+        port = torch.zeros((), dtype=torch.int64)
+        dist.recv(port, 0)
+        wire = connect(f"127.0.0.1:{port}", secret, 5.0)
+    ways: dict[str, Callable[[], object]] = {
+        "connections of keepers": lambda: wire.send_bytes([view]) if rank == 0 else wire.fill([view]),
+        "process group (gloo)": lambda: dist.send(piece, 1) if rank == 0 else dist.recv(piece, 0),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, move in ways.items():
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(count):
+                move()
+            times[name].append(time.perf_counter() - began)
+    for name, took in times.items() if rank == 1 else ():
+        rates = sorted(mib / 1024 / seconds for seconds in took[1:])
+        print(f"  {name:44} {statistics.median(rates):7.2f} ({rates[0]:.2f} .. {rates[-1]:.2f})", flush=True)
+    wire.close()
+    dist.destroy_process_group()
+
+
+def transport(mib: int, rounds: int) -> None:
+    """The table of bandwidths."""
+    print(f"transport: GiB/s of {mib} MiB from process to process, medians of {rounds} (min .. max)", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        mp.start_processes(exchange, (f"{scratch}/meeting", mib, rounds), nprocs=2, start_method="spawn")
+
+
 def memory(mib: int, rounds: int) -> None:
     """The table of seconds and bytes."""
     print(f"memory: {mib} MiB of FSDP2 state, 4 ranks to 3, medians of {rounds} (min .. max)")
@@ -207,11 +255,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", choices=("memory", "planner"), default=("memory", "planner"))
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES)
     args = parser.parse_args(argv)
     print(f"{os.cpu_count()} cores; python benchmarks/bench_reshard.py {' '.join(sys.argv[1:])}", flush=True)
     if "memory" in args.only:
         memory(args.mib, args.rounds)
+    if "transport" in args.only:
+        transport(args.mib, args.rounds)
     if "planner" in args.only:
         planner()
 

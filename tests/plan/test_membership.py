@@ -2,96 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from resilient_train.errors import ExitCode
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
-from resilient_train.plan.view import Limits, View
+from resilient_train.plan.view import Limits
 from resilient_train.spec.messages import (
     Acknowledge,
-    Boundaries,
-    Busy,
     Done,
     Hello,
     Promise,
     Resumed,
     Stage,
-    Troubled,
     UserFailed,
 )
-from resilient_train.spec.node import NodeInfo
-from resilient_train.spec.world import Key, Phase, Restore, WorldRecord, slot_of
+from resilient_train.spec.world import Key, Phase, Restore, slot_of
 
-
-@dataclass
-class Bench:
-    """Runs one machine: swaps succeed at once, spawned processes run at once, the clock moves by hand."""
-
-    slots: int = 4
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        self.now = 100.0
-        info = NodeInfo(node="n", order=0, endpoint="h:1", slots=self.slots)
-        self.state = m.State(view=View(me="n", limits=self.limits, nodes={"n": info}))
-        self.effects: list[ev.Effect] = []
-        self.wakes: list[float] = []
-        self.feed(ev.RecordSeen(None))
-
-    def feed(self, event: ev.Event) -> None:
-        self.state, effects = m.step(self.state, event, self.now)
-        for effect in effects:
-            self.effects.append(effect)
-            if isinstance(effect, ev.Swap):
-                self.feed(ev.RecordSeen(effect.record))
-            elif isinstance(effect, ev.Spawn):
-                self.feed(ev.WorkerSpawned(effect.member))
-            elif isinstance(effect, ev.Wake):
-                self.wakes.append(effect.at)
-
-    def run_for(self, seconds: float) -> None:
-        """Let time pass, with a tick whenever the machine asked for one."""
-        end = self.now + seconds
-        while due := [at for at in self.wakes if at <= end]:
-            self.now = max(self.now, min(due))
-            self.wakes = [at for at in self.wakes if at > self.now]
-            self.feed(ev.Tick())
-        self.now = end
-
-    @property
-    def record(self) -> WorldRecord:
-        assert self.state.view.record is not None
-        return self.state.view.record
-
-    def taken(self, kind: type) -> list:
-        found = [effect for effect in self.effects if isinstance(effect, kind)]
-        self.effects = [effect for effect in self.effects if not isinstance(effect, kind)]
-        return found
-
-    def say(self, member: str, message: object) -> None:
-        self.feed(ev.WorkerSaid(member, message))
-
-    def enter(self, *members: str) -> None:
-        """Members form the current generation and begin to step."""
-        generation = self.record.generation
-        for member in members or self.record.members:
-            self.say(member, Acknowledge(generation=generation, at=self.now))
-        for member in members or self.record.members:
-            self.say(member, Stage(generation=generation, stage="formed", at=self.now))
-            self.say(member, Boundaries(generation=generation))
-
-    def start(self) -> None:
-        for member in self.record.members:
-            self.say(member, Hello(member=member))
-        self.enter()
-
-
-def running(**kwargs: object) -> Bench:
-    bench = Bench(**kwargs)
-    bench.start()
-    bench.effects.clear()
-    return bench
+from .node_bench import Bench, running
 
 
 def test_the_first_world_has_all_slots() -> None:
@@ -577,73 +503,3 @@ def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
     bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
     assert (bench.record.best_step, bench.record.stalled_at, bench.record.stalls) == (100, 60, 1)
-
-
-def test_a_hung_worker_is_a_loss_before_its_process_ends() -> None:
-    """The others go on at once, and the record says why; its end changes nothing, but frees its slot."""
-    bench = Bench()
-    bench.start()
-    bench.enter()
-    bench.feed(ev.Hung("n/1.0", "hung: rank 1 sleeps"))
-    bench.run_for(1.0)
-    assert bench.record.generation == 2
-    assert bench.record.members == ("n/0.0", "n/2.0", "n/3.0")
-    assert bench.record.reason == "lost rank 1 (hung: rank 1 sleeps)"
-    bench.say("n/1.0", Hello(member="n/1.0"))
-    bench.enter()
-    bench.run_for(10.0)
-    assert bench.record.generation == 2, "who hangs is not taken back in"
-    bench.feed(ev.WorkerExited("n/1.0", -9))
-    assert bench.record.generation == 2
-    bench.run_for(2.0)
-    assert bench.state.worker("n/1.1") is not None
-
-
-def test_deadlocked_ranks_form_again_a_few_times() -> None:
-    """The same members, in a new generation; at the same step again and again it ends the job."""
-    bench = Bench()
-    bench.start()
-    members = bench.record.members
-    for _ in range(2):
-        bench.enter()
-        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
-        bench.feed(ev.Deadlocked(bench.record.generation, "hung: all wait"))
-        bench.run_for(1.0)
-        assert bench.record.members == members
-        assert bench.record.reason == "hung: all wait; all form again"
-    assert bench.record.generation == 3
-    bench.feed(ev.Deadlocked(2, "hung: of a generation before"))
-    bench.run_for(1.0)
-    assert bench.record.generation == 3
-    bench.enter()
-    bench.feed(ev.Deadlocked(3, "hung: all wait"))
-    bench.run_for(1.0)
-    assert bench.record.phase is Phase.FAILED
-    assert bench.record.exit_code == ExitCode.NO_PROGRESS
-    assert "the last: hung: all wait" in bench.record.error
-
-
-def test_announced_operations_are_told_to_all() -> None:
-    """A rank's long operation stands in its node's announcement until it is over."""
-    bench = Bench()
-    bench.start()
-    bench.say("n/2.0", Busy(name="evaluate"))
-    assert bench.state.view.workers()["n/2.0"].busy == "evaluate"
-    bench.say("n/2.0", Busy(name=""))
-    assert bench.state.view.workers()["n/2.0"].busy == ""
-
-
-def test_a_failed_collective_that_nobody_explains_has_all_form_again() -> None:
-    """The same members, a new generation; if that helps nobody, the job ends and says what failed."""
-    bench = running(slots=2)
-    for generation in (1, 2, 3):
-        bench.say("n/1.0", Troubled(generation=generation - 1, text="of a generation before"))
-        bench.run_for(1.0)
-        assert bench.record.generation == generation
-        bench.say("n/1.0", Troubled(generation=generation, text="rank 1 could not communicate"))
-        bench.run_for(1.0)
-        if bench.record.phase is Phase.RUNNING:
-            assert bench.record.members == ("n/0.0", "n/1.0")
-            bench.enter()
-    assert bench.record.phase is Phase.FAILED
-    assert "rank 1 could not communicate" in bench.record.error
