@@ -171,6 +171,7 @@ class JobWide:
     def tick(self, saving: bool) -> None:
         """A moment has passed."""
         self._replicator.saving = saving
+        self._parities.let_go()
 
     def time_to_persist(self) -> None:
         """Have all nodes make a state durable, if it is this one that says when."""

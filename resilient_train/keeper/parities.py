@@ -129,6 +129,17 @@ class Parities:
             self._receive(wire, request, folding, size)
             wire.send(Stored())
 
+    def let_go(self) -> None:
+        """End what was begun for a group that this node is not in any more: nobody may come to end it.
+
+        Never waits: what is busy is looked at the next time.
+        """
+        if self._finding.acquire(blocking=False):
+            try:
+                self._drop_former()
+            finally:
+                self._finding.release()
+
     def _receive(self, wire: Wire, request: Fold, folding: _Folding, size: int) -> None:
         """Fold what arrives, block by block."""
         buffer, node = np.empty(BLOCK, dtype=np.uint8), request.node

@@ -106,11 +106,24 @@ def test_the_only_node_that_is_left_has_both_parts(cluster: Make, tmp_path: Path
 
 
 def test_who_is_left_alone_lets_go_of_parities(cluster: Make) -> None:
-    """With its next complete state; they take as much memory as its images."""
+    """With its next complete state, and of what the lost one had begun; they take as much memory as its images."""
     job = cluster(1, 1)
     job.introduce()
     job.start_workers(group=4)
     last = job.step_until(lambda: all(job.kept()), rows=20_000)
+
+    def begun() -> bool:
+        wire = connect(job.nodes[0].endpoint, KEY, 5.0)
+        try:
+            wire.send(piece("b", ONE, step=last + 1000, others=["b"]))
+            wire.expect(Ready)
+        except LinkLost:
+            return False  # The real one has come in between: one source, one transfer.
+        finally:
+            wire.close()
+        return True
+
+    wait_until(begun, "a piece that is taken")
     job.lose(job.nodes[1])
     job.generation = 2
     job.introduce()
