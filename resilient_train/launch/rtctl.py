@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StorageError
 from resilient_train.storage.catalogue import listing
 from resilient_train.storage.commit import folder_of
@@ -179,7 +181,8 @@ def _opened(place: str) -> Tier:
         StorageError: if there is none.
     """
     tier = open_tier(place)
-    if tier.local and not os.path.isdir(place.removeprefix("file://")):
+    # fsspec knows how many ways there are to write a path.
+    if tier.local and not os.path.isdir(fsspec.core.url_to_fs(place)[1]):
         raise StorageError(f"{place}: there is no such folder")
     return tier
 

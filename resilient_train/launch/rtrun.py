@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with interruptible():
             code = run(args)
     except Interrupted as signal_:
-        print_line(f"ended by {signal_} before the job had begun")
+        print_line(f"ended by {signal_} while no job was running on this node")
         code = ExitCode.INTERRUPTED
     except ConfigError as error:
         print(f"rtrun: error: {error}", file=sys.stderr)

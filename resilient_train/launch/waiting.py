@@ -14,7 +14,7 @@ _ALWAYS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came before there was a job that could end well; the message names it."""
+    """A signal came while there was no job here that could end well; the message names it."""
 
 
 @contextmanager

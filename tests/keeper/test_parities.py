@@ -105,17 +105,13 @@ def test_the_only_node_that_is_left_has_both_parts(cluster: Make, tmp_path: Path
     assert len(manifest.files) == 2
 
 
-def test_who_is_left_alone_lets_go_of_parities(cluster: Make) -> None:
-    """With its next complete state, and of what the lost one had begun; they take as much memory as its images."""
-    job = cluster(1, 1)
-    job.introduce()
-    job.start_workers(group=4)
-    last = job.step_until(lambda: all(job.kept()), rows=20_000)
+def begin_a_piece(node: Node, step: int, others: list[str]) -> None:
+    """Have a node begin a parity with a piece of b's that never comes to its end."""
 
     def begun() -> bool:
-        wire = connect(job.nodes[0].endpoint, KEY, 5.0)
+        wire = connect(node.endpoint, KEY, 5.0)
         try:
-            wire.send(piece("b", ONE, step=last + 1000, others=["b"]))
+            wire.send(piece("b", ONE, step=step, others=others))
             wire.expect(Ready)
         except LinkLost:
             return False  # The real one has come in between: one source, one transfer.
@@ -124,6 +120,15 @@ def test_who_is_left_alone_lets_go_of_parities(cluster: Make) -> None:
         return True
 
     wait_until(begun, "a piece that is taken")
+
+
+def test_who_is_left_alone_lets_go_of_parities(cluster: Make) -> None:
+    """With its next complete state, and of what the lost one had begun; they take as much memory as its images."""
+    job = cluster(1, 1)
+    job.introduce()
+    job.start_workers(group=4)
+    last = job.step_until(lambda: all(job.kept()), rows=20_000)
+    begin_a_piece(job.nodes[0], last + 1000, ["b"])
     job.lose(job.nodes[1])
     job.generation = 2
     job.introduce()
@@ -145,18 +150,7 @@ def test_what_was_begun_for_a_former_group_is_let_go(cluster: Make) -> None:
     job.start_workers(group=4)
     last = job.step_until(lambda: all(job.kept()), rows=20_000)
 
-    def begun() -> bool:
-        wire = connect(job.nodes[0].endpoint, KEY, 5.0)
-        try:
-            wire.send(piece("b", ONE, step=last + 1000, others=["b", "c", "d"]))
-            wire.expect(Ready)
-        except LinkLost:
-            return False  # The real one has come in between: one source, one transfer.
-        finally:
-            wire.close()
-        return True
-
-    wait_until(begun, "a piece that is taken")
+    begin_a_piece(job.nodes[0], last + 1000, ["b", "c", "d"])
     job.nodes[1].replace_keeper()
     job.lose(job.nodes[3])
     job.generation = 2

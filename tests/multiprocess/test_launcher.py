@@ -120,7 +120,7 @@ def test_a_signal_ends_the_wait_for_a_store(stock: Path, tmp_path: Path, number:
             job.wait_for_line("waiting for the control store at 127.0.0.1", 60)
             job.signal(number)
             assert job.finish(20) == 130, job.output
-            assert f"ended by {number.name} before the job had begun" in job.output
+            assert f"ended by {number.name} while no job was running on this node" in job.output
             assert "Traceback" not in job.output
             assert job.leftovers() == []
 

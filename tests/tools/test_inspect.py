@@ -46,7 +46,7 @@ def test_ls_shows_every_checkpoint(tmp_path: Path, make: Make, capsys: pytest.Ca
     assert total.startswith("2 committed checkpoints, 2 unfinished or damaged, ")
 
 
-def test_other_tiers_are_read_too(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_tiers_are_read_too(tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever fsspec knows; a place without checkpoints is empty for ls and an error for the rest."""
     url = f"memory://{uuid.uuid4().hex}"
     assert run(["ls", url]) == 0
@@ -54,6 +54,7 @@ def test_other_tiers_are_read_too(make: Make, capsys: pytest.CaptureFixture[str]
     assert run(["inspect", url]) is ExitCode.USER_ERROR
     assert "no committed checkpoint" in capsys.readouterr().err
     make(url, 5)
+    assert run(["ls", f"local://{tmp_path}"]) == 0
     assert run(["verify", url]) == 0
     assert run(["inspect", url]) == 0
 
