@@ -251,6 +251,20 @@ class Cluster:
             step += 1
         return step - 1
 
+    def settle(self, rows: int = 4) -> Key:
+        """Train until the newest state of all is what survives: with nothing newer to copy, its copies stay."""
+        step, kept = 1, Key(1, 1)
+
+        def settled() -> bool:
+            return all(key == kept for key in self.kept())
+
+        while not all(self.step(kept, rows)):
+            step += 1
+            kept = Key(1, step)
+            time.sleep(0.03)
+        wait_until(settled, f"copies of {kept}")
+        return kept
+
     def kept(self) -> list[Key | None]:
         """What each node's board says survives."""
         return [node.workers[0].link.board.kept() for node in self.nodes if node.workers]

@@ -43,8 +43,7 @@ def test_two_copies_survive_any_two_losses(cluster: Make) -> None:
     job = cluster(1, 1, 1, 1)
     job.introduce()
     job.start_workers(copies=2)
-    job.step_until(lambda: all(job.kept()))
-    kept = min(key for key in job.kept() if key)
+    kept = job.settle()
     ranks = [{image.rank for image in held(node) if image.key == kept} for node in job.nodes]
     for one, other in itertools.combinations(ranks, 2):
         assert one | other == {0, 1, 2, 3}
@@ -120,8 +119,7 @@ def test_a_copy_that_was_damaged_in_memory_is_named_and_the_other_one_is_read(
     job = cluster(1, 1, 1, 1)
     job.introduce()
     job.start_workers(copies=2)
-    job.step_until(lambda: all(job.kept()), rows=40_000)
-    kept = min(key for key in job.kept() if key)
+    kept = job.settle(rows=40_000)
     holders = place(Topology({node.name: [] for node in job.nodes}), 2)["a"]
     reader = next(node for node in job.nodes[1:] if node.name not in holders)
     # The one that is asked first.
@@ -146,8 +144,7 @@ def test_where_this_nodes_own_memory_is_damaged_a_copy_is_read(
     job = cluster(1, 1)
     job.introduce()
     job.start_workers(copies=1)
-    job.step_until(lambda: all(job.kept()), rows=400_000)
-    kept = min(key for key in job.kept() if key)
+    kept = job.settle(rows=400_000)
     (slot,) = [slot for slot in job.nodes[0].workers[0].slots.all() if slot.key == kept]
     for at in (300,) if where == "header" else range(slot.memory.size // 4, slot.memory.size // 4 * 3, 1 << 20):
         slot.memory.map[at] ^= 1

@@ -456,13 +456,11 @@ def test_a_keeper_that_dies_while_it_is_read_is_replaced_by_the_next_holder(
     job = cluster(1, 1, 1)
     job.introduce()
     job.start_workers()
-    job.step_until(lambda: all(job.kept()), rows=40_000)
+    kept = job.settle(rows=40_000)
     keeps = place(Topology({node.name: [] for node in job.nodes}), 1)
     first = job.nodes[0]
     second = next(node for node in job.nodes if node.name in keeps["a"])
     third = next(node for node in job.nodes if node not in (first, second))
-    kept = third.workers[0].link.board.kept()
-    assert kept is not None
     source = MemorySource(third.workers[0].link)
     with source.open(Candidate(key=kept)) as images:
         readers = images.all()
