@@ -235,7 +235,16 @@ class Links:
                     self._refused(called)
                 return
             line.node, line.quiet = node, 0
+            self._drop_double(line)
             self._heard(node)
+
+    def _drop_double(self, proved: _Line) -> None:
+        """Where both ends called each other at once, the line stays that the one with the smaller name called."""
+        ours = self._me.decode(errors="replace") < proved.node
+        if bool(proved.called) == ours:
+            for line in list(self._lines):
+                if proved.node in (line.node, line.called) and bool(line.called) != ours:
+                    self._drop(line)
 
     def _proof(self, nonce: bytes, name: bytes, *, caller: bool) -> bytes:
         return hmac.new(self._key, (b"caller" if caller else b"called") + nonce + name, hashlib.sha256).digest()
@@ -246,7 +255,7 @@ class Links:
             return
         node = line.node
         self._drop(line)
-        if node in self._wanted and not any(other.node == node for other in self._lines):
+        if node in self._wanted and not any(node in (other.node, other.called) for other in self._lines):
             self._call(node, self._wanted[node])
 
     def _drop(self, line: _Line) -> None:

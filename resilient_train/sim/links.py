@@ -140,12 +140,21 @@ class Links:
             return
         if not word:
             self._drop(line)
-            if node in self._wanted and not any(other.node == node for other in self._lines):
+            if node in self._wanted and not any(node in (other.node, other.called) for other in self._lines):
                 self._call(node)
             return
         line.quiet = 0
-        line.node = node
+        if not line.node:
+            line.node = node
+            self._drop_double(line)
         self._heard(node)
+
+    def _drop_double(self, proved: _Line) -> None:
+        ours = self._me < proved.node
+        if bool(proved.called) == ours:
+            for line in list(self._lines):
+                if proved.node in (line.node, line.called) and bool(line.called) != ours:
+                    self._drop(line)
 
     def _drop(self, line: _Line) -> None:
         if line in self._lines:

@@ -62,6 +62,27 @@ def test_both_ends_hear_each_other(ends: dict[str, End]) -> None:
     until(lambda: a.heard == ["b"] and b.heard == ["a"], a, b)
 
 
+def test_one_line_stays_where_both_call_at_once(ends: dict[str, End]) -> None:
+    """Each beat is heard once, and neither takes the other line's end for a loss."""
+    a, b = ends["a"], ends["b"]
+    a.links.want({"b": b.links.address})
+    b.links.want({"a": a.links.address})
+    # A listener and one line.
+    until(lambda: a.heard and b.heard and len(a.selector.get_map()) == len(b.selector.get_map()) == 2, a, b)
+    for _ in range(3):
+        a.heard.clear()
+        b.heard.clear()
+        a.links.beat()
+        b.links.beat()
+        until(lambda: a.heard and b.heard, a, b)
+        for end in (a, b, a, b):
+            end.turn()
+        assert (a.heard, b.heard) == (["b"], ["a"])
+    assert a.refused == b.refused == []
+    a.links.close()
+    until(lambda: b.refused == ["a"], b)
+
+
 def test_an_end_that_is_gone_is_refused_at_once(ends: dict[str, End]) -> None:
     """The line breaks, the call that follows is refused: no time-out is waited for, and no beat."""
     a, c = ends["a"], ends["c"]
