@@ -12,6 +12,7 @@
 #include "copier.hpp"
 #include "crc32c.hpp"
 #include "gather.hpp"
+#include "gloo_waits.hpp"
 #include "parity.hpp"
 #include "publish.hpp"
 #include "scatter.hpp"
@@ -164,6 +165,10 @@ NB_MODULE(_native, m) {
       },
       nb::arg("source"), nb::arg("segments"), nb::arg("sums"),
       "Put consecutive blocks of an image where they belong; the first that fails its checksum, or -1.");
+  m.def("watch_gloo_waits", &rt::watch_gloo_waits, nb::call_guard<nb::gil_scoped_release>(),
+        "Keep a list of all waits for gloo's transfers; False where torch has no gloo that is known here.");
+  m.def("end_gloo_waits", &rt::end_gloo_waits, nb::call_guard<nb::gil_scoped_release>(),
+        "Make all waits in the list fail; their number.");
   bind_gather(m);
   bind_device(m);
   bind_copier(m);

@@ -7,6 +7,9 @@ gloo's listener ends the process.
 
 A rank that waits for another to connect to it has no connection yet.  If that other one is dead, nothing frees it but a
 connection; so it gets one from its own process, which is shut down at once (`_knock`).
+
+A rank that waits for a transfer that was under way when its connection failed hears of no failure at all; if it is not
+free soon after, `resilient_train.worker.gloo_waits` ends the wait itself.
 """
 
 from __future__ import annotations
@@ -27,12 +30,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
+from resilient_train.worker import gloo_waits
+
 logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT = timedelta(seconds=10)
 """For one attempt to reach the store of a generation, which listens before the generation is agreed."""
 _CONNECT_ATTEMPTS = 6
 """Of which more are needed where a name server does not answer: torch asks one whom it is connected to."""
+_ABORTS = 3
+"""Calls of `abort` before waits are ended that could be somebody else's: gloo's own thread has had its turn."""
 
 
 class ProcessGroups:
@@ -53,6 +60,8 @@ class ProcessGroups:
         self.before_abort: Callable[[], None] | None = None
         """called before collectives on devices are aborted: what devices compute from there on means nothing"""
         self._generation = 0
+        self._aborts = 0
+        """How often this generation was aborted."""
         self._knocked: set[int] = set()
         """Listeners that got connections of our own."""
         _observe_new_groups(self)
@@ -89,7 +98,8 @@ class ProcessGroups:
         self._nccl_aborted = False
         self._hosts = _addresses(host) | hosts
         with self._lock:
-            self._generation, self._size = generation, size
+            self._generation, self._size, self._aborts = generation, size, 0
+        gloo_waits.watch()
         before = set(_sockets())
         store = _connect(host, port, is_over)
         store.set_timeout(self._timeout)
@@ -138,6 +148,9 @@ class ProcessGroups:
             hosts = self._hosts
             count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
             self._knocked |= {inode for inode in ours - self._knocked if _knock(now[inode], inode, self._size)}
+            self._aborts += 1
+            if self._aborts >= _ABORTS:
+                gloo_waits.end()
         self._abort_nccl()
         return count
 

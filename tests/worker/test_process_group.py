@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,63 @@ def test_an_abort_frees_a_formation_that_waits_for_a_dead_rank_to_connect(port: 
     timer.join()
     groups.dissolve()
     groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    groups.dissolve()
+
+
+HALF = """
+import sys, torch, torch.distributed as dist
+from resilient_train.worker.process_group import ProcessGroups
+port, source, path, size = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+ProcessGroups(60.0).form(generation=1, rank=1, size=2, host="127.0.0.1", port=port, backend="gloo")
+tensor = torch.ones(size) if source == 1 else torch.from_file(path, shared=True, size=size)
+dist.broadcast(tensor, source)
+"""
+SIZE = 64 << 20
+"""Elements: far more than the kernel holds for a connection."""
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_an_abort_frees_a_rank_in_the_middle_of_a_transfer(
+    port: int, tmp_path: Path, source: int, number: signal.Signals
+) -> None:
+    """To or from a rank that dies, or stops, when a part has arrived: gloo itself never tells whoever waits."""
+    path = tmp_path / "received"
+    path.write_bytes(b"")
+    os.truncate(path, 4 * SIZE)
+    there = torch.from_file(str(path), shared=True, size=SIZE)
+    other = subprocess.Popen([sys.executable, "-c", HALF, str(port), str(source), str(path), str(SIZE)])
+    groups = ProcessGroups(20.0)
+    free, aborted_at = threading.Event(), [math.inf]
+
+    def break_off() -> None:
+        while not there[0]:
+            pass
+        other.send_signal(number)
+        assert not free.wait(1.0), "the transfer ended by itself"
+        aborted_at[0] = time.monotonic()
+        while not free.wait(0.005):
+            groups.abort(1)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            groups.form(generation=1, rank=0, size=2, host="127.0.0.1", port=port, backend="gloo")
+            broken = pool.submit(break_off)
+            with pytest.raises(RuntimeError) as caught:
+                dist.broadcast(torch.ones(SIZE) if source == 0 else there, source)
+            took = time.monotonic() - aborted_at[0]
+        finally:
+            free.set()
+            other.kill()
+            other.wait()
+            groups.dissolve()
+        broken.result()
+    assert is_communication_error(caught.value)
+    # Without an abort it takes the group's 20 seconds.
+    assert 0 <= took < 10
+    assert not there[-1]
+    groups.form(generation=2, rank=0, size=1, host="127.0.0.1", port=port, backend="gloo")
+    dist.all_reduce(torch.ones(1))
     groups.dissolve()
 
 
