@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from resilient_train.agent.links import Links
 from resilient_train.agent.loop import Loop
-from resilient_train.agent.neighbours import BEATS, Neighbours
+from resilient_train.agent.neighbours import Neighbours
 from resilient_train.agent.store_line import StoreLine
 from resilient_train.control.store import ControlStore, News
 from resilient_train.errors import ResilientError, StoreGone
@@ -14,6 +14,8 @@ from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
+STORE_BEATS = 3
+"""Signs of life to the store within the time after which it lets a node's announcement expire."""
 _ASKS = 6
 """Times in which the store is asked for its word, within the time that it holds."""
 
@@ -66,7 +68,7 @@ class Cluster:
             return
         self.announce(self._info)
         self._neighbours.begin(self._links)
-        self._loop.every(self._within / BEATS, self._show_life)
+        self._loop.every(self._within / STORE_BEATS, self._show_life)
         self._line.listen(self._news)
         self._loop.every(self._ask_every, self._ask_for_word)
 

@@ -90,7 +90,10 @@ class EtcdControlStore:
         self._job_refreshed = self._clock.now()
         read(self._client, self._prefix, timeout)
         follower = EtcdClient(access, patience, self._clock)
-        self._mirror = EtcdMirror(follower, self._prefix, self._timeout, max(1.0, ttl / 2), self._clock)
+        reread = max(1.0, ttl / 2)
+        self._mirror = EtcdMirror(
+            follower, self._prefix, self._timeout, reread, self._clock, lambda: self._client.newest
+        )
 
     def join(self) -> int:
         self._clear()

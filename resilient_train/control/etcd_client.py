@@ -57,6 +57,8 @@ class EtcdClient:
         """
         self.patience = patience
         """Seconds that one member gets to answer, in the end."""
+        self.newest = 0
+        """The highest revision that any answer was made at."""
         self._access = access
         self._clock = clock or MonotonicClock()
         self._credentials = _credentials(access)
@@ -89,7 +91,9 @@ class EtcdClient:
                 now = self._clock.now()
                 left = min(max(_SHORT, (now - start) / 4), self.patience, deadline - now)
                 try:
-                    return self._attempt(channel, method, request, max(0.01, left))
+                    answer = self._attempt(channel, method, request, max(0.01, left))
+                    self.newest = max(self.newest, answer.header.revision)
+                    return answer
                 except grpc.RpcError as error:
                     if error.code().name in excuses:
                         return None

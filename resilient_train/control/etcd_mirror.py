@@ -1,13 +1,15 @@
 """A copy of a job's keys that follows etcd: read once, then kept up by a watch.
 
 A watch that died with its member looks exactly like one that has nothing to tell.  So the copy is compared with etcd
-every now and then, by a read that finds a member which answers; the watch moves to that member.
+every now and then, by a read that finds a member which answers; the watch moves to that member.  That is soon where
+some other answer of etcd told of a revision that the watch has not come to, and seldom where none did.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from resilient_train.control import etcd_messages as messages
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.errors import StoreLost
 
+_QUIET = 10
+"""Times as long may pass between two comparisons where nothing tells of a change."""
 _PAUSE = 0.02
 """Seconds from the end of a watch to the next read, should every watch end at once."""
 
@@ -35,19 +39,32 @@ class Keys:
 class EtcdMirror:
     """The keys under a prefix, followed on a connection of its own; for one thread at a time."""
 
-    def __init__(self, client: EtcdClient, prefix: bytes, timeout: float, reread: float, clock: Clock) -> None:
+    def __init__(
+        self,
+        client: EtcdClient,
+        prefix: bytes,
+        timeout: float,
+        reread: float,
+        clock: Clock,
+        told: Callable[[], int],
+    ) -> None:
         """Args:
         client: for nobody else; closed with the mirror.
         prefix: of the keys.
         timeout: seconds in which a read must succeed.
-        reread: seconds after which a quiet copy is compared with etcd.
+        reread: seconds after which a quiet copy is compared with etcd, if there is something new.
         clock: for both.
+        told: the newest revision of etcd, whatever it changed, that other calls have heard of; from any thread.
         """
         self._client = client
         self._prefix = prefix
         self._timeout = timeout
         self._reread = reread
         self._clock = clock
+        self._told = told
+        self._compared = 0
+        """The newest revision that this copy is known to have come to."""
+        self._skipped = 0
         self._values: dict[bytes, Any] | None = None
         self._number = 0
         self._next_read = 0.0
@@ -66,7 +83,7 @@ class EtcdMirror:
         try:
             while not self._closed:
                 if self._values is None or self._clock.now() >= self._next_read:
-                    self._read()
+                    self._compare()
                 if self._number > number:
                     return Keys(number=self._number, values=dict(self._values or {}))
                 now = self._clock.now()
@@ -87,6 +104,14 @@ class EtcdMirror:
         self._client.close()
         self._heard.put((None, None))
 
+    def _compare(self) -> None:
+        if self._stream is not None and self._told() <= self._compared and self._skipped < _QUIET:
+            self._skipped += 1
+            self._next_read += self._reread
+        else:
+            self._skipped = 0
+            self._read()
+
     def _read(self) -> None:
         """Compare with etcd, and make sure that there is a watch."""
         answer = read(self._client, self._prefix, self._timeout)
@@ -94,6 +119,7 @@ class EtcdMirror:
         if self._values is None or _revisions(values) != _revisions(self._values):
             self._end_stream()
             self._number, self._values = answer.header.revision, values
+        self._compared = answer.header.revision
         # Everybody reads everybody's keys: the more there are, the more seldom.
         self._next_read = self._clock.now() + self._reread * max(1.0, len(values) / 100)
         if self._stream is None:
@@ -118,6 +144,7 @@ class EtcdMirror:
             self._end_stream()
             self._next_read = self._clock.now() + _PAUSE
             return
+        self._compared = max(self._compared, answer.header.revision)
         for event in answer.events:
             if event.type == messages.DELETE:
                 self._values.pop(event.kv.key, None)

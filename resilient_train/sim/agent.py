@@ -20,6 +20,8 @@ from resilient_train.spec.world import WorldRecord
 
 BEATS = 5
 """Signs of life within the time after which a silent node is a suspect; as in the real one."""
+STORE_BEATS = 3
+"""Signs of life to the store within the time after which an announcement expires; as in the real one."""
 ASKS = 6
 """Times in which the store is asked for its word, within the time that it holds; as in the real one."""
 _CALL_TIMEOUT = 3.0
@@ -197,7 +199,7 @@ class Agent:
         self._suspicion = suspicion.State(me=state.info, within=within, at=clock.now())
         self._wake_at = float("inf")
         self._seen: ev.NodesSeen | None = None
-        self._beat_every = within / BEATS
+        self._beat_every, self._beat_store_every = within / BEATS, within / STORE_BEATS
         self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
@@ -373,7 +375,7 @@ class Agent:
             self._store.ask(lambda store: store.beat(order, self._server.now()), lambda _: self._store_heard())
             self._server.traffic.beats += 1
 
-        self._every(self._beat_every, beat)
+        self._every(self._beat_store_every, beat)
 
     def _ask_for_word(self) -> None:
         """Whether the record that this agent knows is the newest."""

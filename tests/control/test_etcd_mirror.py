@@ -30,7 +30,7 @@ def client(cluster: EtcdCluster) -> Iterator[EtcdClient]:
 @pytest.fixture
 def mirror(cluster: EtcdCluster) -> Iterator[EtcdMirror]:
     """Reads once, and then depends on its watch."""
-    mirror = EtcdMirror(cluster.client(), b"/here/", 30.0, 1000.0, MonotonicClock())
+    mirror = EtcdMirror(cluster.client(), b"/here/", 30.0, 1000.0, MonotonicClock(), lambda: 0)
     yield mirror
     mirror.close()
 
@@ -63,7 +63,7 @@ def test_keys_come_and_go(client: EtcdClient, mirror: EtcdMirror) -> None:
 
 def test_a_deaf_watch_is_found_out(cluster: EtcdCluster, client: EtcdClient) -> None:
     """A watch that silently tells nothing is replaced when the copy is compared with etcd."""
-    mirror = EtcdMirror(cluster.client(), b"/deaf/", 30.0, 0.2, MonotonicClock())
+    mirror = EtcdMirror(cluster.client(), b"/deaf/", 30.0, 0.2, MonotonicClock(), lambda: client.newest)
     start = changed(mirror, 0)
     mirror._stream.cancel()
     # As if the stream were still there.
