@@ -1,6 +1,6 @@
 """Rehearse a training step before a process says that it is ready.
 
-torch imports much on first use (DTensor, FSDP2, optimizers reach for dynamo).  The members of a running world would
+torch imports much on first use (DTensor, FSDP2, optimizers reach for dynamo), and so does this package.  The members of a running world would
 wait for that when a replacement joins, so it does it alone and beforehand, on a group of one; the first workers do the
 same, and have it behind them when they tell the garbage collector what stays.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import resilient_train
 from resilient_train.worker.process_group import clear_dtensor_caches
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 def rehearse(device: torch.device) -> None:
     """Form a group of one, train one step of a tiny FSDP2 model, forget everything. Failures only cost the warmth."""
+    for name in resilient_train.__all__:
+        getattr(resilient_train, name)
     if dist.is_initialized():
         return
     state, hook = torch.get_rng_state(), sys.excepthook
