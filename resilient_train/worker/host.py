@@ -266,13 +266,15 @@ def _own_keeper(settings: config.Environment, rank: int, ranks: int, url: str | 
     """A line to the keeper that the first of all ranks starts.
 
     Where a launcher told the ranks who they are, it may start them again, and they find the keeper again: its address
-    names the job as exactly as can be known, so that no other run is taken for this one's past.
+    names the job as exactly as can be known, so that no other run is taken for this one's past.  It is the first rank's
+    that counts: several launchers on one host are several processes, and each is a fact about its own ranks only.
     """
     facts = (settings.job, settings.meeting_place, os.path.abspath(sys.argv[0]), str(url))
     launched = settings.world_size == ranks > 1
-    run = uuid.uuid4().int >> 66 if ranks == 1 else _agree_on_run()
-    name = f"job-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}" if launched else f"run-{run:x}"
-    address = f"{name}/keeper"
+    run = _number(chr(0).join(facts)) if launched else uuid.uuid4().int >> 66
+    if ranks > 1:
+        run = _agree_on_run(run)
+    address = f"{'job' if launched else 'run'}-{run:x}/keeper"
 
     def start() -> None:
         if rank == 0:
@@ -281,17 +283,22 @@ def _own_keeper(settings: config.Environment, rank: int, ranks: int, url: str | 
     return KeeperLink(address, f"local/{rank}.{os.getpid()}", rank, start)
 
 
-def _agree_on_run() -> int:
-    """A number of this run that all ranks have, all being on one host.
+def _number(text: str) -> int:
+    """One of 56 bits that stands for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _agree_on_run(run: int) -> int:
+    """The first rank's number of this run, all ranks being on one host.
 
     Raises:
         ConfigError: if they are not.
     """
     # Keepers are found by abstract socket names, which a network namespace has for itself.
     here = f"{Path('/proc/sys/kernel/random/boot_id').read_text()} {os.readlink('/proc/self/ns/net')}"
-    host = int.from_bytes(hashlib.sha256(here.encode()).digest()[:7], "big")
-    run = uuid.uuid4().int >> 66 if dist.get_rank() == 0 else 0
-    agreed = torch.tensor([host, -host, run], dtype=torch.int64, device=_collective_device())
+    host = _number(here)
+    told = run if dist.get_rank() == 0 else 0
+    agreed = torch.tensor([host, -host, told], dtype=torch.int64, device=_collective_device())
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     if int(agreed[0]) != -int(agreed[1]):
         raise ConfigError("the ranks are on several hosts: start them with rtrun, which has a keeper on each")

@@ -1,8 +1,8 @@
 """Rehearse a training step before a process says that it is ready.
 
-torch imports much on first use (DTensor, FSDP2, optimizers reach for dynamo), and so does this package.  The members of a running world would
-wait for that when a replacement joins, so it does it alone and beforehand, on a group of one; the first workers do the
-same, and have it behind them when they tell the garbage collector what stays.
+torch imports much on first use (DTensor, FSDP2, optimizers reach for dynamo), and so does this package.  The members of
+a running world would wait for that when a replacement joins, so it does it alone and beforehand, on a group of one; the
+first workers do the same, and have it behind them when they tell the garbage collector what stays.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from resilient_train.testing.job import Job
+from resilient_train.testing.nodes import free_port
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "scripts" / "train.py"
@@ -204,3 +206,19 @@ def test_under_torchrun_memory_survives_a_crashed_process(tmp_path: Path) -> Non
         # Both ranks hold everything, so they go on with the last step that either of them has finished.
         resumed = [re.findall(rf"rank {rank} attempt 1 from ([56]) weight 9.0", job.output) for rank in (0, 1)]
         assert resumed[0] == resumed[1] != [], job.output
+
+
+def test_several_torchruns_on_one_host_are_one_job(tmp_path: Path) -> None:
+    """As where each GPU, or each test node, has a launcher of its own: all ranks find the first one's keeper."""
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS)
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=several"]
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--monitor-interval=0.1", *meet]
+    with ExitStack() as stack:
+        jobs = [
+            stack.enter_context(Job(script, [""], flags=flags, log_dir=tmp_path / str(number), launcher=TORCHRUN))
+            for number in range(2)
+        ]
+        assert [job.finish(90) for job in jobs] == [0, 0], [job.output for job in jobs]
+        output = "".join(job.output for job in jobs)
+    assert all(f"rank {rank} attempt 0 from 0 weight 9.0" in output for rank in (0, 1)), output
