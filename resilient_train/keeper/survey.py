@@ -17,6 +17,8 @@ _TIMEOUT = 2.0
 """Seconds for a keeper to answer."""
 _FORMER_TIMEOUT = 0.3
 """The same for a keeper whose node has left; it may be gone, with nobody to say so."""
+_SHUNNED = 10.0
+"""Seconds for which one that did not answer is not asked again: a restore asks several times, one after the other."""
 _REMEMBERED = 90.0
 """Seconds that such a keeper is asked along; none lives longer."""
 _PATIENCE = 8.0
@@ -44,6 +46,8 @@ class Survey:
         self._lock = threading.Lock()
         self._current: dict[str, str] = {}
         self._former: dict[str, float] = {}
+        self._silent: dict[str, float] = {}
+        """When keepers whose nodes have left did not answer."""
         self._secret = b""
         self._waiting: list[tuple[Callable[[Finding], None], bool]] = []
         self._running = False
@@ -55,8 +59,9 @@ class Survey:
         with self._lock:
             for endpoint in self._current.keys() - current.keys():
                 self._former[endpoint] = now
-            for endpoint in current.keys() & self._former.keys():
-                del self._former[endpoint]
+            for known in (self._former, self._silent):
+                for endpoint in current.keys() & known.keys():
+                    del known[endpoint]
             self._current, self._secret = current, secret
 
     def ask(self, answer: Callable[[Finding], None], *, patient: bool = False) -> None:
@@ -78,12 +83,17 @@ class Survey:
                 if not waiting:
                     self._running = False
                     return
-                since = time.monotonic() - _REMEMBERED
-                self._former = {endpoint: at for endpoint, at in self._former.items() if at > since}
+                now = time.monotonic()
+                self._former = {endpoint: at for endpoint, at in self._former.items() if now < at + _REMEMBERED}
+                self._silent = {endpoint: at for endpoint, at in self._silent.items() if now < at + _SHUNNED}
+                former = self._former.keys() - self._silent.keys()
                 targets = [(endpoint, _TIMEOUT) for endpoint in self._current]
-                targets += [(endpoint, _FORMER_TIMEOUT) for endpoint in self._former]
+                targets += [(endpoint, _FORMER_TIMEOUT) for endpoint in former]
                 secret = self._secret
             finding = _asked(targets, secret)
+            now = time.monotonic()
+            with self._lock:
+                self._silent |= dict.fromkeys(former - finding.images.keys(), now)
             if any(patient for _, patient in waiting):
                 finding = self._completed(finding, secret)
             for answer, _ in waiting:

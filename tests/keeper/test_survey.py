@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -46,3 +47,20 @@ def test_who_never_answers_is_waited_for_in_vain(node: Node) -> None:
     survey.follow(peers(NOBODY, node.endpoint), "", KEY)
     survey.ask(answers.put, patient=True)
     assert set(answers.get(timeout=60).images) == {node.endpoint}
+
+
+def test_who_has_left_and_does_not_answer_is_asked_once(node: Node) -> None:
+    """A restore asks several times, one after the other, and would wait for a silent node each time."""
+    answers: queue.SimpleQueue[Finding] = queue.SimpleQueue()
+    survey = Survey()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        survey.follow(peers(endpoint, node.endpoint), "", KEY)
+        survey.follow(peers(node.endpoint), "", KEY)
+        for _ in range(3):
+            survey.ask(answers.put)
+            assert set(answers.get(timeout=60).images) == {node.endpoint}
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
