@@ -15,8 +15,8 @@ from resilient_train.storage.peer import HeldBy, HeldImage, HeldParity, ask_held
 
 _TIMEOUT = 2.0
 """Seconds for a keeper to answer."""
-_FORMER_TIMEOUT = 0.3
-"""The same for a keeper whose node has left; it may be gone, with nobody to say so."""
+_SHORT_TIMEOUT = 0.3
+"""The same for a keeper whose node has no part in the world, or has left: it may be gone, with nobody to say so."""
 _SHUNNED = 10.0
 """Seconds for which one that did not answer is not asked again: a restore asks several times, one after the other."""
 _REMEMBERED = 90.0
@@ -45,6 +45,8 @@ class Survey:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._current: dict[str, str] = {}
+        self._aside: set[str] = set()
+        """Those of them whose nodes have no part in the world."""
         self._former: dict[str, float] = {}
         self._silent: dict[str, float] = {}
         """When keepers whose nodes have left did not answer."""
@@ -63,6 +65,7 @@ class Survey:
                 for endpoint in current.keys() & known.keys():
                     del known[endpoint]
             self._current, self._secret = current, secret
+            self._aside = {endpoint for _, endpoint in peers.others}
 
     def ask(self, answer: Callable[[Finding], None], *, patient: bool = False) -> None:
         """Have ``answer`` called, from another thread, with what the others hold from now on.
@@ -87,8 +90,8 @@ class Survey:
                 self._former = {endpoint: at for endpoint, at in self._former.items() if now < at + _REMEMBERED}
                 self._silent = {endpoint: at for endpoint, at in self._silent.items() if now < at + _SHUNNED}
                 former = self._former.keys() - self._silent.keys()
-                targets = [(endpoint, _TIMEOUT) for endpoint in self._current]
-                targets += [(endpoint, _FORMER_TIMEOUT) for endpoint in former]
+                targets = [(end, _SHORT_TIMEOUT if end in self._aside else _TIMEOUT) for end in self._current]
+                targets += [(endpoint, _SHORT_TIMEOUT) for endpoint in former]
                 secret = self._secret
             finding = _asked(targets, secret)
             now = time.monotonic()
@@ -100,15 +103,19 @@ class Survey:
                 answer(finding)
 
     def _completed(self, finding: Finding, secret: bytes) -> Finding:
-        """Ask those who did not answer again: to leave out what a living node holds would lose steps, or all."""
-        deadline = time.monotonic() + _PATIENCE
+        """Ask those who did not answer again: to leave out what a living node holds would lose steps, or all.
+
+        With little patience at first: it may be a lost node's, of whose loss this one is about to hear.
+        """
+        deadline, timeout = time.monotonic() + _PATIENCE, _SHORT_TIMEOUT
         while True:
             with self._lock:
                 silent = self._current.keys() - finding.images.keys()
             if not silent or time.monotonic() >= deadline:
                 return finding
             time.sleep(_ASK_AGAIN)
-            more = _asked([(endpoint, _TIMEOUT) for endpoint in silent], secret)
+            more = _asked([(endpoint, timeout) for endpoint in silent], secret)
+            timeout = min(2 * timeout, _TIMEOUT)
             finding = Finding(
                 images={**finding.images, **more.images},
                 parities={**finding.parities, **more.parities},
