@@ -5,8 +5,9 @@
 // for one of those waits until the collective's timeout, with no connection left through which it could be freed.  The
 // larger the tensors, the likelier that is.
 //
-// Gloo has a way to tell a buffer of an error; what it lacks is a list of the buffers that somebody waits for.  So the two
-// functions that wait are replaced in the class's table of virtual functions by ones that keep this list.
+// Gloo can abort a wait, and closes all connections of a group where a wait runs out of time; what it lacks is a list of
+// the buffers that somebody waits for.  So the two functions that wait are replaced in the class's table of virtual
+// functions by ones that keep this list, and whose aborted waits run out of time.
 #pragma once
 
 #include <cstddef>

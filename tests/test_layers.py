@@ -38,7 +38,6 @@ LATE = {
     ("launch", "resilient_train.interop"),
     ("storage", "aiobotocore"),
     ("storage", "botocore"),
-    ("worker", "resilient_train"),
 }
 # Pickles that others wrote, read by unpicklers that call nothing: here, and nowhere else.
 UNPICKLES = {"interop/dcp_folder.py": {"pickle"}, "interop/dcp_items.py": {"torch.load"}}

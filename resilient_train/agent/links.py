@@ -22,7 +22,7 @@ _NAME = 64
 _HELLO = _NONCE + _NAME
 _PROOF = 32
 _BEAT = b"."
-_PATIENCE = 5
+_PATIENCE = 3
 """Beats after which a line on which nothing comes is given up: across a mended network a new one is faster."""
 _STRANGERS = 64
 """Callers that may be about to prove themselves; the oldest makes room for the next."""

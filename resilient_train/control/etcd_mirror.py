@@ -20,7 +20,7 @@ from resilient_train.control import etcd_messages as messages
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.errors import StoreLost
 
-_QUIET = 10
+_QUIET = 4
 """Times as long may pass between two comparisons where nothing tells of a change."""
 _PAUSE = 0.02
 """Seconds from the end of a watch to the next read, should every watch end at once."""
@@ -144,13 +144,14 @@ class EtcdMirror:
             self._end_stream()
             self._next_read = self._clock.now() + _PAUSE
             return
-        self._compared = max(self._compared, answer.header.revision)
         for event in answer.events:
             if event.type == messages.DELETE:
                 self._values.pop(event.kv.key, None)
             else:
                 self._values[event.kv.key] = event.kv
             self._number = max(self._number, event.kv.mod_revision)
+        # Not the answer's own revision: a watch's first answer comes before the changes up to that.
+        self._compared = max(self._compared, self._number)
 
     def _end_stream(self) -> None:
         stream, self._stream = self._stream, None
@@ -172,5 +173,6 @@ def _pump(stream: Any, heard: queue.SimpleQueue[tuple[Any, Any]]) -> None:
         for answer in stream:
             heard.put((stream, answer))
     except grpc.RpcError:
-        pass
-    heard.put((stream, None))
+        pass  # That is how every watch ends.
+    finally:
+        heard.put((stream, None))

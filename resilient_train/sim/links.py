@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from resilient_train.sim.engine import Action
 from resilient_train.sim.network import Connection, End, Network
 
-_PATIENCE = 5
+_PATIENCE = 3
 """Beats of silence after which a line is given up; as in the real one."""
 _BEAT = "."
 

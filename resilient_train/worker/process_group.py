@@ -20,6 +20,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Set
 from datetime import timedelta
 from typing import Any
@@ -38,8 +39,8 @@ _CONNECT_TIMEOUT = timedelta(seconds=10)
 """For one attempt to reach the store of a generation, which listens before the generation is agreed."""
 _CONNECT_ATTEMPTS = 6
 """Of which more are needed where a name server does not answer: torch asks one whom it is connected to."""
-_ABORTS = 3
-"""Calls of `abort` before waits are ended that could be somebody else's: gloo's own thread has had its turn."""
+_TURN = 0.05
+"""Seconds that gloo's own thread has to see a connection's end, before waits are ended that it does not tell."""
 
 
 class ProcessGroups:
@@ -60,8 +61,8 @@ class ProcessGroups:
         self.before_abort: Callable[[], None] | None = None
         """called before collectives on devices are aborted: what devices compute from there on means nothing"""
         self._generation = 0
-        self._aborts = 0
-        """How often this generation was aborted."""
+        self._aborted_at: float | None = None
+        """When this generation was aborted first."""
         self._knocked: set[int] = set()
         """Listeners that got connections of our own."""
         _observe_new_groups(self)
@@ -98,7 +99,7 @@ class ProcessGroups:
         self._nccl_aborted = False
         self._hosts = _addresses(host) | hosts
         with self._lock:
-            self._generation, self._size, self._aborts = generation, size, 0
+            self._generation, self._size, self._aborted_at = generation, size, None
         gloo_waits.watch()
         before = set(_sockets())
         store = _connect(host, port, is_over)
@@ -148,8 +149,9 @@ class ProcessGroups:
             hosts = self._hosts
             count = sum(_shut_down(now[inode], inode, hosts) for inode in (ours | self._ours) & now.keys())
             self._knocked |= {inode for inode in ours - self._knocked if _knock(now[inode], inode, self._size)}
-            self._aborts += 1
-            if self._aborts >= _ABORTS:
+            if self._aborted_at is None:
+                self._aborted_at = time.monotonic()
+            elif time.monotonic() >= self._aborted_at + _TURN:
                 gloo_waits.end()
         self._abort_nccl()
         return count

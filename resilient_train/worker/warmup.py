@@ -22,13 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 def rehearse(device: torch.device) -> None:
-    """Form a group of one, train one step of a tiny FSDP2 model, forget everything. Failures only cost the warmth."""
-    for name in resilient_train.__all__:
-        getattr(resilient_train, name)
+    """Import this package, form a group of one, train a step of a tiny FSDP2 model, forget that. Failures only cost the
+    warmth."""
     if dist.is_initialized():
         return
     state, hook = torch.get_rng_state(), sys.excepthook
     try:
+        for name in resilient_train.__all__:
+            getattr(resilient_train, name)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).to(device)
