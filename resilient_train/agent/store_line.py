@@ -21,7 +21,8 @@ _RETRY = 0.5
 class StoreLine:
     """Store calls that never hold up the agent.
 
-    Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.
+    Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.  What no
+    store should raise is no reason to be deaf for ever.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class StoreLine:
         def work() -> None:
             try:
                 result = call(self._store)
-            except ResilientError as error:
-                self._post(functools.partial(self._silent, error))
+            except Exception as error:
+                self._complain(error)
                 return
             if then is not None:
                 self._post(functools.partial(then, result))
@@ -73,8 +74,8 @@ class StoreLine:
             while not self._closed.is_set():
                 try:
                     return store.look()
-                except ResilientError as error:
-                    self._post(functools.partial(self._silent, error))
+                except Exception as error:
+                    self._complain(error)
                     self._closed.wait(_RETRY)
             raise StoreLost("this line is closed")
 
@@ -89,6 +90,10 @@ class StoreLine:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
+    def _complain(self, error: Exception) -> None:
+        known = error if isinstance(error, ResilientError) else StoreLost(f"the store: {type(error).__name__}: {error}")
+        self._post(functools.partial(self._silent, known))
+
     def _make_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
@@ -97,8 +102,8 @@ class StoreLine:
         while not self._closed.is_set():
             try:
                 news = self._store.watch(number, _WATCH)
-            except ResilientError as error:
-                self._post(functools.partial(self._silent, error))
+            except Exception as error:
+                self._complain(error)
                 self._closed.wait(_RETRY)
                 continue
             if news is not None:
