@@ -21,8 +21,8 @@ _RETRY = 0.5
 class StoreLine:
     """Store calls that never hold up the agent.
 
-    Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.  What no
-    store should raise is no reason to be deaf for ever.
+    Whatever a store raises counts as silence, a user whose rights were taken away too: the job goes on without it.
+    What no store should raise is no reason to be deaf for ever.
     """
 
     def __init__(
