@@ -368,7 +368,11 @@ def _too_few(view: View, record: WorldRecord, waits: _Waits) -> Proposal:
     limits = view.limits
     if not waits.over(f"too few in {record.generation}", limits.patience + _turn(view, record, view.workers())):
         return waits.proposal()
-    text = f"fewer than {limits.min_nodes} nodes for {limits.patience:g} s"
+    here = [node for node in view.nodes.values() if not node.leaving]
+    few = f"fewer than {limits.min_nodes} nodes"
+    if len(here) >= limits.min_nodes and view.multiple() > 1:
+        few = f"fewer ranks than the mesh takes, which is a multiple of {view.multiple()},"
+    text = f"{few} for {limits.patience:g} s"
     return waits.proposal(_failure(view, record, text, "", ExitCode.PARKED))
 
 

@@ -163,11 +163,15 @@ class View:
         The others stand by.
         """
         workers = self.workers().values()
-        multiple = max((worker.multiple for worker in workers), default=1)
+        multiple = self.multiple()
         most = min((worker.most for worker in workers if worker.most), default=len(members))
         ordered = sorted(self.in_order(members), key=lambda member: member not in prefer)
         ordered = self._with_room(ordered, room or self.room())[:most]
         return set(ordered[: len(ordered) - len(ordered) % multiple])
+
+    def multiple(self) -> int:
+        """What the script's mesh takes a multiple of, as far as it has said."""
+        return max((worker.multiple for worker in self.workers().values()), default=1)
 
     def _with_room(self, members: Sequence[str], room: int) -> list[str]:
         """The first of ``members`` for which there is a slot on one of ``room`` nodes."""

@@ -136,6 +136,16 @@ def test_below_min_the_survivors_are_parked_and_begin_again() -> None:
     assert bench.record.members == ("n1/0.0", "n2/0.0")
 
 
+def test_what_the_mesh_lacked_is_said_when_nobody_came() -> None:
+    """There are as many nodes as there have to be; it is ranks that are too few."""
+    bench = training(1, 0, limits=LIMITS)
+    bench.feed(ev.WorkerSaid("n1/0.0", Hello(member="n1/0.0", multiple=2)))
+    bench.sees(lost={"n0": "its agent is gone"})
+    bench.run_for(LIMITS.patience + 1)
+    assert (bench.record.phase, bench.record.exit_code) == (Phase.FAILED, ExitCode.PARKED)
+    assert bench.record.error == "fewer ranks than the mesh takes, which is a multiple of 2, for 600 s"
+
+
 def test_who_is_doubted_proposes_nothing() -> None:
     """The others cannot reach this node, and reckon it among those to go."""
     bench = training(1, 0)
