@@ -144,11 +144,19 @@ def run(args: argparse.Namespace) -> ExitCode:
 
 def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     launch, entrypoint, worker_args = _launch_config(args)
-    with ExitStack() as stack:
-        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or MASTER_PORT}"
-        with said(f"the control store at {where}", print_line):
-            place = stack.enter_context(joined(args, launch))
-        return _take_part(args, launch, entrypoint, worker_args, place, write_events)
+    code: ExitCode | None = None
+    try:
+        with ExitStack() as stack:
+            where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or MASTER_PORT}"
+            with said(f"the control store at {where}", print_line):
+                place = stack.enter_context(joined(args, launch))
+            code = _take_part(args, launch, entrypoint, worker_args, place, write_events)
+    except Interrupted:
+        # Of a job that has ended, all that is left to wait for is that the others have heard of it.
+        if code is None:
+            raise
+    assert code is not None
+    return code
 
 
 def _take_part(

@@ -6,11 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from resilient_train.errors import ExitCode
+from resilient_train.launch import rtrun
 from resilient_train.launch.rtrun import main
+from resilient_train.launch.waiting import Interrupted
 from resilient_train.testing.job import Job
 from resilient_train.testing.nodes import free_port
 
@@ -123,6 +128,26 @@ def test_a_signal_ends_the_wait_for_a_store(stock: Path, tmp_path: Path, number:
             assert f"ended by {number.name} while no job was running on this node" in job.output
             assert "Traceback" not in job.output
             assert job.leftovers() == []
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_signal_behind_the_job_does_not_change_how_it_ended(
+    stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """The node that serves the record waits for the others to read it; a signal ends that, and was not the job's."""
+
+    @contextmanager
+    def joined(*_: object) -> Iterator[None]:
+        if not ended:
+            raise Interrupted("SIGTERM")
+        yield None
+        raise Interrupted("SIGTERM")
+
+    monkeypatch.setattr(rtrun, "joined", joined)
+    monkeypatch.setattr(rtrun, "_take_part", lambda *_: ExitCode.SUCCESS)
+    with pytest.raises(SystemExit) as caught:
+        main(["--nproc-per-node=1", f"--log-dir={tmp_path}", str(stock)])
+    assert caught.value.code == (0 if ended else ExitCode.INTERRUPTED)
 
 
 def test_a_node_that_is_alone_says_what_it_waits_for(stock: Path, tmp_path: Path) -> None:
