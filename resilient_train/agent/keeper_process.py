@@ -21,14 +21,16 @@ _AT_ONCE = 200
 class KeeperProcess:
     """One node's keeper and the agent's copies of its memory."""
 
-    def __init__(self, address: str, slots: int, scratch: str) -> None:
+    def __init__(self, address: str, slots: int, scratch: str, leaves: Sequence[str] = ()) -> None:
         """Args:
         address: where it will listen.
         slots: number of workers of this node.
         scratch: a folder that it removes at its end, in case this agent is killed before it can; empty for none.
+        leaves: folders that this agent needs for longer than its keeper; removed if it was killed.
         """
         self.address = address
         self._scratch = scratch
+        self._leaves = list(leaves)
         self._slots = slots
         self._deposits: dict[int, tuple[int, str]] = {}
         self._board_fd = -1
@@ -67,6 +69,7 @@ class KeeperProcess:
             message = Adopt(
                 slots=[[slot, owner] for slot, (_, owner) in group],
                 scratch=self._scratch,
+                leaves=self._leaves,
                 standing=standing,
                 more=index < len(groups) - 1,
             )

@@ -14,7 +14,14 @@ from resilient_train.errors import ConfigError
 
 @contextmanager
 def open_store(
-    backend: str, endpoint: str, conf: Mapping[str, object], job: str, ttl: float, *, timeout: float = 60.0
+    backend: str,
+    endpoint: str,
+    conf: Mapping[str, object],
+    job: str,
+    ttl: float,
+    *,
+    timeout: float = 60.0,
+    leaves: list[str] | None = None,
 ) -> Iterator[ControlStore | None]:
     """The store that the flags name, or None if they mean the embedded one.
 
@@ -28,6 +35,7 @@ def open_store(
         job: ``--rdzv-id``.
         ttl: seconds without a sign of life after which a node's announcement expires.
         timeout: seconds to wait for the store, and for the other members of the job's own etcd.
+        leaves: to which a folder is added that stays if this process is killed.
 
     Raises:
         ConfigError: if the flags mean nothing, the store does not let us in, or what it needs is not installed.
@@ -41,7 +49,10 @@ def open_store(
             from resilient_train.control.own_etcd import member
         except ImportError as error:
             raise _missing(error) from error
-        with member(found, timeout) as nearest, closing(connected(nearest.access, job, ttl, timeout=timeout)) as store:
+        with (
+            member(found, timeout, leaves) as nearest,
+            closing(connected(nearest.access, job, ttl, timeout=timeout)) as store,
+        ):
             yield store
     else:
         # Not everybody asks the same member.

@@ -59,11 +59,16 @@ _QUICK = 1.5
 
 
 @contextmanager
-def member(own: OwnEtcd, when_started: float = 60.0) -> Iterator[OwnEtcd]:
+def member(own: OwnEtcd, when_started: float = 60.0, leaves: list[str] | None = None) -> Iterator[OwnEtcd]:
     """Run the member of this host, if the list names this host; yields the list with that member first.
 
     Of several entries on one host, each process takes the first that nobody has.  At the end the member leaves the
     cluster to the others, and its data is removed.
+
+    Args:
+        own: the list.
+        when_started: seconds to wait for a cluster.
+        leaves: to which the folder is added that stays if this process is killed.
 
     Raises:
         ConfigError: if a host of the list is not known, or something else listens at the port.
@@ -78,6 +83,8 @@ def member(own: OwnEtcd, when_started: float = 60.0) -> Iterator[OwnEtcd]:
         return
     with place.lock:
         running = _Member(own, place)
+        if leaves is not None:
+            leaves.append(str(running.folder))
         try:
             running.ready(when_started)
             before, me, after = own.members[: place.index], own.members[place.index], own.members[place.index + 1 :]
@@ -97,7 +104,7 @@ class _Member:
         host, port = own.members[place.index]
         self._client_url = f"http://{joined(host, port)}"
         self._peer_urls = [f"http://{joined(host, port + 1)}" for host, port in own.members]
-        self._folder = folder_for(f"{host}-{port}")
+        self.folder = folder_for(f"{host}-{port}")
         self._command: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._established = threading.Event()
@@ -121,7 +128,7 @@ class _Member:
 
     def _reason(self) -> str:
         try:
-            said = (self._folder / "log").read_text(errors="replace").splitlines()
+            said = (self.folder / "log").read_text(errors="replace").splitlines()
         except OSError:
             said = []
         return f"etcd says {said[-1]}" if said else "not enough agents are there"
@@ -131,7 +138,7 @@ class _Member:
         self._stop.set()
         os.write(self._woken, b"x")
         self._thread.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._wake)
         os.close(self._woken)
 
@@ -237,12 +244,12 @@ class _Member:
     def _blank(self, name: str, cluster: dict[str, str], state: str, token: str) -> None:
         """Start a member without data."""
         self._established.clear()
-        shutil.rmtree(self._folder / "data", ignore_errors=True)
+        shutil.rmtree(self.folder / "data", ignore_errors=True)
         port = self._own.members[self._index][1]
         listen = (f"http://{joined(self._address, port)}", f"http://{joined(self._address, port + 1)}")
         self._spawn(
             [
-                *(str(_BINARY), "--name", name, "--data-dir", str(self._folder / "data"), *_FLAGS),
+                *(str(_BINARY), "--name", name, "--data-dir", str(self.folder / "data"), *_FLAGS),
                 *("--listen-client-urls", listen[0], "--advertise-client-urls", self._client_url),
                 *("--listen-peer-urls", listen[1]),
                 *("--initial-advertise-peer-urls", self._peer_urls[self._index]),
@@ -254,7 +261,7 @@ class _Member:
     def _spawn(self, command: list[str]) -> None:
         self._command = command
         run = [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), str(int(signal.SIGKILL)), *command]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             environment = {**config.process_environment(), **_ENVIRONMENT}
             self._process = subprocess.Popen(run, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 

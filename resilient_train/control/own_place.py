@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import ipaddress
 import os
 import shutil
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resilient_train.control.endpoint import OwnEtcd
-from resilient_train.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +75,13 @@ def _is_local(address: str) -> bool:
 
 
 def folder_for(name: str) -> Path:
-    """A folder for the data, where a member that was killed finds what it left, to remove it."""
-    folder = Path(tempfile.gettempdir()) / f"resilient_train-etcd-{os.getuid()}-{name}"
-    try:
-        folder.mkdir(mode=0o700)
-    except FileExistsError:
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"{folder} belongs to somebody else; the job's own etcd needs it") from None
-        shutil.rmtree(folder)
-        folder.mkdir(mode=0o700)
-    return folder
+    """A new folder for the data of a place's member.
+
+    Whatever members of the same place have left is removed; each had a folder of its own, so that whoever cleans up
+    behind one that was killed does not meet its successor.
+    """
+    prefix = f"resilient_train-etcd-{os.getuid()}-{name}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*"):
+        if not left.is_symlink() and left.stat().st_uid == os.getuid():
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix))

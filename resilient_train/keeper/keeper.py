@@ -84,6 +84,7 @@ class Keeper:
         self._linger = 0.0 if linger is None else linger
         self._had_client = False
         self._scratch = ""
+        self._leaves: list[str] = []
         self._early: list[tuple[Client, Message, list[int]]] | None = [] if linger is None else None
         self._clock = clock
         self._selector = selectors.DefaultSelector()
@@ -115,8 +116,9 @@ class Keeper:
             for key, _ in self._selector.select(_TICK):
                 key.data()
             self._tick()
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        for folder in [self._scratch] if self._flushed else [self._scratch, *self._leaves]:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _over(self) -> bool:
         if self._clients or self._agent or self._saving.running or self._job.rebuilding:
@@ -318,7 +320,7 @@ class Keeper:
             self._clients.remove(client)
             self._agent = client
             self._had_agent = True
-            self._scratch = message.scratch
+            self._scratch, self._leaves = message.scratch, message.leaves
             self._successor = bool(descriptors)
             if descriptors:
                 self.board.close()

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed import run as torchrun
@@ -39,6 +39,8 @@ class Place:
     """The port at which the ranks of the first generation are to meet; 0 for any."""
     secret: str
     """The job's secret; empty on a job's only node."""
+    leaves: tuple[str, ...] = ()
+    """Folders that stay if this process is killed."""
 
 
 @contextmanager
@@ -55,15 +57,16 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
     """
     conf = dict(launch.rdzv_configs)
     timeout = float(conf.get("timeout", args.patience))
-    with open_store(
-        args.rdzv_backend, args.rdzv_endpoint, conf, launch.run_id, args.detect_within, timeout=timeout
-    ) as store:
+    leaves: list[str] = []
+    where = (args.rdzv_backend, args.rdzv_endpoint, conf, launch.run_id, args.detect_within)
+    with open_store(*where, timeout=timeout, leaves=leaves) as store:
         if store is not None:
             if launch.run_id == "none" and not args.rdzv_endpoint.startswith("own:"):
                 raise ConfigError(
                     "an etcd serves many jobs: give this one a name with --rdzv-id, the same on all nodes"
                 )
-            yield _placed(store, _own_host(launch) or address_towards(*_first_host(args, conf)))
+            placed = _placed(store, _own_host(launch) or address_towards(*_first_host(args, conf)))
+            yield replace(placed, leaves=tuple(leaves))
             return
         host, number = _endpoint(args)
         if launch.max_nodes == 1:

@@ -212,7 +212,12 @@ def _take_part(
     agent = Agent(
         settings,
         workers,
-        KeeperProcess(f"{address}/keeper", launch.nproc_per_node + args.standby, "" if write_events else args.log_dir),
+        KeeperProcess(
+            f"{address}/keeper",
+            launch.nproc_per_node + args.standby,
+            "" if write_events else args.log_dir,
+            place.leaves,
+        ),
         place.store,
         new_bootstrap,
         sink,

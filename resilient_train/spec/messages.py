@@ -344,6 +344,8 @@ class Adopt(Message):
     slots: list[list[Any]]
     scratch: str = ""
     """A folder to remove at the end."""
+    leaves: list[str] = field(default_factory=list)
+    """Folders to remove at the end of an agent that was killed."""
     standing: dict[str, Any] | None = None
     """The fields of the last `Standing`."""
     more: bool = False

@@ -9,7 +9,6 @@ import pytest
 from resilient_train.control import own_etcd, own_place
 from resilient_train.control.endpoint import OwnEtcd
 from resilient_train.control.own_place import claim, folder_for
-from resilient_train.errors import ConfigError
 
 
 def test_a_name_that_is_not_known_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,17 +44,17 @@ def test_places_are_taken_once() -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is the same for the same place, and empty; nobody else may have put something there."""
+    """By the next one of the same place, in a folder of its own; what a link points to is left alone."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = folder_for("h-1")
-    (folder / "data").touch()
-    assert folder_for("h-1") == folder
-    assert list(folder.iterdir()) == []
-    assert folder.stat().st_mode & 0o077 == 0
-    folder.rmdir()
-    folder.symlink_to("/")
-    with pytest.raises(ConfigError, match="belongs to somebody else"):
-        folder_for("h-1")
+    first, other = folder_for("h-1"), folder_for("h-10")
+    (first / "data").touch()
+    (tmp_path / "precious").mkdir()
+    link = first.with_name(f"{first.name}-link")
+    link.symlink_to(tmp_path / "precious")
+    second = folder_for("h-1")
+    assert second != first
+    assert second.stat().st_mode & 0o077 == 0
+    assert {path.name for path in tmp_path.iterdir()} == {second.name, other.name, link.name, "precious"}
 
 
 def test_a_host_that_is_not_known_yet_is_somebody_elses() -> None:

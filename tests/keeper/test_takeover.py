@@ -16,7 +16,7 @@ import torch
 
 from resilient_train.image.snapshot import ImageWriter, Part
 from resilient_train.ipc.channel import Channel, connect
-from resilient_train.spec.messages import Adopt, Deposit, Message, Notice, Policy, Standing
+from resilient_train.spec.messages import Adopt, Deposit, Flush, Flushed, Message, Notice, Policy, Standing
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing
@@ -146,3 +146,24 @@ def test_a_stopped_agent_does_not_stop_the_keeper(tmp_path: Path, processes: lis
     link.close()
     agent.close()
     assert processes[0].wait(20) == 0
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_a_killed_agent_cannot_remove_any_more_is_removed(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]], killed: bool
+) -> None:
+    """Its logs at the end in any case; what it needs beyond that, such as its etcd's data, only if it was killed."""
+    logs, data = tmp_path / "logs", tmp_path / "data"
+    for folder in (logs, data):
+        folder.mkdir()
+        (folder / "file").touch()
+    name = f"test-{uuid.uuid4().hex}"
+    processes.append(subprocess.Popen([*KEEPER, name, "1", "agent", str(os.getpid())]))
+    agent = connect(name, 20.0)
+    agent.send(Adopt(slots=[], scratch=str(logs), leaves=[str(data)]))
+    if not killed:
+        agent.send(Flush())
+        hear(agent, Flushed)
+    agent.close()
+    assert processes[0].wait(20) == 0
+    assert (logs.exists(), data.exists()) == (False, not killed)
