@@ -151,7 +151,6 @@ def kill_keeper(job: ChaosJob) -> None:
 
 def park(job: ChaosJob) -> None:
     """Two of three nodes are killed, one after the other; the last waits, and nobody trains."""
-    kept = job.said(PARKED)
     first, second = job.chance.sample([index for index, _ in job.busy_nodes()], 2)
     with job.change():
         job.nodes.kill(first)

@@ -173,8 +173,8 @@ class ChaosJob:
             time.sleep(0.1)
 
     def said(self, text: str) -> int:
-        """How often the nodes that are left have said something."""
-        return sum(job.output.count(text) for job in self.nodes.left())
+        """How often nodes have said something, those that are gone too: it only grows."""
+        return sum(job.output.count(text) for job in self.nodes.jobs)
 
     def sizes(self, since: float) -> set[int]:
         """Sizes of the worlds that have made steps since then."""
