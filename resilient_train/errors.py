@@ -83,6 +83,10 @@ class StoreGone(StoreLost):
     """The control store has ended, and with it the record, which it held in memory only: nobody can change it again."""
 
 
+class JobReplaced(StoreLost):
+    """Another job has begun under this one's id, whose record is lost."""
+
+
 class LinkLost(OutsideError):
     """The agent or the keeper on this node is gone."""
 

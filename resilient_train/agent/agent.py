@@ -238,7 +238,7 @@ class Agent:
             case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
-                if code is ExitCode.STORE_LOST:
+                if code in (ExitCode.STORE_LOST, ExitCode.INTERRUPTED):
                     for worker in self._workers.running():
                         self._workers.signal(worker.member, signal.SIGTERM)
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)

@@ -9,7 +9,7 @@ from resilient_train.agent.loop import Loop
 from resilient_train.agent.neighbours import Neighbours
 from resilient_train.agent.store_line import StoreLine
 from resilient_train.control.store import ControlStore, News
-from resilient_train.errors import ResilientError, StoreGone
+from resilient_train.errors import JobReplaced, ResilientError, StoreGone
 from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
@@ -147,6 +147,9 @@ class Cluster:
 
     def _silent(self, error: ResilientError) -> None:
         now, text, gone = self._loop.clock.now(), str(error), isinstance(error, StoreGone)
+        if isinstance(error, JobReplaced):
+            self._feed(ev.Superseded(text))
+            return
         if gone and not self._gone:
             self._say(f"{text}; training goes on until the world has to change, which ends the job")
         elif self._silent_since is None:

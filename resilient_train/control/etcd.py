@@ -28,7 +28,7 @@ from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.control.etcd_mirror import EtcdMirror, read
 from resilient_train.control.store import News
 from resilient_train.control.stored import announcements, json_object
-from resilient_train.errors import StoreLost
+from resilient_train.errors import JobReplaced, StoreLost
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import Phase, WorldRecord
 
@@ -210,8 +210,9 @@ class EtcdControlStore:
     def _recognize(self, secret: Any | None) -> None:
         """Make sure that the job under this id is still the one that we know."""
         if self._job is not None and (secret is None or secret.value != self._job.secret.encode()):
-            now = "another job of that id" if secret is not None else "no such job"
-            raise StoreLost(f"this job is over: etcd at {self._access} holds {now} by now")
+            if secret is None:
+                raise StoreLost(f"this job is over: etcd at {self._access} holds no such job by now")
+            raise JobReplaced(f"this job is over: etcd at {self._access} holds another job of that id by now")
 
     def _granted(self, seconds: int) -> int:
         """A new lease.  Its number is made up here, so that asking twice makes one."""

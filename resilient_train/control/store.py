@@ -29,8 +29,8 @@ class ControlStore(Protocol):
     All methods may block for a bounded time and raise `resilient_train.errors.StoreLost` if the store does not
     answer; none may be called from a thread that must stay live.  After `StoreLost` the next call tries to reach the
     store again.  A store that holds the record in the memory of one process raises `StoreGone` once that process has
-    ended; one that may come back with the record never does.  `watch` has a connection of its own and may be called
-    beside the others, from one thread at a time.
+    ended; one that may come back with the record never does.  `JobReplaced` says that another job has begun under this
+    one's id.  `watch` has a connection of its own and may be called beside the others, from one thread at a time.
     """
 
     lasting: bool

@@ -47,6 +47,13 @@ class StoreSilent:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another job has begun under this one's id: whatever this world does, nobody will go on from it."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Vouched:
     """The store has said that ``revision`` is the record's newest; it was asked at ``asked_at``."""
 
@@ -154,6 +161,7 @@ Event = (
     RecordSeen
     | NodesSeen
     | StoreSilent
+    | Superseded
     | Vouched
     | KeeperServes
     | WorkerSpawned

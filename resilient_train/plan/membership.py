@@ -33,6 +33,7 @@ from resilient_train.plan.events import (
     StopAsked,
     StoreSilent,
     Stuck,
+    Superseded,
     Swap,
     Tell,
     Tick,
@@ -143,6 +144,12 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     effects += _word(before, state, event, now)
     if (lost := _waits_in_vain(state, now)) and not state.ended:
         return replace(state, ended=True), [*effects, End(ExitCode.STORE_LOST, lost)]
+    if isinstance(event, Superseded) and not state.ended:
+        # Not one more step: the other job may be writing to the same place.
+        return replace(state, ended=True), [*effects, Vouch(now), End(ExitCode.STORE_LOST, event.text)]
+    if state.hurried and state.info.failed and state.silence is not None and not state.ended:
+        text = f"{state.info.failed}, twice; {state.silence.text}"
+        return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, text)]
     state, tellings = _tell(before, state, event)
     effects += tellings
     state, doings = _local(state, now)
@@ -250,7 +257,7 @@ def _take_in(state: State, event: Event, now: float) -> State:
         case EndpointReady(endpoint):
             return _with_info(state, endpoint=endpoint)
         case LeaveAsked(text):
-            if state.info.leaving:
+            if state.info.leaving or state.info.failed:
                 return replace(state, hurried=True)
             if state.view.elastic() and len(state.view.nodes) > 1:
                 # Too few without it, or all of them leave: what is there is parked at a boundary and kept.
@@ -264,7 +271,7 @@ def _take_in(state: State, event: Event, now: float) -> State:
             return _with_info(state, failed=text, culprit="", failed_in=None, exit_code=int(exit_code))
         case Vouched():
             return replace(state, gone=False)
-        case Tick():
+        case Tick() | Superseded():
             return state
 
 
@@ -463,7 +470,8 @@ def _leave(state: State, record: WorldRecord, now: float) -> tuple[State, list[E
     text = f"this node has left the job: {state.info.leaving}"
     if _goes_on(state, record):
         return replace(state, ended=True), [*effects, Say(text), End(ExitCode.SUCCESS, "")]
-    return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, f"{text}; it waits for nodes to go on")]
+    text = f"{text}; too few are left to go on without it"
+    return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, text)]
 
 
 def _is_taken_over(state: State) -> bool:

@@ -14,7 +14,7 @@ from resilient_train.agent.cluster import Cluster
 from resilient_train.agent.loop import Loop
 from resilient_train.clock import MonotonicClock
 from resilient_train.control.store import News
-from resilient_train.errors import StoreGone, StoreLost
+from resilient_train.errors import JobReplaced, StoreGone, StoreLost
 from resilient_train.plan import events as ev
 from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
@@ -39,12 +39,15 @@ class Store:
         self.announced: list[NodeInfo] = []
         self.beats = 0
         self.withdrawn = False
+        self.replaced = False
         self.unreadable: tuple[str, ...] = ()
         self._changes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.number = 1
 
     def _called(self) -> None:
         self.go.wait()
+        if self.replaced:
+            raise JobReplaced("another job")
         if self.out:
             raise StoreGone("nobody listens") if self.gone else StoreLost("no answer")
 
@@ -248,3 +251,15 @@ def test_a_jobs_only_node_announces_nothing() -> None:
     bench.cluster.announce(replace(ME, progress=(1, 1)))
     bench.cluster.close(10.0)
     assert (bench.store.announced, bench.store.beats, bench.store.withdrawn) == ([], 0, False)
+
+
+def test_another_job_under_this_ones_id_is_the_end() -> None:
+    """It is no silence: the record is lost, however well the store answers."""
+    bench = Bench()
+    bench.cluster = bench.made(Lines())
+    bench.cluster.begin()
+    bench.until(lambda: bench.store.beats)
+    bench.store.replaced = True
+    bench.until(lambda: bench.of(ev.Superseded))
+    assert bench.of(ev.Superseded)[0].text == "another job"
+    assert bench.of(ev.StoreSilent) == []

@@ -10,7 +10,7 @@ import pytest
 from etcd_cluster import EtcdCluster, running
 
 from resilient_train.control.etcd import EtcdControlStore
-from resilient_train.errors import StoreLost
+from resilient_train.errors import JobReplaced, StoreLost
 from resilient_train.spec.world import Phase
 from resilient_train.testing.control import ControlStoreConformance, node, record, wait_for
 
@@ -133,9 +133,9 @@ def test_a_job_is_told_by_its_secret(cluster: EtcdCluster, stores: Stores) -> No
     assert store.look().record == record(2)
     assert store.revision() == 2
     cluster.etcdctl("put", "--ignore-lease", key, "another")
-    with pytest.raises(StoreLost, match="another job"):
+    with pytest.raises(JobReplaced, match="another job"):
         store.swap(record(3))
-    with pytest.raises(StoreLost, match="another job"):
+    with pytest.raises(JobReplaced, match="another job"):
         store.look()
 
 

@@ -155,3 +155,30 @@ def test_a_store_that_answers_after_it_had_ended_has_to_give_its_word(what: str)
     assert [v.until for v in bench.taken(ev.Vouch)] == [until]
     bench.feed(ev.Vouched(known, bench.now))
     assert [v.until for v in bench.taken(ev.Vouch)] == [bench.now + Timing().vouch]
+
+
+def test_a_job_that_another_follows_under_its_id_ends_at_once() -> None:
+    """Its record is lost for good; not one more step beside the other, and no waiting."""
+    bench = training(0, 1)
+    bench.answers = False
+    bench.feed(ev.StoreSilent("no answer", lasting=True))
+    bench.taken(ev.Vouch)
+    bench.feed(ev.Superseded("etcd holds another job"))
+    assert bench.taken(ev.Vouch) == [ev.Vouch(bench.now)]
+    assert bench.taken(ev.End) == [ev.End(ExitCode.STORE_LOST, "etcd holds another job")]
+    bench.feed(ev.Superseded("etcd holds another job"))
+    assert bench.taken(ev.End) == []
+
+
+def test_a_second_signal_ends_the_last_node_without_its_store() -> None:
+    """The first one has it tell the store, which does not answer, and may do so later."""
+    bench = training(0, 1)
+    bench.sees(lost={"n1": "its agent is gone"})
+    bench.run_for(0.1)
+    bench.answers = False
+    bench.feed(ev.StoreSilent("no leader", lasting=True))
+    bench.feed(ev.LeaveAsked("SIGTERM"))
+    bench.run_for(30)
+    assert bench.taken(ev.End) == []
+    bench.feed(ev.LeaveAsked("SIGTERM"))
+    assert bench.taken(ev.End) == [ev.End(ExitCode.INTERRUPTED, "SIGTERM, twice; no leader")]
