@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import ipaddress
 import os
@@ -82,6 +83,7 @@ def folder_for(name: str) -> Path:
     """
     prefix = f"resilient_train-etcd-{os.getuid()}-{name}-"
     for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*"):
-        if not left.is_symlink() and left.stat().st_uid == os.getuid():
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # A killed agent's keeper cleans up at the same time.
+            if not left.is_symlink() and left.stat().st_uid == os.getuid():
+                shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=prefix))

@@ -89,15 +89,18 @@ class Survey:
                 now = time.monotonic()
                 self._former = {endpoint: at for endpoint, at in self._former.items() if now < at + _REMEMBERED}
                 self._silent = {endpoint: at for endpoint, at in self._silent.items() if now < at + _SHUNNED}
-                former = self._former.keys() - self._silent.keys()
-                targets = [(end, _SHORT_TIMEOUT if end in self._aside else _TIMEOUT) for end in self._current]
+                # Who is asked once only is given all the time that it may need: what it holds may be the last state.
+                patient = any(patient for _, patient in waiting)
+                former = self._former.keys() - (self._silent.keys() if patient else set())
+                short = self._aside if patient else set()
+                targets = [(end, _SHORT_TIMEOUT if end in short else _TIMEOUT) for end in self._current]
                 targets += [(endpoint, _SHORT_TIMEOUT) for endpoint in former]
                 secret = self._secret
             finding = _asked(targets, secret)
             now = time.monotonic()
             with self._lock:
                 self._silent |= dict.fromkeys(former - finding.images.keys(), now)
-            if any(patient for _, patient in waiting):
+            if patient:
                 finding = self._completed(finding, secret)
             for answer, _ in waiting:
                 answer(finding)

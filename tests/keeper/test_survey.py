@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -58,9 +61,37 @@ def test_who_has_left_and_does_not_answer_is_asked_once(node: Node) -> None:
         survey.follow(peers(endpoint, node.endpoint), "", KEY)
         survey.follow(peers(node.endpoint), "", KEY)
         for _ in range(3):
-            survey.ask(answers.put)
+            survey.ask(answers.put, patient=True)
             assert set(answers.get(timeout=60).images) == {node.endpoint}
         silent.setblocking(False)
         silent.accept()[0].close()
         with pytest.raises(BlockingIOError):
             silent.accept()
+
+
+def test_who_asks_only_once_gives_everybody_time(node: Node) -> None:
+    """The last state is chosen after one round; a busy keeper whose node has no part in the world may hold it."""
+    answers: queue.SimpleQueue[Finding] = queue.SimpleQueue()
+    host, _, port = node.endpoint.rpartition(":")
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+
+        def answer_late() -> None:
+            near, _ = busy.accept()
+            time.sleep(0.6)
+            with near, socket.create_connection((host, int(port))) as far:
+                threading.Thread(target=pump, args=(far, near), daemon=True).start()
+                pump(near, far)
+
+        threading.Thread(target=answer_late, daemon=True).start()
+        endpoint = f"127.0.0.1:{busy.getsockname()[1]}"
+        survey = Survey()
+        survey.follow(peers(endpoint), "", KEY)
+        survey.ask(answers.put)
+        assert set(answers.get(timeout=60).images) == {endpoint}
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    """Pass on what comes, until either end hangs up."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
