@@ -44,7 +44,7 @@ from resilient_train.spec.messages import (
     Wish,
     Wished,
 )
-from resilient_train.spec.node import NodeInfo
+from resilient_train.spec.node import NodeInfo, Terms
 from resilient_train.spec.world import Phase, WorldRecord, slot_of
 
 _LAST_CALLS = 2.0
@@ -164,6 +164,9 @@ class Agent:
             link=links.address if links is not None else "",
             addresses=settings.addresses,
             labels=settings.labels,
+            terms=Terms(
+                min_nodes=settings.limits.min_nodes, max_nodes=settings.limits.max_nodes, within=settings.within
+            ),
         )
         timing = Timing.scaled(settings.within)
         view = View(me=settings.node, limits=settings.limits, nodes={settings.node: info}, timing=timing)
@@ -238,7 +241,7 @@ class Agent:
             case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
-                if code in (ExitCode.STORE_LOST, ExitCode.INTERRUPTED):
+                if code in (ExitCode.STORE_LOST, ExitCode.INTERRUPTED, ExitCode.USAGE):
                     for worker in self._workers.running():
                         self._workers.signal(worker.member, signal.SIGTERM)
                 self._outcome = Outcome(code=code, text=text, culprit=culprit)

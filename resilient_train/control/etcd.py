@@ -17,6 +17,7 @@ import json
 import math
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -35,6 +36,9 @@ from resilient_train.spec.world import Phase, WorldRecord
 _ROOT = "/resilient_train/"
 _JOB_TTL = 3600
 """Seconds after the last sign of life of any node until a job's record is gone."""
+
+_TRY = 2.0
+"""Seconds after which it is known why a cluster does not answer at first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,13 @@ class EtcdControlStore:
     lasting = True
 
     def __init__(
-        self, access: EtcdAccess, job: str, ttl: float = 5.0, timeout: float = 30.0, clock: Clock | None = None
+        self,
+        access: EtcdAccess,
+        job: str,
+        ttl: float = 5.0,
+        timeout: float = 30.0,
+        clock: Clock | None = None,
+        because: Callable[[str], None] | None = None,
     ) -> None:
         """Connects to a cluster.
 
@@ -68,6 +78,7 @@ class EtcdControlStore:
                 whole seconds, 2 at least with its default settings, and looks every half second.
             timeout: seconds to wait for the cluster.
             clock: for deadlines.
+            because: told again and again why the cluster does not answer yet.
 
         Raises:
             StoreLost: if it does not answer in time.
@@ -88,7 +99,7 @@ class EtcdControlStore:
         self._said: NodeInfo | None = None
         self._said_at = 0
         self._job_refreshed = self._clock.now()
-        read(self._client, self._prefix, timeout)
+        self._first_answer(timeout, because or (lambda _: None))
         follower = EtcdClient(access, patience, self._clock)
         reread = max(1.0, ttl / 2)
         self._mirror = EtcdMirror(
@@ -164,6 +175,18 @@ class EtcdControlStore:
     def close(self) -> None:
         self._mirror.close()
         self._client.close()
+
+    def _first_answer(self, timeout: float, because: Callable[[str], None]) -> None:
+        deadline = self._clock.now() + timeout
+        while True:
+            left = deadline - self._clock.now()
+            try:
+                read(self._client, self._prefix, min(left, _TRY))
+                return
+            except StoreLost as error:
+                if left <= _TRY:
+                    raise
+                because(str(error))
 
     def _key(self, name: str) -> bytes:
         return self._prefix + name.encode()

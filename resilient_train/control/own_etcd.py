@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +59,12 @@ _QUICK = 1.5
 
 
 @contextmanager
-def member(own: OwnEtcd, when_started: float = 60.0, leaves: list[str] | None = None) -> Iterator[OwnEtcd]:
+def member(
+    own: OwnEtcd,
+    when_started: float = 60.0,
+    leaves: list[str] | None = None,
+    because: Callable[[str], None] | None = None,
+) -> Iterator[OwnEtcd]:
     """Run the member of this host, if the list names this host; yields the list with that member first.
 
     Of several entries on one host, each process takes the first that nobody has.  At the end the member leaves the
@@ -69,6 +74,7 @@ def member(own: OwnEtcd, when_started: float = 60.0, leaves: list[str] | None = 
         own: the list.
         when_started: seconds to wait for a cluster.
         leaves: to which the folder is added that stays if this process is killed.
+        because: told again and again why there is no cluster yet.
 
     Raises:
         ConfigError: if a host of the list is not known, or something else listens at the port.
@@ -86,7 +92,7 @@ def member(own: OwnEtcd, when_started: float = 60.0, leaves: list[str] | None = 
         if leaves is not None:
             leaves.append(str(running.folder))
         try:
-            running.ready(when_started)
+            running.ready(when_started, because or (lambda _: None))
             before, me, after = own.members[: place.index], own.members[place.index], own.members[place.index + 1 :]
             yield replace(own, members=(me, *before, *after))
         finally:
@@ -116,7 +122,7 @@ class _Member:
         self._thread = threading.Thread(target=self._keep, name="own etcd", daemon=True)
         self._thread.start()
 
-    def ready(self, timeout: float) -> None:
+    def ready(self, timeout: float, because: Callable[[str], None]) -> None:
         """Wait until the member belongs to a cluster that answers."""
         deadline = time.monotonic() + timeout
         while not self._established.wait(_POLL):
@@ -125,6 +131,7 @@ class _Member:
             if time.monotonic() >= deadline:
                 names = ", ".join(joined(*one) for one in self._own.members)
                 raise StoreLost(f"the job's own etcd did not come up in {timeout:.0f} s at {names}: {self._reason()}")
+            because(self._reason())
 
     def _reason(self) -> str:
         try:

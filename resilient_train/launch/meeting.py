@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,12 +44,13 @@ class Place:
 
 
 @contextmanager
-def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
+def joined(args: argparse.Namespace, launch: Any, because: Callable[[str], None]) -> Iterator[Place]:
     """This node's place in the job; serves the store, or a part of it, until the end of the context.
 
     Args:
         args: the command line.
         launch: torchrun's reading of it.
+        because: told, from any thread, why there is no store yet.
 
     Raises:
         ConfigError: if the endpoint is malformed, names nobody, or does not let us in.
@@ -59,7 +60,7 @@ def joined(args: argparse.Namespace, launch: Any) -> Iterator[Place]:
     timeout = float(conf.get("timeout", args.patience))
     leaves: list[str] = []
     where = (args.rdzv_backend, args.rdzv_endpoint, conf, launch.run_id, args.detect_within)
-    with open_store(*where, timeout=timeout, leaves=leaves) as store:
+    with open_store(*where, timeout=timeout, leaves=leaves, because=because) as store:
         if store is not None:
             if launch.run_id == "none" and not args.rdzv_endpoint.startswith("own:"):
                 raise ConfigError(

@@ -130,9 +130,9 @@ def _status(args: argparse.Namespace) -> ExitCode:
         if args.job and not found:
             the_job(args.job)
         if args.json:
-            _print_json({"jobs": [dataclasses.asdict(status) for _, status in found.values()]})
+            _print_json({"jobs": [dataclasses.asdict(one.status) for one in found.values()]})
         else:
-            lines = [line for _, status in found.values() for line in [*describe(status), ""]]
+            lines = [line for one in found.values() for line in [*describe(one), ""]]
             clear = "\033[H\033[2J" if args.watch and sys.stdout.isatty() else ""
             print(clear + ("\n".join(lines).rstrip() or "no job runs on this machine"), flush=True)
         if not args.watch:
@@ -141,18 +141,18 @@ def _status(args: argparse.Namespace) -> ExitCode:
 
 
 def _drain(args: argparse.Namespace) -> ExitCode:
-    address, status = the_job(args.job)
-    wish(address, args.node, 0)
-    print(f"{', '.join(args.node)} will leave job {status.job} at its next step boundary")
+    job = the_job(args.job)
+    wish(job.address, args.node, 0)
+    print(f"{', '.join(args.node)} will leave job {job.status.job} at its next step boundary")
     return ExitCode.SUCCESS
 
 
 def _scale(args: argparse.Namespace) -> ExitCode:
     if args.nodes < 1:
         raise ConfigError(f"a job has at least one node, not {args.nodes}")
-    address, status = the_job(args.job)
-    wish(address, [], args.nodes)
-    print(f"job {status.job} may span {count(args.nodes, 'node')}")
+    job = the_job(args.job)
+    wish(job.address, [], args.nodes)
+    print(f"job {job.status.job} may span {count(args.nodes, 'node')}")
     return ExitCode.SUCCESS
 
 

@@ -148,8 +148,8 @@ def _run(args: argparse.Namespace, write_events: bool) -> ExitCode:
     try:
         with ExitStack() as stack:
             where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or MASTER_PORT}"
-            with said(f"the control store at {where}", print_line):
-                place = stack.enter_context(joined(args, launch))
+            with said(f"the control store at {where}", print_line) as because:
+                place = stack.enter_context(joined(args, launch, because))
             code = _take_part(args, launch, entrypoint, worker_args, place, write_events)
     except Interrupted:
         # Of a job that has ended, all that is left to wait for is that the others have heard of it.
@@ -307,7 +307,9 @@ def _report(outcome: Outcome, workers: Workers, script: str, keeps_logs: bool) -
         if not keeps_logs:
             failure.error_file = "<N/A>"
         print(ChildFailedError(script, {failure.local_rank: failure}).format_msg(), file=sys.stderr)
-    if outcome.text:
+    if outcome.code is ExitCode.USAGE:
+        print_line(f"error: {outcome.text}")
+    elif outcome.text:
         print_line(f"the job {'ended' if outcome.code is ExitCode.INTERRUPTED else 'failed'}: {outcome.text}")
     if outcome.unsaved:
         print_line(outcome.unsaved)

@@ -40,8 +40,11 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def said(what: str, say: Callable[[str], None], first: float = _FIRST, again: float = _AGAIN) -> Iterator[None]:
-    """Say that ``what`` is waited for, if the context takes long, and once in a while from then on.
+def said(
+    what: str, say: Callable[[str], None], first: float = _FIRST, again: float = _AGAIN
+) -> Iterator[Callable[[str], None]]:
+    """Say that ``what`` is waited for, if the context takes long, and once in a while from then on; yields what takes
+    the newest cause.
 
     Args:
         what: for people.
@@ -50,17 +53,22 @@ def said(what: str, say: Callable[[str], None], first: float = _FIRST, again: fl
         again: seconds until the next time.
     """
     over = threading.Event()
+    cause = ""
+
+    def because(text: str) -> None:
+        nonlocal cause
+        cause = text
 
     def run() -> None:
         pause = first
         while not over.wait(pause):
-            say(f"waiting for {what}")
+            say(f"waiting for {what}" + (f": {cause}" if cause else ""))
             pause = again
 
     thread = threading.Thread(target=run, name="waiting", daemon=True)
     thread.start()
     try:
-        yield
+        yield because
     finally:
         over.set()
         thread.join()

@@ -46,6 +46,7 @@ from resilient_train.plan.events import (
     WorkerSpawned,
 )
 from resilient_train.plan.proposal import is_new_restore, propose
+from resilient_train.plan.terms import conflict
 from resilient_train.plan.view import View, Wish
 from resilient_train.spec.messages import (
     Acknowledge,
@@ -147,6 +148,8 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
     if isinstance(event, Superseded) and not state.ended:
         # Not one more step: the other job may be writing to the same place.
         return replace(state, ended=True), [*effects, Vouch(now), End(ExitCode.STORE_LOST, event.text)]
+    if isinstance(event, NodesSeen) and (unlike := conflict(state.info, event.nodes)) and not state.ended:
+        return replace(state, ended=True), [*effects, End(ExitCode.USAGE, unlike)]
     if state.hurried and state.info.failed and state.silence is not None and not state.ended:
         text = f"{state.info.failed}, twice; {state.silence.text}"
         return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, text)]

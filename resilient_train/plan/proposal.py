@@ -480,6 +480,9 @@ def _describe_change(view: View, record: WorldRecord, members: set[str]) -> str:
     parts += [f"node {node.node} leaves ({node.leaving})" for node in leaving]
     if not members:
         parts.append("too few are left, waiting for replacements")
+    before, after = ({node_of(m) for m in some} for some in (record.members, members))
+    if len(before) > view.room() or len(after) > view.limits.max_nodes:
+        parts.append(f"scaled to {view.room()} node" + ("s" if view.room() > 1 else ""))
     return "; ".join(parts) or f"{len(members)} of {record.size} ranks go on"
 
 

@@ -73,6 +73,23 @@ class ExitInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What all nodes of a job have to be started with alike: each of them decides by it for all, and relies on the
+    others' doing so."""
+
+    min_nodes: int
+    """Fewer nodes than this cannot form a world."""
+    max_nodes: int
+    """More are not used, unless the record says otherwise."""
+    within: float
+    """Seconds in which a loss is to be noticed; how long a world may go on without the store follows from it."""
+
+    def __str__(self) -> str:
+        span = str(self.min_nodes) if self.min_nodes == self.max_nodes else f"{self.min_nodes}:{self.max_nodes}"
+        return f"--nnodes={span} --detect-within={self.within:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeInfo:
     """A node as its agent announces it."""
 
@@ -114,6 +131,8 @@ class NodeInfo:
     """Where this machine stands, as `resilient_train.spec.topology` has it."""
     leaving: str = ""
     """Why this node wants to leave at the next boundary; empty if it does not."""
+    terms: Terms | None = None
+    """How it was started; None if it does not say."""
     stuck: tuple[RankReport, ...] = ()
     """Where its members are, while the job stands still; empty while it goes on."""
 
@@ -135,6 +154,8 @@ class NodeInfo:
             generation, step = fields.pop("progress")
             fields.update({name: tuple(fields[name]) for name in ("suspects", "addresses", "labels")})
             fields["stuck"] = tuple(RankReport.from_json(item) for item in fields["stuck"])
+            if fields.get("terms") is not None:
+                fields["terms"] = Terms(**known_fields(Terms, fields["terms"]))
             return cls(workers=workers, exits=exits, progress=(generation, step), **fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"not a node's announcement: {error}") from error

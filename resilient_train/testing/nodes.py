@@ -66,15 +66,15 @@ class Nodes:
         for _ in range(count):
             self.start()
 
-    def start(self) -> Job:
-        """Start one more node."""
+    def start(self, *flags: str) -> Job:
+        """Start one more node; further flags are for this one only."""
         if len(self.jobs) == 1 and self._wait:
             # The first is the one that serves.
             self.jobs[0].wait_for(lambda: self.jobs[0].keepers(), 60, "the first node's start")
         job = Job(
             self._script,
             self._args,
-            flags=[*self._flags, *self._meet],
+            flags=[*self._flags, *self._meet, *flags],
             log_dir=self._folder / f"node{len(self.jobs)}",
             env=self._env,
             prefix=self._network.prefix(len(self.jobs)) if self._network is not None else (),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resilient_train.errors import ConfigError, OutsideError
@@ -24,9 +26,21 @@ def agents() -> list[str]:
     return sorted(set(re.findall(r"@resilient_train/(job-[0-9a-f]+)$", text, re.MULTILINE)))
 
 
-def jobs(job: str = "") -> dict[str, tuple[str, Status]]:
-    """For each job with an agent here (or just ``job``): the address of one, and what it says."""
-    found: dict[str, tuple[str, Status]] = {}
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job with agents on this machine."""
+
+    address: str
+    """That of one of them."""
+    status: Status
+    """What it says."""
+    here: frozenset[str]
+    """The nodes that they are."""
+
+
+def jobs(job: str = "") -> dict[str, Job]:
+    """By their ids the jobs with an agent here, or just ``job``."""
+    found: dict[str, Job] = {}
     for address in agents():
         try:
             status = _ask(address, AskStatus())
@@ -34,11 +48,12 @@ def jobs(job: str = "") -> dict[str, tuple[str, Status]]:
             # Another user's, or one that ended just now.
             continue
         if isinstance(status, Status) and job in ("", status.job):
-            found.setdefault(status.job, (address, status))
+            first = found.get(status.job, Job(address, status, frozenset()))
+            found[status.job] = replace(first, here=first.here | {status.node})
     return found
 
 
-def the_job(job: str = "") -> tuple[str, Status]:
+def the_job(job: str = "") -> Job:
     """The one job of this machine, or the one that is named.
 
     Raises:
@@ -76,8 +91,9 @@ def _ask(address: str, question: Message) -> Message | None:
     return received[0]
 
 
-def describe(status: Status) -> list[str]:
+def describe(job: Job) -> list[str]:
     """A job's status, for people."""
+    status = job.status
     nodes = sorted((NodeInfo.from_json(node) for node in status.nodes), key=lambda node: node.order)
     if status.record is None:
         return [f"job {status.job}: waiting for its first world; {count(len(nodes), 'node')} so far"]
@@ -93,22 +109,22 @@ def describe(status: Status) -> list[str]:
     if status.store:
         lines.append(f"the control store does not answer: {status.store}")
     head = ("NODE", "ADDRESS", "RANKS", "WORKERS", "STATE")
-    lines += ["", *table(head, [_row(node, record, status.node) for node in nodes])]
+    lines += ["", *table(head, [_row(node, record, job.here) for node in nodes])]
     if status.incidents:
         lines.append("")
         lines += [f"{_ago(float(seconds)):>9} ago  {text}" for seconds, text in status.incidents]
     return lines
 
 
-def _row(node: NodeInfo, record: WorldRecord, here: str) -> tuple[str, ...]:
+def _row(node: NodeInfo, record: WorldRecord, here: Collection[str]) -> tuple[str, ...]:
     ranks = [rank for rank, member in enumerate(record.members) if node_of(member) == node.node]
     idle = sum(worker.idle for worker in node.workers)
     starting = sum(not worker.elastic for worker in node.workers)
     notes = [f"leaving: {node.leaving}"] if node.leaving else []
     notes += [f"cannot reach {', '.join(node.suspects)}"] if node.suspects else []
-    notes += [f"{idle} standing by"] if idle else []
+    notes += [f"{idle} {'standing by' if record.members else 'waiting for nodes'}"] if idle else []
     notes += [f"{starting} starting"] if starting else []
-    name = f"{node.node} (here)" if node.node == here else node.node
+    name = f"{node.node} (here)" if node.node in here else node.node
     return name, node.link or "-", _ranges(ranks), str(len(node.workers)), "; ".join(notes) or _usual(node.workers)
 
 

@@ -260,7 +260,7 @@ class Session:
             verdict = self.link.wait_for_verdict(self.link.verdict)
             if verdict is None:
                 # Nobody was lost as far as the agents know. All form again, for as long as that helps.
-                logger.warning("communication failed, and nobody was lost", exc_info=error)
+                logger.warning("communication failed, and no loss is known so far", exc_info=error)
                 text = f"rank {rank} could not communicate ({type(error).__name__}: {_first_line(error)})"
                 self.tell(Troubled(generation=record.generation, text=text))
                 verdict = self.link.wait_for_verdict(None)

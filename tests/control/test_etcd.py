@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from etcd_cluster import EtcdCluster, running
 
+from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd import EtcdControlStore
 from resilient_train.errors import JobReplaced, StoreLost
 from resilient_train.spec.world import Phase
 from resilient_train.testing.control import ControlStoreConformance, node, record, wait_for
+from resilient_train.testing.nodes import free_port
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one member", "three members"])
@@ -154,3 +156,12 @@ def test_a_watch_survives_compaction(cluster: EtcdCluster, stores: Stores) -> No
         heard = store.watch(news.number, 30.0)
         assert heard is not None
         news = heard
+
+
+def test_why_no_etcd_answers_is_told_before_it_is_given_up() -> None:
+    """Whoever waits for a cluster sees what is wrong meanwhile."""
+    told: list[str] = []
+    with pytest.raises(StoreLost):
+        EtcdControlStore(EtcdAccess(endpoints=(f"127.0.0.1:{free_port()}",)), "job", timeout=3.0, because=told.append)
+    assert told
+    assert "UNAVAILABLE" in told[0]

@@ -62,6 +62,20 @@ def test_without_the_node_that_serves_the_record_the_job_ends_and_says_why(tmp_p
         check_nothing_left(running)
 
 
+def test_a_node_that_was_started_unlike_the_others_takes_no_part(tmp_path: Path) -> None:
+    """It ends with 2 and names both commands' flags; the job does not notice."""
+    with nodes(tmp_path, "--steps", "60", *SLOWLY, count=2, flags=("--nnodes=1:2",)) as running:
+        running.jobs[0].wait_for_line("step 2 size 4", START)
+        other = running.start("--detect-within=2")
+        assert other.finish(60) == 2, running.output
+        assert "--nnodes=1:2 --detect-within=2" in other.output
+        assert "--detect-within=5" in other.output
+        hurry(tmp_path)
+        assert running.finish(60) == [0, 0, 2], running.output
+        assert "generation 2" not in running.jobs[0].output
+        check_nothing_left(running)
+
+
 def test_a_node_that_is_told_to_end_leaves_at_a_boundary(tmp_path: Path) -> None:
     """SIGTERM to one agent: its ranks leave together, no step is computed twice, its exit code is 0."""
     with nodes(tmp_path, "--steps", "120", "--step-time", "0.05", count=2, flags=("--nnodes=1:2",)) as running:
