@@ -76,6 +76,13 @@ class JsonLinesSink:
                     self._file.write(json.dumps(asdict(event)) + "\n")
 
 
+class NoSink:
+    """Forgets events."""
+
+    def put(self, event: Event) -> None:
+        del event
+
+
 class ListSink:
     """Keeps events in memory."""
 

@@ -29,11 +29,12 @@ ALLOWED |= {"resilient_train", "typing"}
 # A simulation is a function of its seed: of the `Random` that it is given.
 ALSO = {"sim": {"random"}}
 COMMANDS = {"sim/__main__.py"}
-# Optional at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a
-# command line that does not.
+# Late at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a plug-in or a
+# command line that do not.
 LATE = {
     ("control", "resilient_train.control.etcd"),
     ("control", "resilient_train.control.own_etcd"),
+    ("control", "resilient_train.control.torchelastic"),
     ("image", "resilient_train"),
     ("launch", "resilient_train.interop"),
     ("storage", "aiobotocore"),
@@ -88,7 +89,7 @@ def test_pure_layers_have_no_clock_io_threads_or_torch(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_stand_at_the_top(path: Path) -> None:
-    """Only what may be missing is imported inside of a function."""
+    """Only what may be missing, or not there yet, is imported inside of a function."""
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for name, _ in imports(function):

@@ -27,15 +27,3 @@ def own_addresses() -> tuple[str, ...]:
         lines = []
     found |= {socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line.split()[0])) for line in lines}
     return tuple(sorted(found))
-
-
-def address_towards(host: str, port: int) -> str:
-    """The address that this machine has for ``host``.
-
-    Raises:
-        OSError: if there is no way to it.
-    """
-    family, kind, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as sock:
-        sock.connect(target)
-        return str(sock.getsockname()[0])

@@ -23,7 +23,7 @@ from resilient_train.agent.links import Links
 from resilient_train.agent.loop import Loop
 from resilient_train.agent.timeline import Timeline, count_ranks
 from resilient_train.agent.workers import Workers
-from resilient_train.clock import Clock
+from resilient_train.clock import Alarm, Clock
 from resilient_train.control.store import ControlStore
 from resilient_train.errors import ExitCode, FormatError, LinkLost, OutsideError
 from resilient_train.events import Event as LogEvent
@@ -142,12 +142,16 @@ class Agent:
         self._say = say
         self._clock = clock
         self._loop = loop = Loop(clock)
+        self._alarm = Alarm(loop.at, self._tick)
         self._bootstraps = Bootstraps(
             new_bootstrap, loop.post, lambda endpoint: self._feed(ev.EndpointReady(endpoint)), say
         )
         self._timeline = Timeline(sink, settings.node)
         self._listener = Listener(settings.address)
+        self._accepted: set[Channel] = set()
+        """Everybody who has called: workers, and `rtctl`."""
         self._channels: dict[str, Channel] = {}
+        """The workers that have said hello."""
         self._outcome: Outcome | None = None
         self._progress = (0, 0)
         self._vouched_until = 0.0
@@ -196,7 +200,7 @@ class Agent:
             return self._wind_up(self._outcome)
 
     def _once(self) -> None:
-        sent = [self._keeper.push(), *(channel.push() for channel in self._channels.values())]
+        sent = [self._keeper.push(), *(channel.push() for channel in self._accepted)]
         self._loop.once(None if all(sent) else _UNSENT)
 
     def _heard(self, node: str) -> None:
@@ -237,7 +241,7 @@ class Agent:
             case ev.Say(text):
                 self._say(text)
             case ev.Wake(at):
-                self._loop.at(at, self._tick)
+                self._alarm.set(at)
             case ev.End(code, text):
                 record = self._state.view.record
                 culprit = record.culprit if record is not None else ""
@@ -328,6 +332,7 @@ class Agent:
     def _accept(self) -> None:
         channel = self._listener.accept()
         if channel is not None:
+            self._accepted.add(channel)
             self._loop.selector.register(channel, selectors.EVENT_READ, lambda: self._read(channel))
 
     def _read(self, channel: Channel) -> None:
@@ -388,6 +393,8 @@ class Agent:
 
     def _hang_up(self, member: str, channel: Channel | None = None) -> None:
         channel = self._channels.pop(member, channel)
+        if channel is not None:
+            self._accepted.discard(channel)
         if channel is not None and channel.fileno() >= 0:
             self._loop.selector.unregister(channel)
             channel.close()
@@ -514,5 +521,6 @@ class _Surroundings:
 
 
 def print_line(text: str) -> None:
-    """A line for people, on stderr."""
-    print(f"[rtrun] {text}", file=sys.stderr, flush=True)
+    """A line for people, on stderr; nobody hears it where that is a full disk, or its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"[rtrun] {text}", file=sys.stderr, flush=True)

@@ -56,8 +56,9 @@ class Cluster:
         self._silent_since: float | None = None
         self._gone = False
         self._unreadable: set[str] = set()
-        self._announcing = False
         self._unsaid: NodeInfo | None = None
+        self._revision = 0
+        """That of the newest version that news told of."""
         self._asked = False
         """Whether the store was asked for its word since there is a world that it can speak of."""
 
@@ -82,26 +83,21 @@ class Cluster:
 
     def swap(self, record: WorldRecord) -> None:
         """Try to make this the next version of the record, and report what stands."""
-        self._line.ask(lambda store: store.swap(record), lambda stands: self._feed(ev.RecordSeen(stands)))
+        self._line.ask(lambda store: store.swap(record), lambda stands: self._feed(ev.RecordSeen(stands)), "swap")
 
     def announce(self, info: NodeInfo) -> None:
         """Announce this node, once for all that changes until the store is free for it."""
         self._info = info
         self._neighbours.own(info)
-        if self._links is None or self._announcing:
+        if self._links is None:
             return
-        self._announcing = True
+        self._unsaid = info
 
-        def begun(_: object) -> None:
-            self._announcing = False
-            info = self._unsaid = self._info
-            self._line.ask(lambda store: store.announce(info), lambda _: said(info))
-
-        def said(info: NodeInfo) -> None:
+        def said(_: object) -> None:
             if self._unsaid is info:
                 self._unsaid = None
 
-        self._line.ask(lambda _: None, begun)
+        self._line.ask(lambda store: store.announce(info), said, "announce")
 
     def close(self, timeout: float) -> None:
         """Take leave; waits up to ``timeout`` seconds for the store to hear of it."""
@@ -111,17 +107,16 @@ class Cluster:
         self._line.close(timeout)
 
     def _show_life(self) -> None:
-        """A beat; or again the announcement that the store did not take."""
+        """A beat; and again the announcement that the store did not take."""
         if self._unsaid is not None:
             self.announce(self._info)
-        else:
-            self._line.ask(lambda store: store.beat(), lambda _: self._alive())
+        self._line.ask(lambda store: store.beat(), lambda _: self._alive(), "beat")
 
     def _alive(self) -> None:
         """After an outage in which nothing has changed no news come by themselves."""
         if self._silent_since is not None:
             self._ask_for_word()
-            self._line.ask(lambda store: store.look(), self._news)
+            self._look()
 
     def _ask_for_word(self) -> None:
         """Whether the record that this agent knows is the newest."""
@@ -130,7 +125,16 @@ class Cluster:
             asked_at = self._loop.clock.now()
             return ev.Vouched(revision=store.revision(), asked_at=asked_at)
 
-        self._line.ask(ask, self._feed)
+        def heard(word: ev.Vouched) -> None:
+            self._feed(word)
+            if word.revision > self._revision:
+                # The news of it should be here by now, and may have been lost.
+                self._look()
+
+        self._line.ask(ask, heard, "word")
+
+    def _look(self) -> None:
+        self._line.ask(lambda store: store.look(), self._news, "look")
 
     def _news(self, news: News) -> None:
         if self._silent_since is not None:
@@ -140,6 +144,8 @@ class Cluster:
             self._say(f"a node announces itself in a way that this version does not understand: {text}")
         self._unreadable |= set(news.unreadable)
         self._feed(ev.RecordSeen(news.record))
+        if news.record is not None:
+            self._revision = max(self._revision, news.record.revision)
         if news.record is not None and not self._asked:
             self._asked = True
             self._ask_for_word()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from resilient_train.agent import stacks
 from resilient_train.agent.workers import Worker, Workers
-from resilient_train.clock import Clock
+from resilient_train.clock import Alarm, Clock
 from resilient_train.errors import FormatError
 from resilient_train.plan import events as ev
 from resilient_train.plan import hang
@@ -64,6 +64,7 @@ class Hangs:
         self._workers = workers
         self._around = around
         self._clock = clock
+        self._alarm = Alarm(around.at, self.look)
         self._bounds: dict[str, int] = {}
 
     @property
@@ -126,7 +127,7 @@ class Hangs:
             case hang.Say(text):
                 self._around.say(text)
             case hang.LookAt(at):
-                self._around.at(at, self.look)
+                self._alarm.set(at)
 
     def _evict(self, member: str, reason: str) -> None:
         """The others go on at once; the process is ended as soon as its stacks are in the log."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from resilient_train.agent.links import Links
-from resilient_train.clock import Clock
+from resilient_train.clock import Alarm, Clock
 from resilient_train.plan import suspicion
 from resilient_train.plan.events import NodesSeen
 from resilient_train.spec.node import NodeInfo
@@ -39,7 +39,7 @@ class Neighbours:
         self._links: Links | None = None
         self._seen: NodesSeen | None = None
         self._beat_every = within / BEATS
-        self._wake_at = float("inf")
+        self._alarm = Alarm(at, lambda: self._step(suspicion.Looked()))
 
     def begin(self, links: Links) -> None:
         """Begin to listen."""
@@ -78,19 +78,14 @@ class Neighbours:
             self._step(suspicion.Looked())
             self._at(self._clock.now() + self._beat_every, self._beat)
 
-    def _wake(self) -> None:
-        self._wake_at = float("inf")
-        self._step(suspicion.Looked())
-
     def _step(self, event: suspicion.Event) -> None:
         now = self._clock.now()
         self._state, verdict = suspicion.step(self._state, event, now)
         if self._links is not None:
             peers = self._state.peers
             self._links.want({name: peers[name].info.link for name in verdict.wanted if name in peers})
-        if verdict.wake_at is not None and verdict.wake_at < self._wake_at:
-            self._wake_at = verdict.wake_at
-            self._at(verdict.wake_at, self._wake)
+        if verdict.wake_at is not None:
+            self._alarm.set(verdict.wake_at)
         seen = NodesSeen(
             nodes=verdict.alive,
             lost=verdict.lost,

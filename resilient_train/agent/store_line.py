@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from resilient_train.control.store import ControlStore, News
@@ -16,6 +17,16 @@ _WATCH = 3600.0
 """Seconds after which a watch is asked anew."""
 _RETRY = 0.5
 """Seconds before a store that did not answer is asked again."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """What the store is to be asked."""
+
+    name: str
+    """Under which another may take its place; empty for none."""
+    call: Callable[[ControlStore], Any]
+    then: Callable[[Any], None] | None
 
 
 class StoreLine:
@@ -40,24 +51,31 @@ class StoreLine:
         self._store = store
         self._post = post
         self._silent = silent
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._waiting: dict[str, _Call] = {}
+        """By their names the calls that have not begun."""
+        self._naming = threading.Lock()
         self._closed = threading.Event()
         self._threads = [threading.Thread(target=self._make_calls, name="control store", daemon=True)]
         self._threads[0].start()
 
-    def ask(self, call: Callable[[ControlStore], Any], then: Callable[[Any], None] | None = None) -> None:
-        """Make a call, after those that were asked for before, and hand what it returned to ``then``."""
+    def ask(
+        self, call: Callable[[ControlStore], Any], then: Callable[[Any], None] | None = None, name: str = ""
+    ) -> None:
+        """Make a call, after those that were asked for before, and hand what it returned to ``then``.
 
-        def work() -> None:
-            try:
-                result = call(self._store)
-            except Exception as error:
-                self._complain(error)
+        One that waits under the same ``name`` is not made any more: this one takes its place.  While a store is silent
+        nothing piles up, and what it hears first then is not what was right when it fell silent.
+        """
+        with self._naming:
+            waiting = self._waiting.get(name)
+            if waiting is not None:
+                waiting.call, waiting.then = call, then
                 return
-            if then is not None:
-                self._post(functools.partial(then, result))
-
-        self._calls.put(work)
+            wanted = _Call(name, call, then)
+            if name:
+                self._waiting[name] = wanted
+        self._calls.put(wanted)
 
     def listen(self, heard: Callable[[News], None]) -> None:
         """Have ``heard`` called with the news, now and whenever something changes."""
@@ -95,8 +113,17 @@ class StoreLine:
         self._post(functools.partial(self._silent, known))
 
     def _make_calls(self) -> None:
-        while (call := self._calls.get()) is not None:
-            call()
+        while (wanted := self._calls.get()) is not None:
+            with self._naming:
+                self._waiting.pop(wanted.name, None)
+                call, then = wanted.call, wanted.then
+            try:
+                result = call(self._store)
+            except Exception as error:
+                self._complain(error)
+                continue
+            if then is not None:
+                self._post(functools.partial(then, result))
 
     def _watch(self, number: int, heard: Callable[[News], None]) -> None:
         while not self._closed.is_set():

@@ -29,7 +29,7 @@ from resilient_train import config
 from resilient_train.errors import OutsideError
 from resilient_train.spec.world import WorldRecord, incarnation_of, node_of, slot_of
 
-_SHIM = Path(__file__).with_name("shim.py")
+_SHIM = Path(__file__).parents[1] / "ipc" / "shim.py"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +128,9 @@ class Workers:
             kwargs["numa_options"] = self._spec.numa_options
         handler = SubprocessHandler(**kwargs)
         worker = Worker(member, handler, os.pidfd_open(handler.proc.pid), paths["error"])
-        worker.tails = self._tail(member, record, destination, paths)
+        # In the table first: if its output cannot be followed it has to be ended.
         self._running[member] = worker
+        worker.tails = self._tail(member, record, destination, paths)
         return worker
 
     def _environment(self, member: str, record: WorldRecord) -> dict[str, str]:

@@ -82,6 +82,8 @@ def parse(backend: str, endpoint: str, conf: Mapping[str, object]) -> EtcdAccess
         raise ConfigError(f"--rdzv-conf: protocol must be http or https, it is {text['protocol']!r}")
     if ("user" in text) != ("password" in text or "password_file" in text):
         raise ConfigError("--rdzv-conf: user belongs together with password or password_file")
+    if ("cert" in text) != ("key" in text):
+        raise ConfigError("--rdzv-conf: cert and key, of this client's certificate, belong together")
     return EtcdAccess(
         endpoints=tuple(joined(*one) for one in _hosts(endpoint, rest if separator else endpoint, ETCD_PORT)),
         user=text.get("user", ""),
@@ -94,7 +96,9 @@ def parse(backend: str, endpoint: str, conf: Mapping[str, object]) -> EtcdAccess
 
 
 def check_any_known(hosts: Sequence[str]) -> None:
-    """Refuse hosts of which none has an address: one that is lost may be forgotten, but hardly all are.
+    """Refuse hosts of which nobody knows an address: one that is lost may be forgotten, but hardly all are.
+
+    A name server that does not answer now may do so later.
 
     Raises:
         ConfigError: naming them.
@@ -103,9 +107,30 @@ def check_any_known(hosts: Sequence[str]) -> None:
         try:
             socket.getaddrinfo(host, None)
             return
+        except OSError as error:
+            if error.errno not in (socket.EAI_NONAME, socket.EAI_NODATA):
+                return
+    raise ConfigError(f"--rdzv-endpoint: no address is known of {' or '.join(map(repr, hosts))}")
+
+
+def towards_any(endpoints: Sequence[str]) -> str:
+    """The address that this host has on its way to the first of some ``host:port`` to which there is a way.
+
+    Raises:
+        ConfigError: if there is none to any of them.
+    """
+    for one in endpoints:
+        host, _, port = one.rpartition(":")
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port) or 1, type=socket.SOCK_DGRAM)
+            family, kind, _, _, address = found[0]
+            with socket.socket(family, kind) as probe:
+                # Nothing is sent.
+                probe.connect(address)
+                return str(probe.getsockname()[0])
         except OSError:
             continue
-    raise ConfigError(f"--rdzv-endpoint: no address is known of {' or '.join(map(repr, hosts))}")
+    raise ConfigError(f"this host has no way to {', '.join(endpoints)}: name its own address with --local-addr")
 
 
 def joined(host: str, port: int) -> str:

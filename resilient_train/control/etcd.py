@@ -182,11 +182,12 @@ class EtcdControlStore:
             left = deadline - self._clock.now()
             try:
                 read(self._client, self._prefix, min(left, _TRY))
-                return
+                break
             except StoreLost as error:
                 if left <= _TRY:
                     raise
                 because(str(error))
+        self._client.check_one_cluster(self._prefix)
 
     def _key(self, name: str) -> bytes:
         return self._prefix + name.encode()
@@ -221,6 +222,9 @@ class EtcdControlStore:
             answer = self._call("Range", key=key)
             if answer.kvs:
                 (kv,) = answer.kvs
+                # Its nodes may have been gone for almost as long as it stays.
+                if kv.lease and not self._refreshed(kv.lease):
+                    continue
                 self._job = _Job(secret=kv.value.decode(), lease=kv.lease)
                 break
             lease = self._granted(_JOB_TTL)

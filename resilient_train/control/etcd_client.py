@@ -6,6 +6,7 @@ So every request must be harmless when it arrives twice, or late: the store comp
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ _PAUSE = 0.05
 """Seconds between two rounds through the members."""
 _SHORT = 0.2
 """Seconds that a member gets at first: what a leader took with it is never answered, and must be asked again."""
+_USELESS = ("request is too large", "larger than max", "unknown service", "unknown method")
+"""What is refused like this will be so the next time."""
 _OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
 _REFUSALS = {
     "authentication failed": "etcd at {endpoints} does not know the user {user!r} with this password",
@@ -108,6 +111,26 @@ class EtcdClient:
                 if self._clock.now() >= deadline or self._closed.is_set():
                     raise StoreLost(f"etcd at {self._access} does not answer ({'; '.join(reasons)})")
             self._closed.wait(min(_PAUSE, max(0.0, deadline - self._clock.now())))
+
+    def check_one_cluster(self, key: bytes) -> None:
+        """Make sure that those endpoints which answer now belong to one cluster: else there would be two of each job.
+
+        Args:
+            key: one that this user may read.
+
+        Raises:
+            ConfigError: naming one of each cluster.
+        """
+        clusters: dict[int, str] = {}
+        for _ in self._access.endpoints:
+            channel, endpoint = self._connected()
+            # Of those that do not answer now nothing is known.
+            with contextlib.suppress(grpc.RpcError, ValueError):
+                answer = self._attempt(channel, "Range", messages.request("Range", key=key), _SHORT)
+                clusters.setdefault(answer.header.cluster_id, endpoint)
+            self.leave(channel)
+        if len(clusters) > 1:
+            raise ConfigError(f"--rdzv-endpoint: {' and '.join(clusters.values())} are different etcd clusters")
 
     def answers(self) -> bool:
         """Whether the next member in turn knows what the majority knows; one try."""
@@ -186,6 +209,8 @@ class EtcdClient:
     def _complain(self, error: Any) -> None:
         """Raise what no other member would answer differently."""
         text = error.details() or ""
+        if any(useless in text for useless in _USELESS):
+            raise StoreLost(f"etcd at {self._access} refuses what it was asked: {text}") from error
         for known, advice in _REFUSALS.items():
             if known in text:
                 raise ConfigError(advice.format(endpoints=self._access, user=self._access.user)) from error

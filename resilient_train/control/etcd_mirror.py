@@ -23,7 +23,9 @@ from resilient_train.errors import StoreLost
 _QUIET = 4
 """Times as long may pass between two comparisons where nothing tells of a change."""
 _PAUSE = 0.02
-"""Seconds from the end of a watch to the next read, should every watch end at once."""
+"""Seconds from the end of a watch to the next read."""
+_BRIEF = 1.0
+"""A watch that ends within so many seconds ends for a reason that lasts; each pause is twice the one before then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,8 @@ class EtcdMirror:
         self._values: dict[bytes, Any] | None = None
         self._number = 0
         self._next_read = 0.0
+        self._watching_since = 0.0
+        self._pause = _PAUSE
         self._stream: Any = None
         self._member: Any = None
         self._heard: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
@@ -123,6 +127,7 @@ class EtcdMirror:
         # Everybody reads everybody's keys: the more there are, the more seldom.
         self._next_read = self._clock.now() + self._reread * max(1.0, len(values) / 100)
         if self._stream is None:
+            self._watching_since = self._clock.now()
             self._stream, self._member = self._client.watch(
                 self._prefix, messages.prefix_end(self._prefix), answer.header.revision
             )
@@ -142,7 +147,9 @@ class EtcdMirror:
             if answer is None:
                 self._client.leave(self._member)
             self._end_stream()
-            self._next_read = self._clock.now() + _PAUSE
+            now = self._clock.now()
+            self._pause = min(2 * self._pause, self._reread) if now < self._watching_since + _BRIEF else _PAUSE
+            self._next_read = now + self._pause
             return
         for event in answer.events:
             if event.type == messages.DELETE:

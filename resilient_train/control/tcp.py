@@ -29,6 +29,8 @@ from resilient_train.spec.node import NodeInfo
 from resilient_train.spec.world import WorldRecord
 
 _KEPT_VERSIONS = 16
+_REREAD = 1.0
+"""The least seconds between two looks whether there are news that a watch was not woken for."""
 _PROBE = 1.0
 """Seconds for a host to refuse a connection."""
 _KEPT_NEWS = 1024
@@ -159,18 +161,24 @@ class TcpControlStore:
         return self._mapped(lambda: self._look(self._store()))
 
     def watch(self, number: int, timeout: float) -> News | None:
+        deadline = self._clock.now() + timeout
+
         def watch() -> News | None:
             if self._watching is None:
                 self._watching = self._connected()
-            try:
-                self._watching.wait([self._prefix + f"news/{number + 1}"], timedelta(seconds=timeout))
-            except dist.DistStoreError as error:
-                if "timeout" not in str(error).lower():
-                    raise
-                # The key may have been deleted, a thousand changes ago.
-                news = self._look(self._watching)
-                return news if news.number > number else None
-            return self._look(self._watching)
+            while (left := deadline - self._clock.now()) > 0:
+                try:
+                    wait = timedelta(seconds=min(left, max(_REREAD, self._ttl)))
+                    self._watching.wait([self._prefix + f"news/{number + 1}"], wait)
+                    break
+                except dist.DistStoreError as error:
+                    if "timeout" not in str(error).lower():
+                        raise
+                # The key may have been deleted, a thousand changes ago; or who counted it died before setting it.
+                if int(self._watching.add(self._prefix + "news", 0)) > number:
+                    break
+            news = self._look(self._watching)
+            return news if news.number > number else None
 
         return self._mapped(watch, watching=True)
 

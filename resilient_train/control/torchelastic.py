@@ -1,15 +1,16 @@
 """A rendezvous for plain torchrun that outlives every node: ``--rdzv-backend=resilient --rdzv-endpoint=etcd://...``.
 
-torchrun finds it by its entry point.  It needs a store that lasts, `resilient_train.control.connect` says which; who is
-there is known by leases, who comes by a watch, and `resilient_train.plan.rendezvous` decides.  Every round has a
-TCPStore of its own, served by the agent of its first node: nothing of the round before is mistaken for this one's.
+torchrun finds it by `resilient_train.control.torchrun`.  It needs a store that lasts; `resilient_train.control.connect`
+says which.  Who is there is known by leases, who comes by a watch, and `resilient_train.plan.rendezvous` decides.
+Every round has a TCPStore of its own, served by the agent of its first node: nothing of the round before is mistaken
+for this one's.
 """
 
 from __future__ import annotations
 
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -18,11 +19,12 @@ from torch.distributed.elastic.rendezvous import api
 
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control.connect import open_store
-from resilient_train.control.endpoint import OwnEtcd, parse
+from resilient_train.control.endpoint import OwnEtcd, parse, towards_any
 from resilient_train.control.news import Follower
+from resilient_train.control.rdzv_conf import check_conf, seconds
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import serve
-from resilient_train.errors import ConfigError, StoreLost
+from resilient_train.errors import StoreLost
 from resilient_train.plan import rendezvous
 from resilient_train.plan.rendezvous import Say, Terms, View
 from resilient_train.spec.node import NodeInfo
@@ -33,11 +35,6 @@ _PROBE = 0.2
 """Seconds between two looks whether those who are waited for are dead, and for each of them to answer."""
 _CONNECT = 30.0
 """Seconds to reach the store of a round."""
-
-
-def handler() -> Callable[[api.RendezvousParameters], api.RendezvousHandler]:
-    """What torchrun's entry-point group ``torchrun.handlers`` asks for."""
-    return create
 
 
 def create(parameters: api.RendezvousParameters) -> api.RendezvousHandler:
@@ -52,18 +49,19 @@ def create(parameters: api.RendezvousParameters) -> api.RendezvousHandler:
         StoreLost: if the store does not answer.
     """
     conf = parameters.config
-    seconds = {key: _seconds(conf, key, default) for key, default in _SECONDS.items()}
+    check_conf(conf)
+    waits = {key: seconds(conf, key, default, least) for key, (default, least) in _SECONDS.items()}
     with ExitStack() as stack:
-        opened = open_store("etcd", parameters.endpoint, conf, parameters.run_id, seconds["ttl"])
+        opened = open_store("etcd", parameters.endpoint, conf, parameters.run_id, waits["ttl"])
         store = stack.enter_context(opened)
         assert store is not None
         return ResilientRendezvousHandler(
             store,
             parameters.run_id,
-            Terms(minimum=parameters.min_nodes, maximum=parameters.max_nodes, last_call=seconds["last_call_timeout"]),
-            parameters.local_addr or _address_toward(parameters.endpoint),
-            seconds["ttl"],
-            seconds["join_timeout"],
+            Terms(minimum=parameters.min_nodes, maximum=parameters.max_nodes, last_call=waits["last_call_timeout"]),
+            parameters.local_addr or _address_toward(parameters.endpoint, conf),
+            waits["ttl"],
+            waits["join_timeout"],
             stack.pop_all().close,
         )
 
@@ -109,7 +107,8 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
         self._left = 0
         self._acknowledged = 0
         self._said: NodeInfo | None = None
-        self._dead: set[str] = set()
+        self._dead: dict[str, NodeInfo] = {}
+        """What those last announced whose hosts have refused."""
         self._servers: list[dist.TCPStore] = []
         self._follower = Follower(store, ttl, self._clock)
 
@@ -160,7 +159,7 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
             left=self._left,
             acknowledged=self._acknowledged,
             record=news.record,
-            nodes=[node for node in news.nodes if node.node not in self._dead],
+            nodes=[node for node in news.nodes if self._dead.get(node.node) != node],
         )
 
     def _probe(self, nodes: Sequence[str]) -> None:
@@ -172,7 +171,7 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
                 try:
                     socket.create_connection((host, int(port)), _PROBE).close()
                 except ConnectionRefusedError:
-                    self._dead.add(node.node)
+                    self._dead[node.node] = node
                 except OSError:
                     pass
 
@@ -237,32 +236,15 @@ class ResilientRendezvousHandler(api.RendezvousHandler):
             self._said = info
 
 
-_SECONDS = {"ttl": 5.0, "last_call_timeout": 5.0, "join_timeout": 600.0}
-
-
-def _seconds(conf: dict[str, object], key: str, default: float) -> float:
-    try:
-        return float(str(conf.get(key, default)))
-    except ValueError:
-        raise ConfigError(f"--rdzv-conf: {key} must be a number of seconds, it is {conf[key]!r}") from None
-
-
-def _address_toward(endpoint: str) -> str:
+def _address_toward(endpoint: str, conf: Mapping[str, object]) -> str:
     """The address of this host on its way to the store."""
-    found = parse("etcd", endpoint, {})
+    found = parse("etcd", endpoint, conf)
     assert found is not None
-    access = found.access if isinstance(found, OwnEtcd) else found
-    for one in access.endpoints:
-        host, _, port = one.rpartition(":")
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-            with socket.socket(family, kind) as probe:
-                # Nothing is sent.
-                probe.connect(address)
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return socket.getfqdn()
+    return towards_any((found.access if isinstance(found, OwnEtcd) else found).endpoints)
 
 
-__all__ = ["BACKEND", "ResilientRendezvousHandler", "create", "handler"]
+_SECONDS = {"ttl": (5.0, 0.5), "last_call_timeout": (5.0, 0.0), "join_timeout": (600.0, 0.1)}
+"""What ``--rdzv-conf`` takes: the default, and the least."""
+
+
+__all__ = ["BACKEND", "ResilientRendezvousHandler", "create"]

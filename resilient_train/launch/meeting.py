@@ -5,22 +5,26 @@ from __future__ import annotations
 import argparse
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.distributed import run as torchrun
 
-from resilient_train.agent.addresses import address_towards, own_addresses
+from resilient_train.agent.addresses import own_addresses
 from resilient_train.control.connect import open_store
-from resilient_train.control.endpoint import OwnEtcd, parse
+from resilient_train.control.endpoint import OwnEtcd, parse, towards_any
+from resilient_train.control.endpoint import joined as joined_address
+from resilient_train.control.rdzv_conf import read_conf, seconds
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
 from resilient_train.errors import ConfigError, StoreLost
 
 MASTER_PORT = 29500
 """torch's, where the user names none."""
+_LEAST = 0.1
+"""The shortest wait for a store, in seconds."""
 _LEAVE = 10.0
 """Seconds that the node which serves the record waits for the others to have read its end."""
 
@@ -56,8 +60,8 @@ def joined(args: argparse.Namespace, launch: Any, because: Callable[[str], None]
         ConfigError: if the endpoint is malformed, names nobody, or does not let us in.
         StoreLost: if the store cannot be reached.
     """
-    conf = dict(launch.rdzv_configs)
-    timeout = float(conf.get("timeout", args.patience))
+    conf = read_conf(args.rdzv_conf)
+    timeout = seconds(conf, "timeout", args.patience, least=_LEAST)
     leaves: list[str] = []
     where = (args.rdzv_backend, args.rdzv_endpoint, conf, launch.run_id, args.detect_within)
     with open_store(*where, timeout=timeout, leaves=leaves, because=because) as store:
@@ -66,7 +70,7 @@ def joined(args: argparse.Namespace, launch: Any, because: Callable[[str], None]
                 raise ConfigError(
                     "an etcd serves many jobs: give this one a name with --rdzv-id, the same on all nodes"
                 )
-            placed = _placed(store, _own_host(launch) or address_towards(*_first_host(args, conf)))
+            placed = _placed(store, _own_host(launch) or towards_any(_hosts(args, conf)))
             yield replace(placed, leaves=tuple(leaves))
             return
         host, number = _endpoint(args)
@@ -79,20 +83,18 @@ def joined(args: argparse.Namespace, launch: Any, because: Callable[[str], None]
             number = int(args.master_port or MASTER_PORT)
         if not number:
             raise ConfigError(f"--nnodes={args.nnodes} needs --rdzv-endpoint=HOST:PORT, the same on every node")
-        server = _serve_if_mine(args, host, number)
+        server = _serve_if_mine(args, host, number, because)
         with closing(TcpControlStore(host, number, launch.run_id, args.detect_within, timeout)) as store:
-            yield _placed(store, _own_host(launch) or address_towards(host, number))
+            yield _placed(store, _own_host(launch) or towards_any([joined_address(host, number)]))
             if server is not None:
                 _wait_for_others(store)
 
 
-def _first_host(args: argparse.Namespace, conf: dict[str, Any]) -> tuple[str, int]:
-    """Host and port of an etcd's first member."""
+def _hosts(args: argparse.Namespace, conf: Mapping[str, str]) -> tuple[str, ...]:
+    """Host and port of each of an etcd's members."""
     found = parse(args.rdzv_backend, args.rdzv_endpoint, conf)
     assert found is not None
-    access = found.access if isinstance(found, OwnEtcd) else found
-    host, _, port = access.endpoints[0].rpartition(":")
-    return host.strip("[]"), int(port)
+    return found.access.endpoints if isinstance(found, OwnEtcd) else found.endpoints
 
 
 def _own_host(launch: Any) -> str:
@@ -127,7 +129,7 @@ def _wait_for_others(store: ControlStore) -> None:
         return
 
 
-def _serve_if_mine(args: argparse.Namespace, host: str, port: int) -> Any:
+def _serve_if_mine(args: argparse.Namespace, host: str, port: int, because: Callable[[str], None]) -> Any:
     """A server, if this node is the one that the endpoint names; None if another is, or was first."""
     if args.rdzv_backend == "static" and not args.rdzv_endpoint:
         return serve(host, port) if args.node_rank == 0 else None
@@ -141,7 +143,9 @@ def _serve_if_mine(args: argparse.Namespace, host: str, port: int) -> Any:
     try:
         return serve(host, port)
     except StoreLost:
-        return None  # Another agent of this machine was first.
+        # Another agent of this machine was first, or something else is there.
+        because("another process listens there, on this machine")
+        return None
 
 
 def _endpoint(args: argparse.Namespace) -> tuple[str, int]:

@@ -20,9 +20,10 @@ from resilient_train.agent.agent import Agent, AgentConfig, Outcome, print_line
 from resilient_train.agent.keeper_process import KeeperProcess
 from resilient_train.agent.workers import ScratchLogs, Workers, WorkerSpec
 from resilient_train.clock import MonotonicClock
+from resilient_train.control.rdzv_conf import read_conf, seconds
 from resilient_train.control.tcp import serve
 from resilient_train.errors import ConfigError, ExitCode, FormatError, ResilientError, StoreLost
-from resilient_train.events import JsonLinesSink, ListSink, Sink
+from resilient_train.events import JsonLinesSink, NoSink, Sink
 from resilient_train.launch.meeting import MASTER_PORT, Place, joined
 from resilient_train.launch.waiting import Interrupted, interruptible, said
 from resilient_train.plan.view import Limits
@@ -208,7 +209,7 @@ def _take_part(
     # Nodes may share the folder, and none knows what time it is on another's clock.
     name = f"events-{settings.node}.jsonl" if place.secret else "events.jsonl"
     diary = JsonLinesSink(Path(args.log_dir) / name) if write_events else None
-    sink: Sink = diary or ListSink()
+    sink: Sink = diary or NoSink()
     agent = Agent(
         settings,
         workers,
@@ -252,17 +253,13 @@ def _check_script(args: argparse.Namespace) -> None:
 
 
 def _limits(args: argparse.Namespace, launch: Any) -> Limits:
-    wait = str(launch.rdzv_configs.get("last_call_timeout", Limits().last_call))
-    try:
-        return Limits(
-            min_nodes=launch.min_nodes,
-            max_nodes=launch.max_nodes,
-            max_restarts=launch.max_restarts,
-            last_call=float(wait),
-            patience=args.patience,
-        )
-    except ValueError as error:
-        raise ConfigError(f"--rdzv-conf last_call_timeout must be a number of seconds, it is {wait!r}") from error
+    return Limits(
+        min_nodes=launch.min_nodes,
+        max_nodes=launch.max_nodes,
+        max_restarts=launch.max_restarts,
+        last_call=seconds(read_conf(args.rdzv_conf), "last_call_timeout", Limits().last_call),
+        patience=args.patience,
+    )
 
 
 def _signals(names: str) -> tuple[signal.Signals, ...]:

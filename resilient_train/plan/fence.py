@@ -44,7 +44,7 @@ def waits(view: View, record: WorldRecord) -> list[Wait]:
     for world in _former(view, record):
         here = [name for name in world.nodes if name in view.nodes]
         # Who is there will say when it has left, perhaps at a boundary that is still to come.
-        seconds = view.limits.patience if here else view.timing.fence
+        seconds = view.limits.patience if here else max(world.fence, view.timing.fence)
         kind = "leave" if here else "have stopped"
         found.append(Wait(reason=f"generation {world.generation} must {kind}", seconds=seconds, world=world))
     return found
@@ -58,7 +58,7 @@ def after(view: View, record: WorldRecord, new: WorldRecord) -> WorldRecord:
     if record.members and not _has_ended(view, record):
         nodes = tuple(dict.fromkeys(map(node_of, record.members)))
         former = [world for world in former if not set(world.nodes) >= set(nodes)]
-        former.append(Former(generation=record.generation, nodes=nodes))
+        former.append(Former(generation=record.generation, nodes=nodes, fence=record.fence))
         if new.members and not shares(view, nodes, new.members):
             text = f"{new.reason}; others take over once it has stopped"
             new = replace(new, members=(), reason=text)

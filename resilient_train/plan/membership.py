@@ -74,6 +74,8 @@ from resilient_train.spec.world import (
     slot_of,
 )
 
+_LONGEST_ERROR = 4000
+"""Characters of a script's error that are told to all."""
 FAILED_STARTS = 3
 """Replacement processes in one slot that may die before they are warm; then the slot is given up."""
 STORE_RETRY = 0.5
@@ -397,6 +399,8 @@ def _worker_said(state: State, member: str, message: Message) -> State:
             return _with_worker(state, member, done=generation)
         case UserFailed(generation=generation, text=text):
             code = int(ExitCode.USER_ERROR)
+            # What stands in the store is read by everybody; the error file and the log have all of it.
+            text = text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]} ..."
             return _with_info(state, failed=text, culprit=member, failed_in=generation, exit_code=code)
         case Troubled(generation=generation, text=text):
             return replace(state, deadlocked=False, view=replace(state.view, hang=(generation, text)))

@@ -197,6 +197,7 @@ def _first_world(view: View, now: float) -> Proposal:
         generation=1,
         members=members,
         bootstrap=nodes[0].endpoint,
+        fence=view.timing.fence,
         reason="start",
         proposer=view.me,
     )
@@ -218,6 +219,7 @@ def _regroup(view: View, record: WorldRecord, members: set[str], reason: str, bo
         generation=record.generation + 1,
         members=ordered,
         bootstrap=host.endpoint,
+        fence=view.timing.fence,
         reason=reason,
         boundary=boundary,
         planned=None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from resilient_train.clock import Alarm
 from resilient_train.plan import events as ev
 from resilient_train.plan import membership as m
 from resilient_train.plan import suspicion
@@ -59,6 +60,8 @@ class _Call:
     call: Callable[[Store], Any] | None
     """None: no call, only its turn is waited for."""
     then: Callable[[Any], None] | None
+    name: str = ""
+    """Of those that wait under one name only the newest is made."""
     again: bool = False
     """To be made until it is answered."""
     over: bool = False
@@ -80,9 +83,16 @@ class StoreLine:
         self.heard: Callable[[Snapshot], None] = lambda _: None
         """Told of news."""
 
-    def ask(self, call: Callable[[Store], Any] | None, then: Callable[[Any], None] | None = None) -> None:
-        """Make a call after those before it."""
-        self._calls.append(_Call(call, then))
+    def ask(
+        self, call: Callable[[Store], Any] | None, then: Callable[[Any], None] | None = None, name: str = ""
+    ) -> None:
+        """Make a call after those before it, in place of one that waits under the same name."""
+        wanted = _Call(call, then, name)
+        for index, waiting in enumerate(self._calls):
+            if index and name and waiting.name == name:
+                self._calls[index] = wanted
+                return
+        self._calls.append(wanted)
         if len(self._calls) == 1:
             self._begin()
 
@@ -197,10 +207,10 @@ class Agent:
         self._directory = directory
         self._links = Links(self.node, network, directory, self.guard, self._heard_node, self._refused_by_node)
         self._suspicion = suspicion.State(me=state.info, within=within, at=clock.now())
-        self._wake_at = float("inf")
+        self._alarm = Alarm(self._at, self._tick)
+        self._look_again = Alarm(self._at, lambda: self._step(suspicion.Looked()))
         self._seen: ev.NodesSeen | None = None
         self._beat_every, self._beat_store_every = within / BEATS, within / STORE_BEATS
-        self._announcing = False
         self._unsaid: NodeInfo | None = None
         self._endpoints = 0
         self._asked = False
@@ -286,7 +296,9 @@ class Agent:
     def _carry_out(self, effect: ev.Effect) -> None:
         match effect:
             case ev.Swap(proposed):
-                self._store.ask(lambda store: store.swap(proposed), lambda record: self.feed(ev.RecordSeen(record)))
+                self._store.ask(
+                    lambda store: store.swap(proposed), lambda record: self.feed(ev.RecordSeen(record)), "swap"
+                )
                 self._server.traffic.writes += 1
                 self._server.traffic.carry(proposed)
             case ev.Announce(info):
@@ -304,7 +316,7 @@ class Agent:
             case ev.Vouch(until):
                 self._crew.vouch(until)
             case ev.Wake(at):
-                self._at(at, self._tick)
+                self._alarm.set(at)
             case ev.End():
                 for member in self._crew.running():
                     self._crew.stop(member)
@@ -348,31 +360,25 @@ class Agent:
     # ---- the store --------------------------------------------------------------------------------------------------
 
     def _announce(self) -> None:
-        if self._announcing:
-            return
-        self._announcing = True
+        info = self._unsaid = self.state.info
 
-        def begun(_: object) -> None:
-            self._announcing = False
-            info: NodeInfo = self.state.info
-            self._unsaid = info
-            self._store.ask(lambda store: store.announce(info, self._server.now()), lambda _: said(info))
+        def announce(store: Store) -> None:
+            store.announce(info, self._server.now())
             self._server.traffic.writes += 1
             self._server.traffic.carry(info)
 
-        def said(info: NodeInfo) -> None:
+        def said(_: object) -> None:
             if self._unsaid is info:
                 self._unsaid = None
 
-        self._store.ask(None, begun)
+        self._store.ask(announce, said, "announce")
 
     def _beat_store(self) -> None:
         def beat() -> None:
             if self._unsaid is not None:
                 self._announce()
-                return
             order = self.state.info.order
-            self._store.ask(lambda store: store.beat(order, self._server.now()), lambda _: self._store_heard())
+            self._store.ask(lambda store: store.beat(order, self._server.now()), lambda _: self._store_heard(), "beat")
             self._server.traffic.beats += 1
 
         self._every(self._beat_store_every, beat)
@@ -417,18 +423,13 @@ class Agent:
 
         self._every(self._beat_every, beat)
 
-    def _wake(self) -> None:
-        self._wake_at = float("inf")
-        self._step(suspicion.Looked())
-
     def _step(self, event: suspicion.Event) -> None:
         if not self.alive:
             return
         self._suspicion, verdict = suspicion.step(self._suspicion, event, self._clock.now())
         self._links.want(verdict.wanted & self._suspicion.peers.keys())
-        if verdict.wake_at is not None and verdict.wake_at < self._wake_at:
-            self._wake_at = verdict.wake_at
-            self._at(verdict.wake_at, self._wake)
+        if verdict.wake_at is not None:
+            self._look_again.set(verdict.wake_at)
         seen = ev.NodesSeen(
             nodes=verdict.alive,
             lost=verdict.lost,

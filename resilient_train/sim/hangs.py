@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from resilient_train.clock import Alarm
 from resilient_train.plan import events as ev
 from resilient_train.plan import hang
 from resilient_train.plan.view import View
@@ -56,6 +57,7 @@ class Hangs:
         self._view = view
         self._now = now
         self._at = at
+        self._alarm = Alarm(at, self.look)
         self._feed = feed
 
     @property
@@ -85,6 +87,6 @@ class Hangs:
                 case hang.Regroup(generation, reason):
                     self._feed(ev.Deadlocked(generation, reason))
                 case hang.LookAt(at):
-                    self._at(at, self.look)
+                    self._alarm.set(at)
                 case hang.Say():
                     pass

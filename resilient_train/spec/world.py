@@ -78,6 +78,8 @@ class Former:
     """Its generation."""
     nodes: tuple[str, ...]
     """The nodes that it is on."""
+    fence: float = 0.0
+    """`WorldRecord.fence` of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +124,9 @@ class WorldRecord:
     """Nodes that were asked to leave."""
     room: int = 0
     """The most nodes that may take part, if that was changed since the start; 0: as the command line says."""
+    fence: float = 0.0
+    """Seconds after which this world has stopped for sure if the store vouches for it no more, by its own nodes'
+    ``--detect-within``; 0: not said."""
     former: tuple[Former, ...] = ()
     """Worlds that may still train, unheard of; until this generation has formed."""
     proposer: str = ""
@@ -159,7 +164,10 @@ class WorldRecord:
             fields.update({name: tuple(fields[name]) for name in ("members", "leave")})
             fields["phase"] = Phase(fields["phase"])
             former = fields.pop("former", ())
-            fields["former"] = tuple(Former(generation=one["generation"], nodes=tuple(one["nodes"])) for one in former)
+            fields["former"] = tuple(
+                Former(generation=one["generation"], nodes=tuple(one["nodes"]), fence=one.get("fence", 0.0))
+                for one in former
+            )
             if planned is not None:
                 planned = Planned(**{**known_fields(Planned, planned), "members": tuple(planned["members"])})
             return cls(planned=planned, restores=restores, **fields)

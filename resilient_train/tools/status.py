@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resilient_train.errors import ConfigError, OutsideError
+from resilient_train.errors import ConfigError, LinkLost, OutsideError
 from resilient_train.ipc.channel import connect
 from resilient_train.spec.messages import AskStatus, Message, Status, Wish, Wished
 from resilient_train.spec.node import NodeInfo, WorkerInfo
@@ -39,17 +39,27 @@ class Job:
 
 
 def jobs(job: str = "") -> dict[str, Job]:
-    """By their ids the jobs with an agent here, or just ``job``."""
+    """By their ids the jobs with an agent here, or just ``job``.
+
+    Raises:
+        OutsideError: if there are agents, and none of them answers.
+    """
     found: dict[str, Job] = {}
+    silent = 0
     for address in agents():
         try:
             status = _ask(address, AskStatus())
-        except OutsideError:
+        except LinkLost:
             # Another user's, or one that ended just now.
+            continue
+        except OutsideError:
+            silent += 1
             continue
         if isinstance(status, Status) and job in ("", status.job):
             first = found.get(status.job, Job(address, status, frozenset()))
             found[status.job] = replace(first, here=first.here | {status.node})
+    if silent and not found:
+        raise OutsideError(f"{count(silent, 'agent')} of this machine did not answer within {_TIMEOUT:g} s")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -49,4 +50,23 @@ def test_every_error_is_silence(error: Exception) -> None:
     assert answers == [0]
     bench.line.listen(news.append)
     bench.until(lambda: news)
+    bench.line.close(30.0)
+
+
+def test_what_waits_under_a_name_is_replaced_by_the_newest() -> None:
+    """While a store is silent nothing piles up; what it hears then is what is right by then, in its turn."""
+    server = serve("127.0.0.1", 0)
+    bench = Bench(TcpControlStore("127.0.0.1", server.port, "job"))
+    go = threading.Event()
+    made: list[str] = []
+    answers: list[str] = []
+    bench.line.ask(lambda store: go.wait(), None, "swap")
+    for number in range(100):
+        bench.line.ask(lambda store, number=number: made.append(f"swap {number}") or made[-1], answers.append, "swap")
+        bench.line.ask(lambda store, number=number: made.append(f"beat {number}") or made[-1], answers.append, "beat")
+    bench.line.ask(lambda store: "last", answers.append)
+    go.set()
+    bench.until(lambda: "last" in answers)
+    assert made == ["swap 99", "beat 99"]
+    assert answers == [*made, "last"]
     bench.line.close(30.0)

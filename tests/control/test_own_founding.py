@@ -43,7 +43,11 @@ def test_its_own_offer_is_one(address: tuple[str, int], waiting: Waiting) -> Non
 
 
 @pytest.mark.parametrize(
-    "junk", [b"", b"PRI * HTTP/2.0\r\n", b"[]\n", b'{"offer": 1}\n', b'{"offer": {}}\n', b"\xff\n"]
+    "junk",
+    [
+        *(b"", b"PRI * HTTP/2.0\r\n", b"[]\n", b'{"offer": 1}\n', b'{"offer": {}}\n', b"\xff\n", b"[" * 4000),
+        b'{"offer": {"token": "x", "members": [1e999]}}\n',
+    ],
 )
 def test_strangers_change_nothing(address: tuple[str, int], waiting: Waiting, junk: bytes) -> None:
     """Whatever they say."""

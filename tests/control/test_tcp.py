@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+from torch.distributed import TCPStore
 
 from resilient_train.control.store import ControlStore
 from resilient_train.control.tcp import TcpControlStore, serve
@@ -106,3 +107,19 @@ def answers(call: Callable[[], bool]) -> bool:
         return call()
     except StoreLost:
         return False
+
+
+def test_a_change_whose_teller_died_over_it_is_heard_all_the_same() -> None:
+    """It was counted, and nobody was woken for it: a watch that waits for its key alone would be deaf from then on."""
+    server = serve("127.0.0.1", 0)
+    store = TcpControlStore("127.0.0.1", server.port, "job", ttl=1.0)
+    number = store.look().number
+    raw = TCPStore("127.0.0.1", server.port, None, False)
+    raw.add("resilient_train/job/news", 1)
+    store.swap(record(1))
+    news = store.watch(number, 60.0)
+    assert news is not None
+    assert news.record is not None
+    assert news.number == number + 2
+    assert store.watch(news.number, 0.1) is None
+    store.close()

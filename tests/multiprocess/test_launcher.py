@@ -184,6 +184,13 @@ def test_a_module_and_a_program(tmp_path: Path) -> None:
         (["--nnodes=2", "--local-addr=no.invalid", "--rdzv-endpoint=:1", "SCRIPT"], "--local-addr=no.invalid is not"),
         (["--detect-within=0", "SCRIPT"], "argument --detect-within: must be a number of seconds above 0, it is '0'"),
         (["--standby=-1", "SCRIPT"], "argument --standby: must be a whole number, 0 or more, it is '-1'"),
+        (["--nnodes=2", "--rdzv-conf=timeout=1min", "SCRIPT"], "timeout must be a number of seconds, at least 0.1"),
+        (
+            ["--nnodes=2", "--rdzv-conf=last_call_timeout=nan", "SCRIPT"],
+            "last_call_timeout must be a number",
+        ),
+        (["--nnodes=2", "--rdzv-conf=pasword=x", "SCRIPT"], "--rdzv-conf: 'pasword' is not known"),
+        (["--rdzv-backend=etcd", "--rdzv-endpoint=h:1", "--rdzv-conf=key=x", "SCRIPT"], "cert and key"),
         (["--signals-to-handle=SIGTERM,SIGNOTHING", "SCRIPT"], "there is no signal SIGNOTHING"),
     ],
 )

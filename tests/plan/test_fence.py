@@ -42,6 +42,23 @@ def test_a_world_that_fell_silent_is_parked_and_followed_only_when_it_has_stoppe
     assert bench.record.members == ("n2/0.0",)
 
 
+def test_a_world_whose_nodes_wait_longer_is_waited_for_as_long() -> None:
+    """They were started with another --detect-within than those that take over, and may train as long as that says."""
+    bench = Bench(2, replace(LIMITS, max_nodes=2))
+    bench.sees(node(0, worker("n0/0.0")), node(1, worker("n1/0.0")))
+    bench.feed(ev.RecordSeen(world(0, 1, elastic=True, fence=3 * FENCE)))
+    bench.feed(ev.WorkerSpawned("n2/0.0"))
+    bench.feed(ev.WorkerSaid("n2/0.0", Hello(member="n2/0.0")))
+    bench.run_for(1)
+    bench.sees(lost={"n0": SILENT, "n1": SILENT})
+    bench.run_for(3 * FENCE - 0.3)
+    assert bench.record.former == (Former(generation=1, nodes=("n0", "n1"), fence=3 * FENCE),)
+    assert bench.record.members == ()
+    bench.run_for(0.7)
+    assert bench.record.members == ("n2/0.0",)
+    assert bench.record.fence == FENCE
+
+
 def test_the_fence_is_longer_than_the_word_holds_on_any_clock() -> None:
     """By 5% of drift and the time in which a loss is noticed, whatever that is."""
     for within in (0.5, 2.0, 5.0, 60.0):

@@ -503,3 +503,13 @@ def test_kills_after_a_restore_to_an_older_state_count_its_progress() -> None:
     bench.feed(ev.WorkerExited("n/0.0", -9))
     bench.run_for(0.1)
     assert (bench.record.best_step, bench.record.stalled_at, bench.record.stalls) == (100, 60, 1)
+
+
+def test_a_long_error_is_told_short() -> None:
+    """What all nodes read stays small enough for every store; how it begins says what it is."""
+    bench = Bench()
+    bench.start()
+    bench.say("n/0.0", UserFailed(generation=1, text="rank 0: RuntimeError: " + "x" * 10_000_000))
+    assert bench.record.phase is Phase.FAILED
+    assert bench.record.error.startswith("rank 0: RuntimeError: xxx")
+    assert len(bench.record.error) < 5000
