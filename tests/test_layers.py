@@ -29,8 +29,8 @@ ALLOWED |= {"resilient_train", "typing"}
 # A simulation is a function of its seed: of the `Random` that it is given.
 ALSO = {"sim": {"random"}}
 COMMANDS = {"sim/__main__.py"}
-# Late at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a plug-in or a
-# command line that do not.
+# Late at its one edge: the extension, which may not be built; what an extra installs; what needs torch, of a command
+# line or a plug-in that do not.
 LATE = {
     ("control", "resilient_train.control.etcd"),
     ("control", "resilient_train.control.own_etcd"),
