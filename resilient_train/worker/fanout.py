@@ -1,13 +1,17 @@
-"""Restoring from remote storage by all ranks together: each byte is read once and passed on.
+"""Restoring from storage by all ranks together: each byte of remote storage is read once and passed on.
 
 What several ranks need goes over the job's process group: the manifest from rank 0; of each image the header and the
 checksum table from the rank that looks after it; then the blocks that several want, as `plan.fanout` says.  Whoever
 gets blocks checks them against the table, which the manifest vouches for, so that a rank that passes on something else
 is named, and what it should have been is read from storage.
+
+Files of a disk, or of a file system that nodes share, are faster read than passed on: of those only the headers are, so
+that a rank opens no more files than it reads.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
 from collections import deque
@@ -38,6 +42,8 @@ AHEAD = 8
 """Pieces, of at most `RUN` blocks, that a rank reads before their turn; as many may be on their way to others."""
 LOOKING = 16
 """Images whose headers a rank reads side by side."""
+FEW_FILES = 16
+"""Images on a disk that each rank opens for itself."""
 _PREFIX = 64 << 10
 """Bytes read at once in which most headers fit."""
 _END = 4
@@ -92,6 +98,8 @@ class SharedImages(Images):
         self._tier = tier
         self._manifest = manifest
         self._exchange = exchange
+        self._passing = not tier.local
+        """Whether what several want is read once and passed on."""
         self._awaited = True
         """Whether the others wait to hear what this rank wants."""
         self._known: dict[int, list[tuple[int, bytes]]] = {}
@@ -102,6 +110,7 @@ class SharedImages(Images):
             for image, start, header, table, text in _unpacked(said):
                 self._known[image] = [(0, header), (start, table)]
                 self._documents[image] = text
+        self._awaited = self._passing
 
     def _looked_after(self) -> bytes:
         """What others need to know of the images that this rank opens for all."""
@@ -138,17 +147,18 @@ class SharedImages(Images):
 
     def _opened(self, rank: int) -> ImageReader:
         file = self._manifest.files[rank]
-        known = KnownFile(self._tier, f"{folder_of(self._manifest.key)}/{file.name}")
+        path = f"{folder_of(self._manifest.key)}/{file.name}"
+        known = KnownFile(self._tier, path)
         for offset, data in self._known.get(rank, []):
             known.keep(offset, data)
+        read_into = None if self._passing else functools.partial(self._tier.read_into, path)
         try:
-            return read_image(self._tier, self._manifest, file, known.read)
+            return read_image(self._tier, self._manifest, file, known.read, read_into)
         except CheckpointDamaged as error:
             logger.warning("%s, as rank %d has passed it on; reading it", error, rank % self._exchange.size)
             return open_image(self._tier, self._manifest, file)
 
     def give_up(self, error: ResilientError) -> None:
-        """Tell the others, if they wait to hear what this rank wants, that it failed before it knew."""
         if not self._awaited:
             return
         self._awaited = False
@@ -159,12 +169,15 @@ class SharedImages(Images):
         self._exchange.from_all(fail)
 
     def bring(self, ranges: Mapping[int, Sequence[Range]], threads: int) -> None:
-        """Read ranges of images to their addresses, verified, with all other ranks: what several want is read once.
+        """Read ranges of images to their addresses, verified; of remote ones what several ranks want is read once.
 
         Raises:
             CheckpointDamaged: if a block fails its checksum, wherever it was read.
             PeerFailed: if another rank could not read what this one needs.
         """
+        if not self._passing:
+            super().bring(ranges, threads)
+            return
         layouts = {image: self.reader(image).layout for image in sorted(ranges)}
         spans = [(image, *row) for image, layout in layouts.items() for row in wanted_blocks(ranges[image], layout)]
         self._awaited = False
@@ -293,7 +306,7 @@ class _Passing:
                 self._again.append(lambda run=run: reader.fetch(run))  # type: ignore[misc]
 
 
-def open_together(tier: Tier, key: Key, exchange: Exchange) -> SharedImages:
+def open_together(tier: Tier, key: Key, exchange: Exchange) -> Images:
     """The images of a checkpoint; called by all ranks.
 
     Raises:
@@ -302,7 +315,10 @@ def open_together(tier: Tier, key: Key, exchange: Exchange) -> SharedImages:
         PeerFailed: on the other ranks.
     """
     said = exchange.from_first(lambda: encode_part(read_manifest(tier, key)))
-    return SharedImages(tier, decode_part(said, f"the manifest of {key} from rank 0"), exchange)
+    manifest = decode_part(said, f"the manifest of {key} from rank 0")
+    if tier.local and len(manifest.files) <= FEW_FILES:
+        return Images.of([open_image(tier, manifest, file) for file in manifest.files])
+    return SharedImages(tier, manifest, exchange)
 
 
 def _end(layout: ImageLayout) -> int:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from resilient_train.errors import CheckpointDamaged
+from resilient_train.errors import CheckpointDamaged, ResilientError
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.verified import ReadInto, ReadRange
@@ -73,6 +73,9 @@ class Images:
             tasks = [task for rank, wanted in ranges.items() for task in self.reader(rank).fetching(wanted)]
             for done in [readers.submit(task) for task in tasks]:
                 done.result()
+
+    def give_up(self, error: ResilientError) -> None:
+        """Tell the other ranks, if they wait to hear what this one wants, that it failed before it knew."""
 
     def release(self) -> None:
         """Let go of everything that was opened."""

@@ -139,8 +139,7 @@ class Restoring:
     def _sources(self) -> list[Source]:
         sources: list[Source] = [MemorySource(self._host.keeper)]
         if self._tier is not None:
-            together = self._size > 1 and not self._tier.local
-            sources.append(TierSource(self._tier, Exchange(self._rank, self._size) if together else None))
+            sources.append(TierSource(self._tier, Exchange(self._rank, self._size) if self._size > 1 else None))
         return sources
 
     def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:

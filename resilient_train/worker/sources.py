@@ -216,7 +216,7 @@ class TierSource:
     def __init__(self, tier: Tier, exchange: Exchange | None = None) -> None:
         """Args:
         tier: where they are.
-        exchange: by which all ranks open a state together, so that each byte is read once; None: each for itself.
+        exchange: by which all ranks open a state together; None: there are no others.
         """
         self.name = tier.name
         self.waits = not tier.local
@@ -235,7 +235,7 @@ class TierSource:
 
     @contextmanager
     def open(self, state: Candidate, rank: int | None = None) -> Iterator[Images]:  # noqa: ARG002 - all are as near
-        """The images of a state; where ranks read together, all of them open it and bring what they want once.
+        """The images of a state; where there are several ranks, all of them open it and bring what they want once.
 
         Raises:
             CheckpointDamaged: if the checkpoint is not what was committed.

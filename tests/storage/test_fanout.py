@@ -30,18 +30,23 @@ import resilient_train as rt
 from resilient_train.errors import ResilientError, StorageError
 from resilient_train.image.verified import VerifiedImage
 from resilient_train.storage.filesystem import FilesystemTier
-from resilient_train.worker import checkpointer
+from resilient_train.worker import checkpointer, fanout
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.process_group import is_communication_error
 from resilient_train.worker.state import State
 
 class Remote(FilesystemTier):
-    count = 0
+    count = looked = 0
     refused = "nothing"
+    folder = False
 
     def __init__(self, url):
         super().__init__(url)
-        self.local = False
+        self.local = self.folder
+
+    def size(self, path):
+        Remote.looked += path.endswith(".safetensors")
+        return super().size(path)
 
     def read(self, path, offset, length):
         if self.refused in path:
@@ -88,12 +93,15 @@ def work(rank, ranks, url, meeting, steps, kind, fault):
         State.targets = lacks
     if fault == f"{rank} is refused":
         Remote.refused = "rank-00001"
+    if fault == "none, in a folder":
+        Remote.folder, fanout.FEW_FILES = True, 1
     if not url.startswith("s3:"):
         checkpointer.open_tier = Remote
     try:
         ckpt = rt.Checkpointer(rt.State(model=model, optim=optim), url, persist_every=2)
         first = ckpt.restore()
         say(f"{rank} at {first} {Remote.count} {digest(model, optim)}")
+        say(f"{rank} looked into {Remote.looked}")
         for step in ckpt.steps(steps) if steps > first else ():
             model(torch.ones(2, 1000)).square().mean().backward()
             optim.step(); optim.zero_grad()
@@ -196,6 +204,17 @@ def test_each_byte_is_read_once_by_all_ranks_together(tmp_path: Path, kind: str,
     assert {(one.step, one.restored) for one in said} == {(2, digest)}
     assert 0.9 * runs.size() < sum(one.read for one in said) <= 1.1 * runs.size()
     assert max(one.read for one in said) <= 0.55 * runs.size()
+
+
+def test_of_many_files_in_a_folder_each_header_is_read_once(tmp_path: Path) -> None:
+    """By one rank for all; the rest is read by whoever needs it, and not passed on."""
+    runs = Runs(tmp_path)
+    digest = runs.save(4, 2, "fsdp")
+    said, _ = runs.run(3, 2, "fsdp", "none, in a folder")
+    assert [line.split()[-1] for line in said if " at 2 " in line] == 3 * [digest]
+    looked = [int(line.split()[-1]) for line in said if "looked" in line]
+    assert sum(looked) == 4
+    assert max(looked) == 2
 
 
 def test_a_damaged_block_is_named_by_all_and_all_fall_back(runs: Runs) -> None:
