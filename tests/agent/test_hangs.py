@@ -12,11 +12,13 @@ from typing import Any, cast
 import pytest
 
 from resilient_train.agent.hangs import STACKS_TIMEOUT, Hangs
+from resilient_train.clock import Alarm
 from resilient_train.plan import events as ev
 from resilient_train.plan import hang
 from resilient_train.plan.view import Limits, View
 from resilient_train.spec.messages import STACKS_SIGNAL, Ask, Busy, Message, Position
 from resilient_train.spec.node import NodeInfo, WorkerInfo
+from resilient_train.spec.rank import RankReport, Where
 from resilient_train.spec.world import WorldRecord
 
 SLEEP = "import time; print('here', flush=True); time.sleep(600)"
@@ -34,6 +36,8 @@ class Bench:
         assert self.child.stdout is not None
         assert self.child.stdout.readline() == b"here\n"
         self.time, self.board = 100.0, dict.fromkeys(MEMBERS, (1, 0))
+        self.stuck: tuple[RankReport, ...] = ()
+        """What the other node says of its rank."""
         self.fed: list[ev.Event] = []
         self.said: list[str] = []
         self.told: list[tuple[str, Message]] = []
@@ -56,7 +60,9 @@ class Bench:
         nodes = {}
         for order, member in enumerate(MEMBERS):
             worker = WorkerInfo(member=member, elastic=True, formed=1, stepping=1, acknowledged=1)
-            nodes[member[0]] = NodeInfo(node=member[0], order=order, endpoint="h:1", slots=1, workers=(worker,))
+            stuck = self.stuck if order else ()
+            info = NodeInfo(node=member[0], order=order, endpoint="h:1", slots=1, workers=(worker,), stuck=stuck)
+            nodes[member[0]] = info
         record = WorldRecord(revision=1, generation=1, members=MEMBERS, bootstrap="h:1", reason="start", elastic=True)
         return View(me="n", limits=Limits(), nodes=nodes, record=record)
 
@@ -174,3 +180,41 @@ def test_it_asks_when_nothing_moves_and_announces_what_was_said(bench: Callable[
         assert agent.time < 120.0
     (stuck,) = [event for event in agent.fed if isinstance(event, ev.Stuck)]
     assert [report.member for report in stuck.reports] == ["n/0.0"]
+
+
+def test_a_job_that_is_only_slow_is_looked_at_as_often_after_hours(bench: Callable[..., Bench]) -> None:
+    """Each look asks for the next one: those wishes must not multiply while nobody waits for anybody."""
+    agent = bench()
+    looks: list[float] = []
+    look = agent.hangs.look
+    agent.hangs._alarm = Alarm(agent.at, lambda: (looks.append(agent.time), look()))  # type: ignore[func-returns-value]
+
+    def every() -> None:
+        look()
+        agent.at(agent.time + agent.hangs.period, every)
+
+    def answer(question: Ask) -> None:
+        agent.hangs.heard(MEMBERS[0], Position(number=question.number, report=at_work(MEMBERS[0]).to_json()))
+
+    def at_work(member: str) -> RankReport:
+        return RankReport(member=member, where=Where.ELSEWHERE, frame="load", generation=1, step=9)
+
+    every()
+    for step in range(10):
+        agent.until(agent.time + 1.0)
+        agent.board = dict.fromkeys(MEMBERS, (1, step))
+    agent.stuck = (at_work(MEMBERS[1]),)
+    counts = []
+    for _ in range(4):
+        before = len(looks)
+        end = agent.time + 300.0
+        while agent.time < end:
+            agent.until(agent.time + 0.5)
+            for _, message in agent.told:
+                if isinstance(message, Ask):
+                    answer(message)
+            agent.told.clear()
+        counts.append(len(looks) - before)
+    assert counts[0] > 20
+    assert counts[-1] <= 1.2 * counts[0]
+    assert len(agent.timers) <= 4
