@@ -201,12 +201,12 @@ class View:
         return len({node_of(m) for m in members}) >= max(1, self.limits.min_nodes)
 
     def idle(self) -> set[str]:
-        """Workers that can be named in a world: warm, on nodes that stay and that everybody reaches."""
+        """Workers that can be named in a world: warm, on nodes that stay, that everybody reaches and that are heard."""
         doubted = {name for node in self.nodes.values() for name in node.suspects}
         return {
             worker.member
             for node in self.nodes.values()
-            if not node.leaving and not node.suspects and node.node not in doubted
+            if not node.leaving and not node.suspects and node.node not in doubted | self.fading
             for worker in node.workers
             if worker.idle
         }

@@ -208,7 +208,8 @@ class Cluster:
         now = self.engine.now
         hosts = {node_of(member) for member in group.record.members}
         for host in hosts:
-            if self.nodes[host].agent.stopped or not self.server.answers(host):
+            hears = self.server.answers(host) and self.server.watches(host)
+            if self.nodes[host].agent.stopped or not hears:
                 self._deaf_at[host] = now
         deaf = all(now - self._deaf_at.get(host, -_HEARS) < _HEARS for host in hosts)
         self.checker.stepped(now, group.record, step, deaf)

@@ -93,6 +93,8 @@ class Worker:
         self.member = member
         self.host = node_of(member)
         self.doing = "starting"
+        self.waits = False
+        """Whether what it does is to wait for others."""
         self.generation = 0
         self.step = -1
         """Finished steps, at the last boundary of this generation."""
@@ -163,7 +165,7 @@ class Worker:
 
     def main(self, doing: str, seconds: float, action: Action) -> None:
         """The main thread does something for a time, and then ``action``, unless it is freed from it before."""
-        self.doing = doing
+        self.doing, self.waits = doing, False
         self.turn += 1
         turn, engine = self.turn, self.site.engine
 
@@ -178,7 +180,7 @@ class Worker:
         engine.after(seconds, lambda: self.run(act))
 
     def _wait(self, doing: str) -> None:
-        self.doing = doing
+        self.doing, self.waits = doing, True
         self.turn += 1
 
     def _say(self, message: Message) -> None:

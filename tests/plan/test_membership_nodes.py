@@ -231,3 +231,17 @@ def test_nobody_is_late_while_the_store_is_silent() -> None:
     assert bench.record.generation == 2
     bench.run_for(2)
     assert bench.record.members == ("n0/0.0",)
+
+
+def test_a_spare_that_is_not_heard_of_is_not_taken_in() -> None:
+    """It may be about to be lost, and another node may know already; as soon as it is heard it is welcome."""
+    bench = training(0, 1)
+    spare = node(2, WorkerInfo(member="n2/0.0", elastic=True, idle=True))
+    others = (node(1, worker("n1/0.0"), progress=(1, 5)), spare)
+    bench.feed(ev.NodesSeen(nodes=others, fading=frozenset({"n2"})))
+    bench.run_for(60)
+    assert bench.record.planned is None
+    bench.feed(ev.NodesSeen(nodes=others))
+    bench.run_for(1)
+    assert bench.record.planned is not None
+    assert bench.record.planned.members == ("n0/0.0", "n1/0.0", "n2/0.0")
