@@ -118,8 +118,8 @@ def _busy_worker(cluster: Cluster, fault: Fault) -> None:
 
 
 def _stick_worker(cluster: Cluster, fault: Fault) -> None:
-    """Its main thread never comes out of what it does; not in first steps, which take as long as they take, nor where it
-    waits for others, from which it is freed."""
+    """Its main thread never comes out of what it does; not in first steps, which take as long as they take, nor where
+    it waits for others, from which it is freed."""
     worker = cluster.worker(fault.whom[0])
     steps = sum(worker is not None and at[1] == worker.generation for at in cluster.checker.steps)
     if worker is not None and steps > _SETTLED and not worker.waits:
