@@ -177,7 +177,12 @@ def _nearest(
 
 
 def copies_by_entries(
-    wants: Sequence[Want], images: Mapping[int, Sequence[Entry]], prefer: int = -1, *, partial: bool = False
+    wants: Sequence[Want],
+    images: Mapping[int, Sequence[Entry]],
+    prefer: int = -1,
+    *,
+    partial: bool = False,
+    alike: bool = False,
 ) -> list[Copy]:
     """What to copy so that every wanted box is filled exactly once.
 
@@ -186,17 +191,19 @@ def copies_by_entries(
         images: by rank, the entries of each image of one key.
         prefer: the rank whose image to use where it has the data (this rank's own), or -1.
         partial: whether others may have what is not wanted here.
+        alike: whether all ranks held the same tensors, so that what is in any image belongs to this rank, too.
 
     Raises:
-        StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one: any)
-            has tensors that are not wanted; every one is named.  What is in others' images may be theirs alone.
+        StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one, or where
+            ranks held alike: any) has tensors that are not wanted; every one is named.
         CheckpointDamaged: if something is not covered.
     """
     held: dict[str, list[tuple[int, Entry]]] = {}
     for rank in sorted(images, key=lambda rank: (rank != prefer, rank)):
         for entry in images[rank]:
             held.setdefault(entry.name, []).append((rank, entry))
-    mine = set() if partial else {entry.name for entry in images[prefer]} if prefer >= 0 else set(held)
+    everybodys = alike or prefer < 0
+    mine = set() if partial else set(held) if everybodys else {entry.name for entry in images[prefer]}
     _check_fit(wants, {name: [entry for _, entry in places] for name, places in held.items()}, mine)
     copies = []
     for want in wants:

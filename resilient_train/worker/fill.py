@@ -86,7 +86,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
         copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
     else:
-        copies = copies_by_entries(wants, everything, prefer=rank if own is not None else -1, partial=partial)
+        prefer = rank if own is not None else -1
+        copies = copies_by_entries(wants, everything, prefer, partial=partial, alike=first.layout.alike)
     prove(wants, copies)
     ranges: dict[int, list[Range]] = {}
     later: list[Callable[[], object]] = []
