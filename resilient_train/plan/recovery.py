@@ -194,8 +194,8 @@ def copies_by_entries(
         alike: whether all ranks held the same tensors, so that what is in any image belongs to this rank, too.
 
     Raises:
-        StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one, or where
-            ranks held alike: any) has tensors that are not wanted; every one is named.
+        StateMismatch: if tensors are missing, have another shape or dtype, or the preferred image (without one, or
+            where ranks held alike: any) has tensors that are not wanted; every one is named.
         CheckpointDamaged: if something is not covered.
     """
     held: dict[str, list[tuple[int, Entry]]] = {}
