@@ -177,16 +177,18 @@ class EtcdControlStore:
         self._client.close()
 
     def _first_answer(self, timeout: float, because: Callable[[str], None]) -> None:
-        deadline = self._clock.now() + timeout
+        deadline, tried = self._clock.now() + timeout, _TRY
         while True:
             left = deadline - self._clock.now()
             try:
-                read(self._client, self._prefix, min(left, _TRY))
+                read(self._client, self._prefix, min(left, tried))
                 break
             except StoreLost as error:
-                if left <= _TRY:
+                if left <= tried:
                     raise
                 because(str(error))
+                # The longer a call may take, the longer it waits for one that is slow to answer.
+                tried = 2 * tried
         self._client.check_one_cluster(self._prefix)
 
     def _key(self, name: str) -> bytes:

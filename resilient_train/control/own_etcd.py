@@ -218,32 +218,26 @@ class _Member:
     @contextmanager
     def _waiting(self) -> Iterator[Waiting]:
         deadline = time.monotonic() + _QUICK
+        host, port = self._own.members[self._index]
         while True:
+            where = joined(host, port + 1)
             try:
-                waiting = Waiting((self._address, self._own.members[self._index][1]))
+                # There the members will speak to each other.
+                family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+                socket.create_server((self._address, port + 1), family=family).close()
+                where = joined(host, port)
+                waiting = Waiting((self._address, port))
                 break
             except OSError as error:
                 # A member whose agent was killed just now is about to go.
                 if time.monotonic() >= deadline:
-                    where, reason = joined(*self._own.members[self._index]), os.strerror(error.errno or 0)
+                    reason = os.strerror(error.errno or 0)
                     raise ConfigError(f"the job's own etcd cannot listen at {where}: {reason}") from error
             self._stop.wait(_POLL)
         try:
-            self._check_free(self._own.members[self._index][1] + 1)
             yield waiting
         finally:
             waiting.close()
-
-    def _check_free(self, port: int) -> None:
-        """Where the members are to speak to each other nobody else may listen."""
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        try:
-            socket.create_server((self._address, port), family=family).close()
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise ConfigError(
-                f"the job's own etcd cannot listen at port {port}, the one after its own: {reason}"
-            ) from error
 
     def _join(self) -> None:
         """Become a new member, in place of the one that was here before."""

@@ -234,14 +234,12 @@ def test_a_majority_that_is_lost_is_replaced_by_another(three: Agents, store: Et
 
 
 def test_a_port_that_is_taken(alone: Agents) -> None:
-    """Said with its address, and for the second port with its number."""
-    with socket.create_server(("127.0.0.1", alone.ports[0])):
-        assert alone.start() == [
-            f"ConfigError the job's own etcd cannot listen at 127.0.0.1:{alone.ports[0]}: Address already in use\n"
-        ]
-    with socket.create_server(("127.0.0.1", alone.ports[0] + 1)):
-        (said,) = alone.start()
-    assert said.startswith(f"ConfigError the job's own etcd cannot listen at port {alone.ports[0] + 1}")
+    """Either of the two that a member needs is said with its address."""
+    for port in (alone.ports[0], alone.ports[0] + 1):
+        with socket.create_server(("127.0.0.1", port)):
+            assert alone.start() == [
+                f"ConfigError the job's own etcd cannot listen at 127.0.0.1:{port}: Address already in use\n"
+            ]
 
 
 def test_a_founding_that_is_nonsense_is_ignored(alone: Agents) -> None:
