@@ -182,6 +182,7 @@ class Agent:
         self._interrupts = 0
         self._mention_at = clock.now() + _MENTION_FIRST
         self._waited_for_done = 0
+        self._stands_still = False
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -416,6 +417,7 @@ class Agent:
             self._mention_waiting()
         if board is None or record is None:
             return
+        self._mention_standing_still(record)
         self._mention_early_return(record)
         slots = [slot_of(worker.member) for worker in self._state.info.workers if worker.member in record.members]
         now = [board.progress(slot) for slot in slots]
@@ -424,6 +426,14 @@ class Agent:
         if progress != self._progress:
             self._progress = progress
             self._feed(ev.Progress(*progress))
+
+    def _mention_standing_still(self, record: WorldRecord) -> None:
+        """Whoever sees no step must not look for a hang in the model."""
+        silence = self._state.silence
+        waits = silence is not None and self._several and self._clock.now() >= self._vouched_until
+        if waits and not self._stands_still and record.phase is Phase.RUNNING and record.members:
+            self._say("training stands still until the control store answers: this world may not be the job's any more")
+        self._stands_still = waits
 
     def _mention_early_return(self, record: WorldRecord) -> None:
         """A function that returns on some ranks only leaves the others waiting in a collective: say so."""

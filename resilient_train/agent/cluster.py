@@ -163,7 +163,7 @@ class Cluster:
         self._gone = self._gone or gone
         if self._silent_since is None:
             self._silent_since = now
-        self._neighbours.deaf()
+        self._neighbours.deaf(gone)
         # A store that ends with its host may have lost a single call.
         lasting = self._line.lasting or now < self._silent_since + self._within
         self._feed(ev.StoreSilent(text, lasting, gone))

@@ -62,9 +62,9 @@ class Neighbours:
         """Nobody listens where this node's agent did."""
         self._step(suspicion.Refused(node))
 
-    def deaf(self) -> None:
-        """The store does not answer."""
-        self._step(suspicion.Deaf())
+    def deaf(self, gone: bool) -> None:
+        """The store does not answer; ``gone``: it has ended for good."""
+        self._step(suspicion.Deaf(gone))
 
     def close(self) -> None:
         """Hang up."""

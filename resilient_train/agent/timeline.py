@@ -93,7 +93,7 @@ class Timeline:
     def _how(self) -> str:
         if not self._resumed:
             return ""
-        return f", {self._resumed}" if self._resumed == FRESH else f", resumed {self._resumed}"
+        return f", {self._resumed}" if self._resumed.startswith(FRESH) else f", resumed {self._resumed}"
 
     def unsaid(self) -> str | None:
         """At the end: a line if the job had nothing left to do."""

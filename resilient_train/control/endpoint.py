@@ -11,6 +11,8 @@ from resilient_train.errors import ConfigError
 
 ETCD_PORT = 2379
 """Where etcd usually listens."""
+_FOR_ETCD = frozenset({"user", "password", "password_file", "protocol", "cacert", "cert", "key"})
+"""What ``--rdzv-conf`` says to an etcd of the user's."""
 OWN_PORT = 23790
 """Where a job's own etcd listens: another one may be on the same host."""
 
@@ -69,10 +71,14 @@ def parse(backend: str, endpoint: str, conf: Mapping[str, object]) -> EtcdAccess
     if backend in ("", "c10d", "static"):
         if endpoint.startswith(("etcd://", "etcds://", "own:")):
             raise ConfigError(f"--rdzv-endpoint={endpoint} needs --rdzv-backend=etcd")
+        if keys := sorted(conf.keys() & _FOR_ETCD):
+            raise ConfigError(f"--rdzv-conf: {', '.join(keys)} would protect nothing without --rdzv-backend=etcd")
         return None
     if backend != "etcd":
         raise ConfigError(f"--rdzv-backend={backend} is not known; use c10d, which one node serves, or etcd")
     if endpoint.startswith("own:"):
+        if keys := sorted(conf.keys() & _FOR_ETCD):
+            raise ConfigError(f"--rdzv-conf: {', '.join(keys)} would protect nothing: own: lets everybody in")
         return _own(endpoint)
     scheme, separator, rest = endpoint.partition("://")
     if separator and scheme not in ("etcd", "etcds", "http", "https"):

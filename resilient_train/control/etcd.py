@@ -25,7 +25,7 @@ from urllib.parse import quote
 from resilient_train.clock import Clock, MonotonicClock
 from resilient_train.control import etcd_messages as messages
 from resilient_train.control.endpoint import EtcdAccess
-from resilient_train.control.etcd_client import EtcdClient
+from resilient_train.control.etcd_client import EtcdClient, Login
 from resilient_train.control.etcd_mirror import EtcdMirror, read
 from resilient_train.control.store import News
 from resilient_train.control.stored import announcements, json_object
@@ -92,7 +92,8 @@ class EtcdControlStore:
         # Enough for an election among members with etcd's default settings.
         self._timeout = max(4.0, 2 * ttl)
         patience = min(max(0.5, ttl / 3), 2.0)
-        self._client = EtcdClient(access, patience, self._clock)
+        login = Login()
+        self._client = EtcdClient(access, patience, self._clock, login)
         self._lock = threading.Lock()
         self._job: _Job | None = None
         self._lease = 0
@@ -100,7 +101,7 @@ class EtcdControlStore:
         self._said_at = 0
         self._job_refreshed = self._clock.now()
         self._first_answer(timeout, because or (lambda _: None))
-        follower = EtcdClient(access, patience, self._clock)
+        follower = EtcdClient(access, patience, self._clock, login)
         reread = max(1.0, ttl / 2)
         self._mirror = EtcdMirror(
             follower, self._prefix, self._timeout, reread, self._clock, lambda: self._client.newest

@@ -36,6 +36,9 @@ _PAUSE = 0.05
 """Seconds between two rounds through the members."""
 _SHORT = 0.2
 """Seconds that a member gets at first: what a leader took with it is never answered, and must be asked again."""
+_LOGIN = 10.0
+"""Seconds for a login: passwords are slow to guess, so several nodes' logins take etcd seconds, and what is given up is
+computed to its end all the same."""
 _USELESS = ("request is too large", "larger than max", "unknown service", "unknown method")
 """What is refused like this will be so the next time."""
 _OLD_TOKEN = ("invalid auth token", "revision of auth store is old")
@@ -48,14 +51,27 @@ _REFUSALS = {
 """What etcd says, and what it means; the same on all members."""
 
 
+class Login:
+    """What clients of one user share, so that etcd, which takes its time for each, is asked for one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held by whoever logs in."""
+        self.token = ""
+        """Empty before, and when etcd does not know it any more."""
+
+
 class EtcdClient:
     """Calls to one cluster; every method may be called from any thread."""
 
-    def __init__(self, access: EtcdAccess, patience: float, clock: Clock | None = None) -> None:
+    def __init__(
+        self, access: EtcdAccess, patience: float, clock: Clock | None = None, login: Login | None = None
+    ) -> None:
         """Args:
             access: where the cluster is.
             patience: seconds that one member gets to answer, in the end.
             clock: for deadlines.
+            login: of the same user, shared with other clients.
 
         Raises:
             ConfigError: if a file of certificates cannot be read.
@@ -70,7 +86,7 @@ class EtcdClient:
         self._lock = threading.Lock()
         self._current = 0
         self._channel: Any = None
-        self._token = ""
+        self._login = login or Login()
         self._closed = threading.Event()
 
     def call(self, method: str, timeout: float, *, excuses: tuple[str, ...] = (), **fields: Any) -> Any:
@@ -153,7 +169,9 @@ class EtcdClient:
         answers = messages.response("Watch").FromString
         # One request is all there is to say; etcd goes on answering.
         stream = channel.unary_stream(messages.METHODS["Watch"], _encoded, answers)
-        return stream(messages.request("Watch", create_request=create), metadata=self._metadata()), channel
+        return stream(
+            messages.request("Watch", create_request=create), metadata=self._metadata(self._login.token)
+        ), channel
 
     def leave(self, member: Any) -> None:
         """Go on to the next member, unless that has happened already."""
@@ -170,28 +188,35 @@ class EtcdClient:
         self.leave(self._channel)
 
     def _attempt(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+        token = self._token(channel)
         try:
-            return self._authenticated(channel, method, request, timeout)
+            return self._once(channel, method, request, timeout, token)
         except grpc.RpcError as error:
             if not any(text in (error.details() or "") for text in _OLD_TOKEN):
                 raise
-        self._token = ""
-        return self._authenticated(channel, method, request, timeout)
+        with self._login.lock:
+            if self._login.token == token:
+                self._login.token = ""
+        return self._once(channel, method, request, timeout, self._token(channel))
 
-    def _authenticated(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
-        if self._access.user and not self._token:
-            login = messages.request("Authenticate", name=self._access.user, password=self._access.password)
-            self._token = self._once(channel, "Authenticate", login, timeout).token
-        return self._once(channel, method, request, timeout)
+    def _token(self, channel: Any) -> str:
+        """What this user is known by; asks for it if need be, with more patience than for anything else."""
+        if not self._access.user:
+            return ""
+        with self._login.lock:
+            if not self._login.token:
+                login = messages.request("Authenticate", name=self._access.user, password=self._access.password)
+                self._login.token = self._once(channel, "Authenticate", login, _LOGIN, "").token
+            return self._login.token
 
-    def _once(self, channel: Any, method: str, request: Any, timeout: float) -> Any:
+    def _once(self, channel: Any, method: str, request: Any, timeout: float, token: str) -> Any:
         # A refreshed lease is a stream on paper; with one request and one answer it looks the same on the wire.
         call = channel.unary_unary(messages.METHODS[method], _encoded, messages.response(method).FromString)
-        return call(request, timeout=timeout, metadata=self._metadata())
+        return call(request, timeout=timeout, metadata=self._metadata(token))
 
-    def _metadata(self) -> list[tuple[str, str]]:
+    def _metadata(self, token: str) -> list[tuple[str, str]]:
         # A member that knows no leader says so at once, and ends its watches, instead of letting us wait.
-        return [("hasleader", "true"), *([("token", self._token)] if self._token else [])]
+        return [("hasleader", "true"), *([("token", token)] if token else [])]
 
     def _connected(self) -> tuple[Any, str]:
         with self._lock:

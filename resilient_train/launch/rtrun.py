@@ -130,6 +130,8 @@ def run(args: argparse.Namespace) -> ExitCode:
         ConfigError: for arguments that contradict each other or name nothing.
     """
     _check_script(args)
+    if "/" in str(args.rdzv_id) or "\0" in str(args.rdzv_id):
+        raise ConfigError(f"--rdzv-id names folders and must not contain '/', it is {args.rdzv_id!r}")
     args.label = _labels(args)
     if args.rdzv_id in (None, "", "none") and str(args.nnodes) in ("1", "1:1"):
         args.rdzv_id = uuid.uuid4().hex

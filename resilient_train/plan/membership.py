@@ -152,8 +152,7 @@ def step(state: State, event: Event, now: float) -> tuple[State, list[Effect]]:
         return replace(state, ended=True), [*effects, Vouch(now), End(ExitCode.STORE_LOST, event.text)]
     if isinstance(event, NodesSeen) and (unlike := conflict(state.info, event.nodes)) and not state.ended:
         return replace(state, ended=True), [*effects, End(ExitCode.USAGE, unlike)]
-    if state.hurried and state.info.failed and state.silence is not None and not state.ended:
-        text = f"{state.info.failed}, twice; {state.silence.text}"
+    if (text := _leaves_alone(state)) and not state.ended:
         return replace(state, ended=True), [*effects, End(ExitCode.INTERRUPTED, text)]
     state, tellings = _tell(before, state, event)
     effects += tellings
@@ -186,6 +185,15 @@ def _swap(state: State, record: WorldRecord, event: Event, now: float) -> tuple[
         return replace(state, swapping=True), Swap(record)
     text = f"{silence.text}; it is needed to agree on a change ({record.reason}){_advice(silence)}"
     return replace(state, ended=True), End(ExitCode.STORE_LOST, text)
+
+
+def _leaves_alone(state: State) -> str:
+    """Why this node ends without the others' agreement, if it does: there is no store to come to one."""
+    if state.silence is None:
+        return ""
+    if state.hurried and state.info.failed:
+        return f"{state.info.failed}, twice; {state.silence.text}"
+    return f"{state.info.leaving}; {state.silence.text}" if state.gone and state.info.leaving else ""
 
 
 def _word(before: State, state: State, event: Event, now: float) -> list[Effect]:

@@ -85,6 +85,8 @@ class State:
     """When this agent last did anything."""
     at_odds: Mapping[Odds, float] = field(default_factory=dict)
     """Nodes that do not reach each other, and since when that is known."""
+    gone: bool = False
+    """The store has ended for good: who refuses then is gone, too, and there is nobody to leave anything to."""
     standing: bool = False
     """This node's own announcement was among those that stand, when they were last heard of."""
     last: Verdict | None = None
@@ -114,7 +116,9 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Deaf:
-    """The store did not answer, so who was not announced may be by now."""
+    """The store did not answer, so who was not announced may be by now; ``gone``: it has ended for good."""
+
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,9 @@ def step(state: State, event: Event, now: float) -> tuple[State, Verdict]:
         peers = {name: replace(peer, refused=False) for name, peer in peers.items()}
     _take_in(peers, state.me, state.within, event, now)
     if isinstance(event, Announced):
-        state = replace(state, standing=any(node.node == state.me.node for node in event.nodes))
+        state = replace(state, standing=any(node.node == state.me.node for node in event.nodes), gone=False)
+    elif isinstance(event, Deaf):
+        state = replace(state, gone=event.gone)
     state = replace(state, peers=peers, at=now, last=None)
     lost, doubts = _condemned(state, now)
     state = replace(state, at_odds={odds: state.at_odds.get(odds, now) for odds in _odds(doubts)})
@@ -292,7 +298,7 @@ def _condemned(state: State, now: float) -> tuple[dict[str, str], dict[str, froz
     """(the nodes that are lost for what this one knows itself, and why; by node, this one included, whom it cannot
     reach)."""
     suspects = frozenset(name for name, peer in state.peers.items() if _is_suspect(state, peer, now))
-    at_once = _refusals_count(state, now)
+    at_once = state.gone or _refusals_count(state, now)
     lost = {}
     for name in suspects:
         peer = state.peers[name]
@@ -318,7 +324,7 @@ def _judge(state: State, lost: dict[str, str], doubts: Mapping[str, frozenset[st
     for name in _most_doubted(state.at_odds.keys(), orders, young):
         lost[name] = "other nodes cannot reach it"
     alive = tuple(sorted((info for name, info in infos.items() if name not in lost), key=lambda info: info.order))
-    doubted = lost.pop(state.me.node, "") != ""
+    doubted = lost.pop(state.me.node, "") != "" and not state.gone
     return Verdict(
         wanted=_wanted(state, alive, suspects, doubts),
         suspects=suspects,

@@ -427,7 +427,9 @@ class Checkpointer:
         self._covered = self._step if handed_over else self._step - self._snapshot_every
         restore = Restore(generation=self._host.generation, lineage=self._lineage, source=key)
         self._restores = [*self._host.restores(), restore]
-        text = f"{key} from {restored.place}" if key else "a fresh start"
+        before = bool(self._host.restores())
+        text = f"a fresh start{', nothing being left of the generations before' * before}"
+        text = f"{key} from {restored.place}" if key else text
         if self._rank == 0:
             logger.info("generation %d resumes %s", self._host.generation, text)
             self._host.resumed(restore, text)

@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from etcd_cluster import EtcdCluster, running
 
 from resilient_train.control.endpoint import EtcdAccess
 from resilient_train.control.etcd import EtcdControlStore
+from resilient_train.control.etcd_client import EtcdClient
 from resilient_train.errors import ConfigError, StoreLost
 from resilient_train.testing.control import node, record
 
@@ -52,6 +54,32 @@ def test_a_user_with_the_right_password_gets_in(access: EtcdAccess) -> None:
     assert news.record == record(1)
     store.withdraw()
     store.close()
+
+
+def test_a_login_that_takes_long_is_waited_for_and_made_once(
+    access: EtcdAccess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many nodes' logins at once keep etcd busy for seconds: whoever gave up and asked again would make it worse."""
+    once, logins = EtcdClient._once, []
+
+    def slow(self: EtcdClient, channel: Any, method: str, request: Any, timeout: float, token: str) -> Any:
+        if method == "Authenticate":
+            logins.append(timeout)
+            if timeout < 5.0:
+                raise ImpatientError
+        return once(self, channel, method, request, timeout, token)
+
+    monkeypatch.setattr(EtcdClient, "_once", slow)
+    store = EtcdControlStore(access, "job of one login", ttl=1.0)
+    assert store.join() == 0
+    assert store.look().record is None
+    assert store.watch(0, 1.0) is not None
+    assert len(logins) == 1
+    store.close()
+
+
+class ImpatientError(Exception):
+    """A login got too little time."""
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,8 @@ def test_a_module_and_a_program(tmp_path: Path) -> None:
         ),
         (["--nnodes=2", "--rdzv-conf=pasword=x", "SCRIPT"], "--rdzv-conf: 'pasword' is not known"),
         (["--rdzv-backend=etcd", "--rdzv-endpoint=h:1", "--rdzv-conf=key=x", "SCRIPT"], "cert and key"),
+        (["--nnodes=2", "--rdzv-endpoint=h:1", "--rdzv-conf=user=x,password=y", "SCRIPT"], "would protect nothing"),
+        (["--rdzv-id=../../x", "SCRIPT"], "--rdzv-id names folders and must not contain '/'"),
         (["--signals-to-handle=SIGTERM,SIGNOTHING", "SCRIPT"], "there is no signal SIGNOTHING"),
     ],
 )

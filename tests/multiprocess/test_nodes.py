@@ -62,6 +62,23 @@ def test_without_the_node_that_serves_the_record_the_job_ends_and_says_why(tmp_p
         check_nothing_left(running)
 
 
+def test_when_the_store_has_left_with_its_node_nobody_is_left_hanging(tmp_path: Path) -> None:
+    """SIGTERM to the node that serves the record, then to another: it ends with 130, and the last one with 67."""
+    flags = ("--nnodes=1:3", "--detect-within=2")
+    with nodes(tmp_path, "--steps", "100000", "--step-time", "0.05", count=3, flags=flags) as running:
+        first, second, third = running.jobs
+        first.wait_for_line("step 5 size 6", START)
+        first.signal(signal.SIGTERM)
+        assert first.finish(60) == 0, running.output
+        second.wait_for_line("training goes on until the world has to change", 60)
+        second.wait_for_line("size 4", 60, count=20)
+        second.signal(signal.SIGTERM)
+        assert second.finish(60) == 130, running.output
+        assert third.finish(60) == 67, running.output
+        assert "--rdzv-backend=etcd" in third.output
+        check_nothing_left(running)
+
+
 def test_a_node_that_was_started_unlike_the_others_takes_no_part(tmp_path: Path) -> None:
     """It ends with 2 and names both commands' flags; the job does not notice."""
     with nodes(tmp_path, "--steps", "60", *SLOWLY, count=2, flags=("--nnodes=1:2",)) as running:

@@ -184,3 +184,15 @@ def test_a_job_that_waits_for_nodes_saves_its_state_once() -> None:
     bench.feed(ev.WorkerSaid("n0/0.0", Hello(member="n0/0.0")))
     bench.run_for(5.0)
     assert len(bench.taken(ev.Save)) == 1
+
+
+def test_who_is_to_leave_when_the_store_has_ended_leaves_alone() -> None:
+    """Nobody can agree on a boundary any more: at once, and interrupted, as nobody can go on from there."""
+    bench = training(0, 1)
+    bench.feed(ev.StoreSilent("nobody listens there any more", lasting=False, gone=True))
+    bench.run_for(100.0)
+    assert not bench.taken(ev.End)
+    bench.feed(ev.LeaveAsked("its agent got SIGTERM"))
+    (end,) = bench.taken(ev.End)
+    assert end.code is ExitCode.INTERRUPTED
+    assert end.text == "its agent got SIGTERM; nobody listens there any more"

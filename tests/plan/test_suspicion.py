@@ -94,6 +94,19 @@ def test_whom_all_refuse_is_the_one_to_go() -> None:
     assert not bench.verdict.doubted
 
 
+def test_when_the_store_has_ended_whoever_refuses_is_gone() -> None:
+    """Also where all do: there is nobody to leave the rest to, and this node has to know that it is alone."""
+    bench = Bench(3)
+    bench.announced()
+    for other in (1, 2):
+        verdict = bench.feed(s.Refused(f"n{other}"))
+    assert verdict.lost == {}
+    verdict = bench.feed(s.Deaf(gone=True))
+    assert verdict.lost == {"n1": s.AGENT_GONE, "n2": s.AGENT_GONE}
+    assert not verdict.doubted
+    assert bench.announced().lost.keys() <= {"n1", "n2"}
+
+
 def test_who_refused_while_all_did_has_to_do_so_again() -> None:
     """A way out that was broken may just be mended."""
     bench = Bench()
