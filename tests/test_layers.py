@@ -24,7 +24,7 @@ LAYERS = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"spec", "plan", "sim"}
 # All that decisions may use: no clock, IO, threads, torch or hidden randomness is among it.
-ALLOWED = {"__future__", "collections", "dataclasses", "enum", "heapq", "itertools", "json", "math", "re"}
+ALLOWED = {"__future__", "bisect", "collections", "dataclasses", "enum", "heapq", "itertools", "json", "math", "re"}
 ALLOWED |= {"resilient_train", "typing"}
 # A simulation is a function of its seed: of the `Random` that it is given.
 ALSO = {"sim": {"random"}}

@@ -1,7 +1,8 @@
 """What `bench_checkpoint.py` runs as each rank: a training loop under one way of saving it.
 
-Prints one JSON object: seconds of every measured step, seconds from the end of the loop until everything is durable,
-seconds that each save blocked the loop, and the peak of the process's own memory.
+Saves are made in the middle of what is measured, so that all that they cost falls into it, and once more at the end.
+Prints one JSON object: seconds of every measured step, seconds from the end of the last one until its state is durable,
+and the peak of the process's own memory.
 """
 
 import argparse
@@ -47,6 +48,11 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
+def saves_after(step: int) -> bool:
+    """Whether the state after so many steps is made durable: once to warm up, then in the middle of every ``every``."""
+    return step == 1 or (step > WARMUP and (step - WARMUP) % args.every == args.every // 2)
+
+
 def one_step(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> None:
     model(data).square().mean().backward()
     optim.step()
@@ -68,9 +74,7 @@ class Peer:
             )
             self.stager = DefaultStager(options)
 
-    def after(self, step: int) -> None:
-        if step % args.every:
-            return
+    def save(self, step: int) -> None:
         state = {"model": self.model.state_dict(), "optim": self.optim.state_dict()}
         target = args.folder / f"step-{step}"
         if args.mode == "torch-save":
@@ -113,14 +117,19 @@ def with_peer(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
     for step in range(1, WARMUP + args.steps + 1):
         began = time.perf_counter()
         one_step(model, optim, data)
-        if step == 1 or step > WARMUP:
-            peer.after(step - WARMUP if step > WARMUP else 0)
+        if saves_after(step):
+            peer.save(step)
         if step == WARMUP:
             peer.wait()
         times.append(time.perf_counter() - began)
+    peer.wait()
     began = time.perf_counter()
+    peer.save(step)
+    peer.before_optimizer()
+    peer.wait()
+    durable = time.perf_counter() - began
     peer.close()
-    return times, time.perf_counter() - began
+    return times, durable
 
 
 def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
@@ -131,17 +140,19 @@ def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor
     )
     times, began = [], time.perf_counter()
     for step in ckpt.steps(WARMUP + args.steps):
-        now = time.perf_counter()
         if step:
+            now = time.perf_counter()
             times.append(now - began)
-        began = now
-        if step == 2 or (step > WARMUP and (step - WARMUP) % args.every == 0):
+            began = now
+        if saves_after(step):
             ckpt.persist()
-        if step == WARMUP:
+        if step == WARMUP - 1:
             ckpt.wait()
         one_step(model, optim, data)
-    times.append(time.perf_counter() - began)
-    began = time.perf_counter()
+        if step == WARMUP + args.steps - 1:
+            times.append(time.perf_counter() - began)
+            ckpt.wait()
+            began = time.perf_counter()
     ckpt.persist()
     ckpt.wait()
     durable = time.perf_counter() - began

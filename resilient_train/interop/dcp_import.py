@@ -21,7 +21,7 @@ from resilient_train.interop.image_file import ImageSource, Load, entry_of, next
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.world import MAX_STEP, Key
 from resilient_train.storage.catalogue import commit
-from resilient_train.storage.commit import folder_of
+from resilient_train.storage.commit import Manifest, folder_of
 from resilient_train.storage.tier import Tier
 from resilient_train.tools.images import Progress
 
@@ -94,7 +94,7 @@ def import_checkpoint(source: Tier, target: Tier, step: int, progress: Progress)
         for rank, loads in enumerate(images):
             told = document if rank == 0 else EMPTY
             files.append(ImageSource(key, rank, len(images), loads, told, passed).put(target))
-        if not commit(target, key, len(images), files, {key.lineage: None}):
+        if not commit(target, Manifest(key=key, world=len(images), files=tuple(files), past={key.lineage: None})):
             raise StorageError(f"{target.name}/{folder_of(key)}: somebody else wrote there")
     return Imported(
         key=key,

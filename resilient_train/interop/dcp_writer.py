@@ -32,7 +32,7 @@ from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.world import MAX_STEP, Key
 from resilient_train.storage.catalogue import commit
-from resilient_train.storage.commit import ImageFile, folder_of
+from resilient_train.storage.commit import ImageFile, Manifest, folder_of
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
 
@@ -203,7 +203,8 @@ class Writer(StorageWriter):
             if len(files) < order.world:
                 values = {**begun.values, **{fqn: value for one in done for fqn, value in one.values.items()}}
                 files.append(_put(tier, order, begun.loads, self._document(values)))
-            if not commit(tier, order.key, order.world, files, {order.key.lineage: None}):
+            past = {order.key.lineage: None}
+            if not commit(tier, Manifest(key=order.key, world=order.world, files=tuple(files), past=past)):
                 raise StorageError(f"{self.url}/{folder_of(order.key)}: the ranks' images do not make up a checkpoint")
 
 

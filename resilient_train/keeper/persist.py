@@ -13,10 +13,10 @@ from resilient_train.errors import CheckpointDamaged, OutsideError, StorageError
 from resilient_train.image.arena import Slot
 from resilient_train.image.native import checksum, engine
 from resilient_train.image.verified import VerifiedImage
-from resilient_train.keeper.alike import of_each_rank
 from resilient_train.keeper.progress import Progress
+from resilient_train.keeper.shares import Shares, shares_of
 from resilient_train.keeper.word import Word
-from resilient_train.plan.partition import assign
+from resilient_train.plan.division import Part
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
@@ -80,10 +80,17 @@ def persist(tier: Tier, job: Job) -> Written:
     if newer:
         raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
-    shares = _shares(job, headers)
-    outgoing = [_outgoing(slot, *headers[rank], shares[rank]) for rank, slot in job.images.items()]
+    shares = shares_of(job.images, headers, job.origins, job.world)
+    outgoing = [_outgoing(slot, *headers[rank], shares) for rank, slot in job.images.items()]
     files = [image.file for image in outgoing]
-    part = Manifest(key=job.key, world=job.world, files=tuple(files), past=job.past)
+    part = Manifest(
+        key=job.key,
+        world=job.world,
+        files=tuple(files),
+        past=job.past,
+        divided=shares.divided,
+        sums=shares.sums,
+    )
     if job.key in committed:
         _check_same(tier, job.key, files)
         return Written(part=part, committed=True, nbytes=0)
@@ -103,27 +110,13 @@ def persist(tier: Tier, job: Job) -> Written:
         raise
     # From here on another keeper may have committed what is there, so nothing of it is removed.
     if job.word.may_commit():
-        done = commit(tier, job.key, job.world, files, job.past)
+        done = commit(tier, part)
     else:
         put_part(tier, part)
         done = False
     if done:
         _remove_superseded(tier, part, job.keep_last, job.word)
     return Written(part=part, committed=done, nbytes=sum(image.file.size for image in left))
-
-
-def _shares(job: Job, headers: Mapping[int, tuple[ImageLayout, Stamp]]) -> dict[int, tuple[Entry, ...]]:
-    """What to write of each image: what the ranks of one node have in common, once.
-
-    Images that stand in for those of a node that is lost are divided as that node has divided them, or would have: it
-    may have written some of them already.
-    """
-    shares: dict[int, tuple[Entry, ...]] = {}
-    for origin in sorted(set(job.origins.values())):
-        ranks = [rank for rank in headers if job.origins[rank] == origin]
-        own = of_each_rank({rank: (job.images[rank], *headers[rank]) for rank in ranks})
-        shares |= assign({rank: headers[rank][0].entries for rank in ranks}, own)
-    return shares
 
 
 def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, keep_last: int, word: Word) -> Key | None:
@@ -200,15 +193,18 @@ class _Outgoing:
     chunks: Iterable[memoryview]
 
 
-def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> _Outgoing:
+def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, shares: Shares) -> _Outgoing:
     view = memoryview(slot.map)
     chunks: Iterable[memoryview]
-    if len(share) == len(layout.entries):
+    share = shares.of[stamp.rank]
+    if {part.entry for part in share} == set(layout.entries):
         size, table_crc = layout.total, stamp.crc
         header_crc = engine.crc32c(slot.address, layout.data_start)
         chunks = [view[at : at + _CHUNK] for at in range(0, layout.total, _CHUNK)]
     else:
-        chunks = partial = _PartialImage(view, layout, stamp, share)
+        # Whose image tells of all is the one that every reader opens first.
+        common = [] if stamp.rank else [entry for entry in layout.entries if entry.name in shares.common]
+        chunks = partial = _PartialImage(view, layout, stamp, share, common)
         size, header_crc, table_crc = partial.size, partial.header_crc, partial.table_crc
     name = image_name(stamp.rank, stamp.world)
     file = ImageFile(name=name, rank=stamp.rank, size=size, header_crc=header_crc, table_crc=table_crc)
@@ -218,11 +214,13 @@ def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, share: Sequence[Ent
 class _PartialImage:
     """The bytes of an image that holds a share of another image's entries: new header and checksums, same data."""
 
-    def __init__(self, view: memoryview, layout: ImageLayout, stamp: Stamp, share: Sequence[Entry]) -> None:
-        self._view = view
+    def __init__(
+        self, view: memoryview, layout: ImageLayout, stamp: Stamp, share: Sequence[Part], common: Sequence[Entry]
+    ) -> None:
         starts = dict(zip(layout.entries, layout.starts, strict=True))
-        self._layout = plan_image(share, stamp.json_length, alike=layout.alike)
-        ranges = [(starts[entry], entry.nbytes) for entry in self._layout.entries]
+        begins = {part.entry: starts[part.of] + part.begin for part in share}
+        self._layout = plan_image(list(begins), stamp.json_length, alike=layout.alike, common=common)
+        ranges = [(begins[entry], entry.nbytes) for entry in self._layout.entries]
         ranges.append((layout.json_start, stamp.json_length))
         padding = b" " * (self._layout.json_capacity - stamp.json_length)
         self._data = [view[at : at + size] for at, size in ranges if size] + [memoryview(padding)]

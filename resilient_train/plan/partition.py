@@ -1,4 +1,7 @@
-"""Who writes what: state that several ranks hold alike is made durable once per job."""
+"""Who writes what: state that several ranks of a node hold alike is made durable once.
+
+Where all ranks of the job hold alike, more can be said: `resilient_train.plan.division`.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,22 @@ def assign(images: Mapping[int, Sequence[Entry]], own: Collection[str] = ()) -> 
         load[rank] += entry.nbytes
         chosen[rank].append(entry)
     return {rank: tuple(entries) for rank, entries in chosen.items()}
+
+
+def first_of(images: Mapping[int, Sequence[Entry]], own: Collection[str] = ()) -> dict[int, tuple[Entry, ...]]:
+    """The same, with each rank writing all that no lower one has: the first rank's image then has all names.
+
+    Args:
+        images: see `assign`; of what little `resilient_train.plan.division` does not divide.
+        own: see `assign`.
+    """
+    seen: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+    chosen = {}
+    for rank in sorted(images):
+        places = {entry: (entry.name, entry.offset, entry.shape) for entry in images[rank]}
+        chosen[rank] = tuple(entry for entry in images[rank] if entry.name in own or places[entry] not in seen)
+        seen |= set(places.values())
+    return chosen
 
 
 def may_differ(document: Any, name: str) -> bool:

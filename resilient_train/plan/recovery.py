@@ -146,7 +146,7 @@ def copies_by_layout(
         CheckpointDamaged: if something is not covered.
     """
     by_name = {entry.name: entry for entry in entries}
-    _check_fit(wants, {name: [entry] for name, entry in by_name.items()}, set(by_name))
+    check_fit(wants, {name: [entry] for name, entry in by_name.items()}, set(by_name))
     ranks = frozenset(held.ranks)
     alone = [rank] if own and rank in ranks else [min(ranks)]
     copies = []
@@ -204,24 +204,36 @@ def copies_by_entries(
             held.setdefault(entry.name, []).append((rank, entry))
     everybodys = alike or prefer < 0
     mine = set() if partial else set(held) if everybodys else {entry.name for entry in images[prefer]}
-    _check_fit(wants, {name: [entry for _, entry in places] for name, places in held.items()}, mine)
-    copies = []
-    for want in wants:
-        left = [want.box] if want.box.size else []
-        for rank, entry in held[want.name]:
-            rest = []
-            for box in left:
-                common = box.intersect(entry.box)
-                if common is None:
-                    rest.append(box)
-                    continue
-                copies.append(Copy(name=want.name, rank=rank, entry=entry, box=common))
-                rest += box.minus(common)
-            left = rest
-            if not left:
-                break
-        if left:
-            raise CheckpointDamaged(f"the checkpoint does not hold all of {want.name}: {left[0]} is missing")
+    check_fit(wants, {name: [entry for _, entry in places] for name, places in held.items()}, mine)
+    return [copy for want in wants for copy in copies_of(want, held[want.name])]
+
+
+def copies_of(want: Want, places: Iterable[tuple[int, Entry]]) -> list[Copy]:
+    """What to copy for one box.
+
+    Args:
+        want: the box.
+        places: who has what of the tensor, best first: (rank, entry).
+
+    Raises:
+        CheckpointDamaged: if something is not covered.
+    """
+    copies: list[Copy] = []
+    left = [want.box] if want.box.size else []
+    for rank, entry in places:
+        rest = []
+        for box in left:
+            common = box.intersect(entry.box)
+            if common is None:
+                rest.append(box)
+                continue
+            copies.append(Copy(name=want.name, rank=rank, entry=entry, box=common))
+            rest += box.minus(common)
+        left = rest
+        if not left:
+            break
+    if left:
+        raise CheckpointDamaged(f"the checkpoint does not hold all of {want.name}: {left[0]} is missing")
     return copies
 
 
@@ -266,7 +278,12 @@ def _overlap(boxes: list[Box]) -> Box | None:
     return None
 
 
-def _check_fit(wants: Sequence[Want], held: Mapping[str, Sequence[Entry]], own: Collection[str]) -> None:
+def check_fit(wants: Sequence[Want], held: Mapping[str, Sequence[Entry]], own: Collection[str]) -> None:
+    """What is wanted is there, in its shape and dtype, and of ``own`` everything is wanted.
+
+    Raises:
+        StateMismatch: naming every tensor of which that is not so.
+    """
     problems = []
     wanted = {want.name for want in wants}
     for want in wants:

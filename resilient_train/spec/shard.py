@@ -123,6 +123,9 @@ class ImageLayout:
     """The leading ``data_start`` bytes with the fixed-width fields zero and the header length in place."""
     alike: bool = False
     """Whether every rank's image has the same names, of the same global shapes, dtypes and `Entry.cuts`."""
+    common: tuple[Entry, ...] = ()
+    """Of an image that has not all of what its rank held: what all ranks held alike, as this one did.  One image of a
+    checkpoint tells it for all."""
 
     @property
     def blocks(self) -> int:
@@ -158,13 +161,16 @@ class Stamp:
         return [(FIELD_AT[name], value.encode()) for name, value in values.items()]
 
 
-def plan_image(entries: Sequence[Entry], json_capacity: int, *, alike: bool = False) -> ImageLayout:
+def plan_image(
+    entries: Sequence[Entry], json_capacity: int, *, alike: bool = False, common: Sequence[Entry] = ()
+) -> ImageLayout:
     """Lay out an image for ``entries`` and ``json_capacity`` bytes of non-tensor state.
 
     Args:
         entries: the tensors.
         json_capacity: bytes.
         alike: whether all ranks have the same, but for their boxes.
+        common: see `ImageLayout.common`; all with `Entry.cuts`.
 
     Raises:
         FormatError: if a name is used twice or reserved, or the header grows beyond what safetensors reads.
@@ -188,7 +194,7 @@ def plan_image(entries: Sequence[Entry], json_capacity: int, *, alike: bool = Fa
     total = -(-end // PAGE) * PAGE
     if total > end:
         table[PAD_NAME] = {"dtype": "U8", "shape": [total - end], "data_offsets": [end, total]}
-    header = _header(ordered, names, table, alike)
+    header = _header(ordered, names, table, alike, common)
     start = len(header)
     return ImageLayout(
         entries=tuple(ordered),
@@ -200,6 +206,7 @@ def plan_image(entries: Sequence[Entry], json_capacity: int, *, alike: bool = Fa
         total=start + total,
         header=header,
         alike=alike,
+        common=tuple(common),
     )
 
 
@@ -218,7 +225,9 @@ def _stored_names(entries: Sequence[Entry]) -> list[str]:
     return names
 
 
-def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any], alike: bool) -> bytes:
+def _header(
+    entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any], alike: bool, common: Sequence[Entry]
+) -> bytes:
     boxes = {
         name: [list(e.global_shape), list(e.offset)]
         for name, e in zip(names, entries, strict=True)
@@ -228,13 +237,17 @@ def _header(entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, 
     aliases = {name: e.name for name, e in zip(names, entries, strict=True) if e.name != name}
     metadata = {name: "0" * width for name, width in _FIXED}
     metadata["resilient_train"] = "1"
-    patterns = list(dict.fromkeys(e.cuts for e in entries if e.cuts is not None))
+    patterns = list(dict.fromkeys(e.cuts for e in (*entries, *common) if e.cuts is not None))
     number = {cuts: index for index, cuts in enumerate(patterns)}
     layouts = {
         "alike": int(alike),
         "patterns": [[[cut.dim, cut.parts, cut.stride] for cut in cuts] for cuts in patterns],
         "tensors": {name: number[e.cuts] for name, e in zip(names, entries, strict=True) if e.cuts is not None},
     }
+    if common:
+        layouts["common"] = [
+            [e.name, e.dtype, e.real_dtype, list(e.global_shape), number[e.cuts]] for e in common if e.cuts is not None
+        ]
     for key, value in (("boxes", boxes), ("dtypes", dtypes), ("names", aliases), ("layouts", layouts)):
         metadata[key] = json.dumps(value, separators=(",", ":"))
     text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
@@ -326,6 +339,9 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
         starts.append(start + begin)
     if len({(entry.name, entry.box) for entry in entries}) != len(entries):
         raise ValueError("a box of a tensor stands there twice")
+    common = tuple(_common(row, patterns, rank) for row in layouts.get("common", []))
+    if len({entry.name for entry in common}) != len(common):
+        raise ValueError("a tensor is told of twice")
     json_begin, crc_begin = spans[JSON_NAME]
     if start + at != file_size or spans[CRC_NAME][0] != crc_begin or crc_begin % 4:
         raise ValueError(f"the file has {file_size} bytes, its header says {start + at}")
@@ -341,7 +357,29 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
         total=file_size,
         header=header,
         alike=jsontree.integer(layouts.get("alike", 0), 0, 1) == 1,
+        common=common,
     )
+
+
+def _common(row: Any, patterns: Sequence[Cuts], rank: int) -> Entry:
+    """An entry of `ImageLayout.common`."""
+    name, dtype, real_dtype, whole, number = row
+    if dtype not in DTYPE_SIZES:
+        raise ValueError(f"{dtype!r:.50} is no dtype")
+    shape, cuts = _shape(whole), patterns[jsontree.integer(number)]
+    _check_cuts(cuts, shape, name)
+    box = held_box(shape, cuts, rank)
+    entry = Entry(
+        name=_text(name),
+        dtype=dtype,
+        shape=box.shape,
+        global_shape=shape,
+        offset=box.offset,
+        real_dtype=_text(real_dtype),
+        cuts=cuts,
+    )
+    _check_box(entry, rank)
+    return entry
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
@@ -364,6 +402,11 @@ def _text(value: Any) -> str:
     return value
 
 
+def _check_cuts(cuts: Cuts, shape: Sequence[int], name: object) -> None:
+    if any(cut.dim >= len(shape) or not (cut.parts and cut.stride) for cut in cuts):
+        raise ValueError(f"{name!r:.200}: malformed layout")
+
+
 def _check_box(entry: Entry, rank: int) -> None:
     if not len(entry.shape) == len(entry.global_shape) == len(entry.offset):
         raise ValueError(f"{entry.name!r:.200}: box and shape differ in dimensions")
@@ -373,8 +416,6 @@ def _check_box(entry: Entry, rank: int) -> None:
     bytewise = entry.dtype == "U8" and entry.shape[-1:] == entry.global_shape[-1:] != ()
     if entry.real_dtype and not bytewise:
         raise ValueError(f"{entry.name!r:.200}: is not stored as the bytes of {entry.real_dtype!r:.50}")
-    for cut in entry.cuts or ():
-        if cut.dim >= len(entry.shape) or not (cut.parts and cut.stride):
-            raise ValueError(f"{entry.name!r:.200}: malformed layout")
+    _check_cuts(entry.cuts or (), entry.shape, entry.name)
     if entry.cuts is not None and held_box(entry.global_shape, entry.cuts, rank) != entry.box:
         raise ValueError(f"{entry.name!r:.200}: is not what its layout says that rank {rank} holds")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from resilient_train.errors import CheckpointDamaged, StorageError
 from resilient_train.spec.world import Key
 from resilient_train.storage.commit import (
     MANIFEST,
     MAX_MANIFEST,
-    ImageFile,
     Manifest,
     decode_part,
     encode_part,
@@ -57,17 +56,17 @@ def _read_part(tier: Tier, path: str) -> Manifest:
     return decode_part(tier.read(path, 0, size), f"{tier.name}: {path}")
 
 
-def commit(tier: Tier, key: Key, world: int, files: Sequence[ImageFile], past: Mapping[int, int | None]) -> bool:
+def commit(tier: Tier, part: Manifest) -> bool:
     """Put this keeper's part, and the manifest if the parts are complete; whether the checkpoint is committed.
 
     If it is not, whoever puts the last part commits it.
 
     Raises:
         StorageError: if images that the part names are not there any more, or anything cannot be written.
+        UnsupportedState: if the parts do not agree.
     """
-    part = Manifest(key=key, world=world, files=tuple(files), past=past)
     put_part(tier, part)
-    names = tier.folders().get(folder_of(key), set())
+    names = tier.folders().get(folder_of(part.key), set())
     return MANIFEST in names or complete(tier, part, names)
 
 
@@ -91,15 +90,25 @@ def complete(tier: Tier, part: Manifest, names: Collection[str]) -> bool:
     Raises:
         StorageError: if images that the parts name are not there any more, or the manifest cannot be written.
         CheckpointDamaged: if another part cannot be read.
+        UnsupportedState: if the parts do not agree.
     """
     folder, own = folder_of(part.key), part_name(part.files)
-    others = sorted(name for name in names if name.startswith("part-") and name.endswith(".json") and name != own)
-    manifest = merge([*(_read_part(tier, f"{folder}/{name}") for name in others), part])
+    parts = {name for name in names if name.startswith("part-") and name.endswith(".json")}
+    _check_there(tier, part, names)
+    if len(set(names) - parts) < part.world:
+        return False  # Of a thousand keepers not each is to read what all before it have put.
+    manifest = merge([*(_read_part(tier, f"{folder}/{name}") for name in sorted(parts - {own})), part])
     if manifest is None:
         return False
-    gone = [file.name for file in manifest.files if file.name not in names]
-    if gone:
-        # The job was started again while this was written, and took the folder for a leftover.
-        raise StorageError(f"{tier.name}/{folder}: {gone[0]} was removed before the checkpoint was complete")
+    _check_there(tier, manifest, names)
     tier.put(f"{folder}/{MANIFEST}", [encode_part(manifest)])
     return True
+
+
+def _check_there(tier: Tier, part: Manifest, names: Collection[str]) -> None:
+    gone = [file.name for file in part.files if file.name not in names]
+    if gone:
+        # The job was started again while this was written, and took the folder for a leftover.
+        raise StorageError(
+            f"{tier.name}/{folder_of(part.key)}: {gone[0]} was removed before the checkpoint was complete"
+        )

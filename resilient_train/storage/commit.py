@@ -1,7 +1,8 @@
 """What makes a checkpoint: the manifest, a pure function of the parts that the keepers put.
 
 A folder ``step-000000041.g3`` holds one image per rank and one part per keeper.  Whoever sees that the parts name every
-rank writes ``manifest.json``; all would write the same.  No manifest, no checkpoint.
+rank, and agree on what their ranks hold alike, writes ``manifest.json``; all would write the same.  No manifest, no
+checkpoint.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from resilient_train.errors import CheckpointDamaged, FormatError
+from resilient_train.errors import CheckpointDamaged, FormatError, UnsupportedState
 from resilient_train.spec import jsontree
 from resilient_train.spec.world import Key
 
@@ -43,8 +44,20 @@ class ImageFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnSum:
+    """What a node holds that other nodes hold alike, of which each writes a part."""
+
+    crc: int
+    """CRC32C of all of it."""
+    rank: int
+    """One of its ranks that hold it."""
+    tensors: str
+    """What it is, for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A committed checkpoint."""
+    """A committed checkpoint, or the part of it that one keeper has written."""
 
     key: Key
     """Which state."""
@@ -54,6 +67,10 @@ class Manifest:
     """One image per rank, by rank."""
     past: Mapping[int, int | None]
     """The job's ancestry: lineage to the last step of it that belongs to the past (None: all)."""
+    divided: bool = False
+    """Whether the ranks have divided what they hold alike as `resilient_train.plan.division` says."""
+    sums: Mapping[str, ColumnSum] = field(default_factory=dict)
+    """Of a part: what other parts have to say the same of, by `Column.name`."""
 
 
 def folder_of(key: Key) -> str:
@@ -91,6 +108,8 @@ def encode_part(manifest: Manifest) -> bytes:
         "key": list(manifest.key),
         "world": manifest.world,
         "past": [[lineage, bound] for lineage, bound in sorted(manifest.past.items())],
+        "divided": int(manifest.divided),
+        "sums": {name: [some.crc, some.rank, some.tensors] for name, some in sorted(manifest.sums.items())},
         "files": [asdict(file) for file in sorted(manifest.files, key=lambda file: file.rank)],
     }
     return (json.dumps(document, indent=1) + "\n").encode()
@@ -112,7 +131,9 @@ def decode_part(data: bytes, path: str) -> Manifest:
         past = {
             jsontree.integer(one): None if bound is None else jsontree.integer(bound) for one, bound in document["past"]
         }
-        return Manifest(key=Key(lineage, step), world=world, files=files, past=past)
+        divided = jsontree.integer(document.get("divided", 0), 0, 1) == 1
+        sums = {name: _sum(row) for name, row in document.get("sums", {}).items()}
+        return Manifest(key=Key(lineage, step), world=world, files=files, past=past, divided=divided, sums=sums)
     except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{path}: not a manifest: {error!r:.500}") from error
 
@@ -125,8 +146,19 @@ def _file(item: Mapping[str, Any]) -> ImageFile:
     return ImageFile(name=name, **numbers)
 
 
+def _sum(row: Any) -> ColumnSum:
+    crc, rank, tensors = row
+    if not isinstance(tensors, str):
+        raise ValueError(f"{tensors!r:.100} names no tensors")
+    return ColumnSum(crc=jsontree.integer(crc), rank=jsontree.integer(rank), tensors=tensors)
+
+
 def merge(parts: Iterable[Manifest]) -> Manifest | None:
-    """The manifest that the parts add up to; None while they do not name every rank once."""
+    """The manifest that the parts add up to; None while they do not name every rank once.
+
+    Raises:
+        UnsupportedState: if nodes hold different values of what each has written a part of.
+    """
     parts = list(parts)
     if not parts:
         return None
@@ -136,5 +168,21 @@ def merge(parts: Iterable[Manifest]) -> Manifest | None:
     files = {file.rank: file for part in parts for file in part.files}
     if len(files) != first.world or max(files) >= first.world:
         return None
+    _check_same(parts)
     ordered = tuple(files[rank] for rank in range(first.world))
-    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past)
+    divided = all(part.divided for part in parts)
+    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past, divided=divided)
+
+
+def _check_same(parts: Sequence[Manifest]) -> None:
+    if len({part.divided for part in parts}) > 1:
+        raise UnsupportedState("some nodes divide what they hold alike, others do not: start them with one version")
+    known: dict[str, ColumnSum] = {}
+    for part in parts:
+        for name, some in part.sums.items():
+            other = known.setdefault(name, some)
+            if other.crc != some.crc:
+                raise UnsupportedState(
+                    f"ranks {other.rank} and {some.rank}, on different nodes, hold different {some.tensors}, and should"
+                    " hold the same: give what is a rank's own a name of its own; else one of them computes wrongly"
+                )

@@ -8,7 +8,9 @@ from math import prod
 from typing import Any
 
 from resilient_train.image.arena import SLOTS
+from resilient_train.plan.partition import PRIVATE
 from resilient_train.spec.shard import DTYPE_SIZES, Entry
+from resilient_train.spec.sharding import Cuts, held_box
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import read_manifest
 from resilient_train.storage.commit import Manifest
@@ -91,25 +93,34 @@ def inspect(tier: Tier, key: Key) -> Content:
     images = [open_image(tier, manifest, file) for file in manifest.files]
     parts = {name: str(part["kind"]) for name, part in parts_of(images[0]).items()} if images else {}
     held = holders(image.entries() for image in images)
-    lines = tuple(_line(name, [entry for _, entry in found]) for name, found in sorted(held.items()))
-    image = sum(_part_of_a_rank([entry for _, entry in found]) for found in held.values())
+    # What ranks hold alike they may have divided among them, which says nothing of how they hold it.
+    told = {
+        entry.name: entry.cuts
+        for image in images
+        for entry in (*image.entries(), *image.layout.common)
+        if entry.cuts is not None
+    }
+    lines = tuple(_line(found[0][1], _shards(name, found, told)) for name, found in sorted(held.items()))
+    # Of what belongs to one rank each, one such part counts.
+    one = {name: found for name, found in held.items() if not name.startswith(PRIVATE) or found[0][0] == 0}
+    image = sum(_part_of_a_rank(found[0][1], told.get(name) or ()) for name, found in one.items())
     return Content(manifest=manifest, parts=parts, tensors=lines, image=image)
 
 
-def _part_of_a_rank(entries: list[Entry]) -> int:
-    """Bytes of a tensor that one rank holds: what is not cut stands on all of them, though only one has written it."""
-    first = entries[0]
-    size = prod(first.global_shape) * DTYPE_SIZES[first.dtype]
-    return -(-size // prod(cut.parts for cut in first.cuts or ()))
+def _shards(name: str, found: list[tuple[int, Entry]], told: Mapping[str, Cuts]) -> int:
+    return prod(cut.parts for cut in told[name]) if name in told else len({entry.box for _, entry in found})
 
 
-def _line(name: str, entries: list[Entry]) -> TensorLine:
-    first = entries[0]
-    shape = first.global_shape[:-1] if first.real_dtype else first.global_shape
+def _part_of_a_rank(entry: Entry, cuts: Cuts) -> int:
+    """Bytes of a tensor that the first rank holds, and no other more: what is not cut stands on all of them."""
+    return held_box(entry.global_shape, cuts, 0).size * DTYPE_SIZES[entry.dtype]
+
+
+def _line(entry: Entry, shards: int) -> TensorLine:
     return TensorLine(
-        name=name,
-        dtype=first.real_dtype or first.dtype,
-        shape=shape,
-        shards=len({entry.box for entry in entries}),
-        nbytes=prod(first.global_shape) * DTYPE_SIZES[first.dtype],
+        name=entry.name,
+        dtype=entry.real_dtype or entry.dtype,
+        shape=entry.global_shape[:-1] if entry.real_dtype else entry.global_shape,
+        shards=shards,
+        nbytes=prod(entry.global_shape) * DTYPE_SIZES[entry.dtype],
     )

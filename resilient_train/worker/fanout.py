@@ -15,7 +15,7 @@ import functools
 import logging
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from resilient_train.errors import CheckpointDamaged, ResilientError
 from resilient_train.image.fetch import RUN, Range, Run, bounds, plan_runs, split, wanted_blocks
 from resilient_train.image.reader import ImageReader
+from resilient_train.image.verified import ReadInto
 from resilient_train.plan.fanout import Piece, Span, shared_pieces
 from resilient_train.plan.partition import PRIVATE
 from resilient_train.plan.recovery import Holders
@@ -44,6 +45,8 @@ LOOKING = 16
 """Images whose headers a rank reads side by side."""
 FEW_FILES = 16
 """Images on a disk that each rank opens for itself."""
+FEW_READERS = 3
+"""Ranks that each read the header of an image that no others want."""
 _PREFIX = 64 << 10
 """Bytes read at once in which most headers fit."""
 _END = 4
@@ -94,7 +97,8 @@ class SharedImages(Images):
         Raises:
             ResilientError: on all of them, if one of them cannot read what the others need.
         """
-        super().__init__(Holders(world=manifest.world, ranks=range(manifest.world)), self._opened)
+        held = Holders(world=manifest.world, ranks=range(manifest.world))
+        super().__init__(held, self._opened, divided=manifest.divided)
         self._tier = tier
         self._manifest = manifest
         self._exchange = exchange
@@ -106,15 +110,45 @@ class SharedImages(Images):
         """By rank, of its image the header and the checksum table: from which byte on, and the bytes."""
         self._documents: dict[int, bytes] = {}
         """Those that others have read and verified."""
-        for said in exchange.from_all(self._looked_after):
+        if manifest.divided:
+            # The first tells what there is, and then everybody knows whose he wants.
+            self._hear([exchange.from_first(lambda: self._looked_after(manifest.files[:1]))])
+        else:
+            mine = manifest.files[exchange.rank :: exchange.size]
+            self._hear(exchange.from_all(lambda: self._looked_after(mine)))
+        self._awaited = self._passing or manifest.divided
+
+    def prepare(self, ranks: Collection[int]) -> None:
+        """Of the images that many ranks are about to read, the headers are read once.
+
+        Raises:
+            ResilientError: on all ranks, if one of them cannot read what others need.
+        """
+        if not self._manifest.divided:
+            return
+        self._awaited = False
+        mine = np.array(sorted(set(ranks) - self._readers.keys()), dtype="<i4").tobytes()
+        wanting: dict[int, list[int]] = {}
+        for rank, said in enumerate(self._exchange.from_all(lambda: mine)):
+            for image in np.frombuffer(said, "<i4").tolist():
+                wanting.setdefault(image, []).append(rank)
+        by_reader: dict[int, list[ImageFile]] = {}
+        for image, by in wanting.items():
+            if len(by) > FEW_READERS:
+                by_reader.setdefault(by[image % len(by)], []).append(self._manifest.files[image])
+        if by_reader:
+            files = by_reader.get(self._exchange.rank, [])
+            self._hear(self._exchange.from_all(lambda: self._looked_after(files)))
+        self._awaited = self._passing
+
+    def _hear(self, told: Iterable[bytes]) -> None:
+        for said in told:
             for image, start, header, table, text in _unpacked(said):
                 self._known[image] = [(0, header), (start, table)]
                 self._documents[image] = text
-        self._awaited = self._passing
 
-    def _looked_after(self) -> bytes:
+    def _looked_after(self, files: Sequence[ImageFile]) -> bytes:
         """What others need to know of the images that this rank opens for all."""
-        files = self._manifest.files[self._exchange.rank :: self._exchange.size]
         with pool(LOOKING) as readers:
             opened = list(readers.map(self._looked_into, files))
         packed = b""
@@ -134,7 +168,7 @@ class SharedImages(Images):
         prefix = known.load(0, min(size, _PREFIX))
         if len(prefix) < header_size(prefix) <= size:
             known.keep(0, prefix + bytes(known.read(len(prefix), header_size(prefix) - len(prefix))))
-        reader = read_image(self._tier, self._manifest, file, known.read)
+        reader = read_image(self._tier, self._manifest, file, known.read, self._straight(path))
         layout = reader.layout
         if file.rank == 0 or not layout.alike or self._manifest.world == self._exchange.size:
             begin, _ = bounds(_end(layout), 0, layout)
@@ -147,16 +181,21 @@ class SharedImages(Images):
 
     def _opened(self, rank: int) -> ImageReader:
         file = self._manifest.files[rank]
+        if rank not in self._known:
+            return self._looked_into(file)
         path = f"{folder_of(self._manifest.key)}/{file.name}"
         known = KnownFile(self._tier, path)
-        for offset, data in self._known.get(rank, []):
+        for offset, data in self._known[rank]:
             known.keep(offset, data)
-        read_into = None if self._passing else functools.partial(self._tier.read_into, path)
         try:
-            return read_image(self._tier, self._manifest, file, known.read, read_into)
+            return read_image(self._tier, self._manifest, file, known.read, self._straight(path))
         except CheckpointDamaged as error:
             logger.warning("%s, as rank %d has passed it on; reading it", error, rank % self._exchange.size)
             return open_image(self._tier, self._manifest, file)
+
+    def _straight(self, path: str) -> ReadInto | None:
+        """How to read into buffers, where nothing that is passed on is spared by that."""
+        return None if self._passing else functools.partial(self._tier.read_into, path)
 
     def give_up(self, error: ResilientError) -> None:
         if not self._awaited:
@@ -317,7 +356,7 @@ def open_together(tier: Tier, key: Key, exchange: Exchange) -> Images:
     said = exchange.from_first(lambda: encode_part(read_manifest(tier, key)))
     manifest = decode_part(said, f"the manifest of {key} from rank 0")
     if tier.local and len(manifest.files) <= FEW_FILES:
-        return Images.of([open_image(tier, manifest, file) for file in manifest.files])
+        return Images.committed(tier, manifest)
     return SharedImages(tier, manifest, exchange)
 
 

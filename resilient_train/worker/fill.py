@@ -15,6 +15,7 @@ from resilient_train.image.device import Uploads
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import addressable
+from resilient_train.plan.division import common_entries, copies_by_division
 from resilient_train.plan.partition import PRIVATE, may_differ
 from resilient_train.plan.recovery import (
     Copy,
@@ -63,7 +64,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
     first = images.reader(min(held.ranks))
     own = images.reader(rank) if held.world == world and rank in held.ranks else None
     told, document, partial = _document(images, own, first)
-    everything = _entries(images, first)
+    common = _common(images, document, first)
+    everything = _entries(images, first, own, common)
     there = {entry.name: entry for of_rank in everything.values() for entry in of_rank}
     try:
         targets = state.targets(document, there, partial=partial)
@@ -82,13 +84,16 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
             places[name] = (_as_stored(entry, apart, back), entry)
             if apart is not local:
                 back.append(functools.partial(_collapse, name, apart, local))
+    prefer = rank if own is not None else -1
     if images.whole and first.layout.alike:
         differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
         copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
+    elif images.divided:
+        copies = copies_by_division(wants, common, held.world, everything, prefer)
     else:
-        prefer = rank if own is not None else -1
         copies = copies_by_entries(wants, everything, prefer, partial=partial, alike=first.layout.alike)
     prove(wants, copies)
+    images.prepare({copy.rank for copy in copies})
     ranges: dict[int, list[Range]] = {}
     later: list[Callable[[], object]] = []
     uploads = Uploads()
@@ -105,13 +110,32 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
     return {name: name not in places for name in names if not name.startswith(PRIVATE)}
 
 
-def _entries(images: Images, first: ImageReader) -> dict[int, Sequence[Entry]]:
-    """By rank, what the images hold: of one that stands for all, or of all.
+def _common(images: Images, document: Any, first: ImageReader) -> Sequence[Entry]:
+    """Where the ranks have divided what they held alike: what that is, as the first of them held it.
+
+    Raises:
+        CheckpointDamaged: if that cannot be.
+    """
+    if not images.divided:
+        return ()
+    common = common_entries(first.layout.common or first.entries(), document, images.held.world)
+    if common is None:
+        raise CheckpointDamaged(f"{first.name}: does not tell how {images.held.world} ranks have divided the state")
+    return common
+
+
+def _entries(
+    images: Images, first: ImageReader, own: ImageReader | None, common: Sequence[Entry]
+) -> dict[int, Sequence[Entry]]:
+    """By rank, what the images hold: of one that stands for all, of what was divided and what is besides, or of all.
 
     Raises:
         CheckpointDamaged: if they do not cover the state.
     """
     held = images.held
+    if images.divided:
+        found = {reader.stamp.rank: reader.entries() for reader in (first, own) if reader is not None}
+        return {**found, first.stamp.rank: [*found[first.stamp.rank], *common]}
     if images.whole and first.layout.alike:
         everything: dict[int, Sequence[Entry]] = {first.stamp.rank: first.entries()}
         holes = not_covered(first.entries(), held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -20,14 +20,18 @@ from resilient_train.storage.tier import Tier
 class Images:
     """The images of one state, each opened when it is first asked for."""
 
-    def __init__(self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False) -> None:
+    def __init__(
+        self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False, divided: bool = False
+    ) -> None:
         """Args:
         held: whose images there are.
         open_image: opens a rank's.
         whole: whether each has all that its rank held, and not only what the others' do not have.
+        divided: whether the ranks have divided what they held alike as `resilient_train.plan.division` says.
         """
         self.held = held
         self.whole = whole
+        self.divided = divided
         self._open = open_image
         self._readers: dict[int, ImageReader] = {}
 
@@ -36,6 +40,16 @@ class Images:
         """The images of all ranks, which are open."""
         by_rank = {reader.stamp.rank: reader for reader in readers}
         return cls(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
+
+    @classmethod
+    def committed(cls, tier: Tier, manifest: Manifest) -> Images:
+        """The images of a checkpoint, as this rank alone reads them."""
+
+        def opened(rank: int) -> ImageReader:
+            return open_image(tier, manifest, manifest.files[rank])
+
+        held = Holders(world=manifest.world, ranks=range(manifest.world))
+        return cls(held, opened, divided=manifest.divided)
 
     def reader(self, rank: int) -> ImageReader:
         """A rank's image.
@@ -58,6 +72,9 @@ class Images:
     def all(self) -> list[ImageReader]:
         """The images that there are, by rank."""
         return [self.reader(rank) for rank in sorted(self.held.ranks)]
+
+    def prepare(self, ranks: Collection[int]) -> None:
+        """Be about to read these images."""
 
     def bring(self, ranges: Mapping[int, Sequence[Range]], threads: int) -> None:
         """Read ranges of images to their addresses, verified.

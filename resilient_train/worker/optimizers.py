@@ -36,6 +36,11 @@ def _names_in_groups(
     return named
 
 
+def parameters(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str]) -> list[str]:
+    """The names of everything the optimizer optimises, in the order of its groups."""
+    return [path for path, _ in _names_in_groups(name, optimizer, known)]
+
+
 def walk(name: str, optimizer: torch.optim.Optimizer, known: Mapping[int, str], capture: Capture) -> dict[str, Any]:
     """Add the state of every parameter to ``capture``; the document of what stays the same.
 

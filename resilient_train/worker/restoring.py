@@ -228,7 +228,8 @@ class Restoring:
         """
         if self._size == 1:
             return trouble
-        chosen, make = checksum(json.dumps(choice).encode()), checksum(self._state.make())
+        made = self._state.make()
+        chosen, make = checksum(json.dumps(choice).encode()), self._rank if made is None else checksum(made)
         told = [trouble, chosen, -chosen, make, -make]
         flags = torch.tensor(told, dtype=torch.int64, device=self._host.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 AT_ONCE = 4 << 20
 """Images up to this many bytes are waited for at the boundary: they take less than a millisecond."""
 FIRST_AUDITS = 3
-"""The first snapshots of a generation are audited, then those whose number is a power of 2 or a multiple of this."""
+"""The first snapshots of a generation are audited, and every `AUDIT_EVERY`th."""
 AUDIT_AFTER = 20.0
 """Seconds after an audit from which on a snapshot that is to be made durable is audited."""
 AUDIT_EVERY = 100
@@ -150,7 +150,7 @@ class Snapshots:
             safe: the newest state that every rank has published.
             past: the job's ancestry.
             durable: whether it is to be made durable.
-            last: whether no other follows it, so that it will be.
+            last: whether it is waited for before anything else happens, so that nothing can tear it.
 
         Raises:
             UnsupportedState: naming what cannot be saved.
@@ -161,8 +161,9 @@ class Snapshots:
             self._guard()
         now = time.monotonic()
         number = self._taken + 1
-        regular = number <= FIRST_AUDITS or number & (number - 1) == 0 or number % AUDIT_EVERY == 0
-        audit = self._lazy and (regular or last or (durable and now >= self._audited_at + AUDIT_AFTER))
+        regular = number <= FIRST_AUDITS or number % AUDIT_EVERY == 0
+        due = regular or (durable and now >= self._audited_at + AUDIT_AFTER)
+        audit = self._lazy and due and not last
         try:
             begun = self._begin(key, safe, past, audit)
         except CudaError as error:
@@ -242,6 +243,11 @@ class Snapshots:
         if live is not None and live.key is not None:
             self._copy_at_once(live.changed())
             live.forget()
+
+    @property
+    def copying(self) -> Key | None:
+        """The state that is being copied, if one is."""
+        return None if self._running is None else self._running.key
 
     def settle(self) -> OwnSlot | None:
         """Wait until no copy is running; the slot of the newest image, if it was published."""

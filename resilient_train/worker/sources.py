@@ -20,7 +20,7 @@ from resilient_train.storage.peer import HeldImage, HeldParity, Listing, Peer
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.fanout import open_together
-from resilient_train.worker.images import Images, open_image
+from resilient_train.worker.images import Images
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.rebuilt import reading, rebuilt_images
 from resilient_train.worker.remote import Holder, RemoteImage
@@ -241,8 +241,7 @@ class TierSource:
             CheckpointDamaged: if the checkpoint is not what was committed.
         """
         if self._exchange is None:
-            manifest = read_manifest(self._tier, state.key)
-            yield Images.of([open_image(self._tier, manifest, file) for file in manifest.files])
+            yield Images.committed(self._tier, read_manifest(self._tier, state.key))
             return
         images = open_together(self._tier, state.key, self._exchange)
         try:

@@ -56,10 +56,10 @@ class State:
             of tensors and JSON values.  RNG states come along by themselves.
 
     A tensor that is no DTensor is taken as the whole tensor, and one name for the same tensor on all ranks.  Parameters
-    and optimizer state of one name must be equal on the ranks of a node: else nothing is made durable, and the
-    error names them.  What is a rank's own needs a name of its own, ``State(**{f"expert{rank}": expert})``, and is
-    restored on as many ranks only.  Buffers (BatchNorm's statistics) and tensors of other objects may differ: each rank
-    finds its own again, and another number of ranks the lowest rank's.
+    and optimizer state of one name must be equal on all ranks that are alike, and on those of one node: else nothing is
+    made durable, and the error names them.  What is a rank's own needs a name of its own,
+    ``State(**{f"expert{rank}": expert})``, and is restored on as many ranks only.  Buffers (BatchNorm's statistics) and
+    tensors of other objects may differ: each rank finds its own again, and another number of ranks the lowest rank's.
 
     Raises:
         UnsupportedState: if one has neither.
@@ -110,16 +110,22 @@ class State:
         changing.document["rng"] = capture_rng(rank, changing)
         return Frame(known=known, parts=(*known.capture.parts, *changing.parts), document=join(known, changing))
 
-    def make(self) -> bytes:
+    def make(self) -> bytes | None:
         """What there is to save, and how it is laid out over the ranks, without any values: equal on ranks that differ
-        in nothing but the boxes that they hold."""
+        in nothing but the boxes that they hold; None where a layout is known to its own ranks only."""
         lines = []
+        known = self._parameter_names()
         for name, thing in self._things.items():
             lines.append(f"{name} {_kind(thing)} {type(thing).__name__}")
             if isinstance(thing, torch.nn.Module):
                 tensors = {**names.parameters(thing), **names.buffers(thing)}
-                lines += [f"{path} {list(t.shape)} {t.dtype} {job_cuts(path, t)}" for path, t in tensors.items()]
+                cuts = {path: job_cuts(path, tensor) for path, tensor in tensors.items()}
+                if None in cuts.values():
+                    return None
+                lines += [f"{path} {list(t.shape)} {t.dtype} {cuts[path]}" for path, t in tensors.items()]
                 lines += [f"{alias} = {path}" for alias, path in names.aliases(thing).items()]
+            elif isinstance(thing, torch.optim.Optimizer):
+                lines += optimizers.parameters(name, thing, known)
         return "\n".join(lines).encode()
 
     def _walk(self) -> Capture:

@@ -76,17 +76,21 @@ def files(ranks: list[int]) -> list[ImageFile]:
     return [ImageFile(name=f"r{rank}", rank=rank, size=1, header_crc=2, table_crc=3) for rank in ranks]
 
 
+def part(key: Key, world: int, ranks: list[int], **more: Any) -> Manifest:
+    return Manifest(key=key, world=world, files=tuple(files(ranks)), past={3: None}, **more)
+
+
 def test_a_checkpoint_is_committed_by_whoever_puts_the_last_part(tmp_path: Path) -> None:
     """No manifest until the parts name every rank; then the same manifest whoever writes it."""
     tier = FilesystemTier(str(tmp_path))
     key = Key(3, 41)
     for file in files([0, 1, 2]):
         tier.put(f"{folder_of(key)}/{file.name}", [b"1"])
-    assert not commit(tier, key, 3, files([2]), {3: None})
+    assert not commit(tier, part(key, 3, [2]))
     assert listing(tier) == ([], [key])
     with pytest.raises(CheckpointDamaged, match="missing"):
         read_manifest(tier, key)
-    assert commit(tier, key, 3, files([0, 1]), {3: None})
+    assert commit(tier, part(key, 3, [0, 1]))
     assert listing(tier) == ([key], [])
     assert read_manifest(tier, key) == Manifest(key=key, world=3, files=tuple(files([0, 1, 2])), past={3: None})
 
@@ -97,7 +101,7 @@ def test_a_checkpoint_whose_images_were_removed_is_not_committed(tmp_path: Path)
     key = Key(3, 41)
     tier.put(f"{folder_of(key)}/r0", [b"1"])
     with pytest.raises(StorageError, match="r1 was removed"):
-        commit(tier, key, 2, files([0, 1]), {3: None})
+        commit(tier, part(key, 2, [0, 1]))
     assert listing(tier) == ([], [key])
 
 

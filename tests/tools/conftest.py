@@ -17,7 +17,7 @@ from resilient_train.spec.shard import peek, plan_image
 from resilient_train.spec.sharding import Cut, held_box
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import commit
-from resilient_train.storage.commit import ImageFile, folder_of, image_name
+from resilient_train.storage.commit import ImageFile, Manifest, folder_of, image_name
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.worker.state import State
 
@@ -99,7 +99,7 @@ def save(
             table_crc=peek(data).crc,  # type: ignore[union-attr]
         )
         tier.put(f"{folder_of(key)}/{file.name}", [data])
-        commit(tier, key, ranks, [file], {lineage: None})
+        commit(tier, Manifest(key=key, world=ranks, files=(file,), past={lineage: None}))
     return state
 
 

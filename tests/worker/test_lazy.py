@@ -311,16 +311,15 @@ def test_a_writer_that_begins_late_costs_one_image() -> None:
     assert run.snapshots._eager == {"model/0.weight"}
 
 
-@pytest.mark.parametrize("kind", ["durable", "last"])
 @pytest.mark.usefixtures("latest")
-def test_what_is_made_durable_is_audited(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_made_durable_is_audited(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that begins late and that no counter shows: the state that is saved next is whole, and finds it out."""
     monkeypatch.setattr(snapshots, "AUDIT_AFTER", 0.0)
     model = net()
     optim = torch.optim.AdamW(model.parameters(), lr=0.01)
     run = Run(model=model, optim=optim)
     for step in range(6):
-        run.boundary(**({kind: True} if step == 5 else {}))
+        run.boundary(durable=step == 5)
         backward(model)
         if step == 5:
             overwrite(model)

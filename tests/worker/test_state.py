@@ -36,6 +36,21 @@ def saved(
     alike: bool = False,
 ) -> ImageReader:
     """An image of the state, as bytes in memory; ``placed`` says which part of the whole an entry is."""
+    slot = written(state, rank, world, placed, alike=alike)
+    data = bytes(slot.map)
+    slot.close()
+    return ImageReader("image", len(data), lambda at, n: data[at : at + n])
+
+
+def written(
+    state: State,
+    rank: int = 0,
+    world: int = 1,
+    placed: Callable[[Entry], Entry] = lambda entry: entry,
+    *,
+    alike: bool = False,
+) -> Slot:
+    """The same in shared memory, for the caller to close."""
     frame = state.capture(rank)
     frame_parts = [dataclasses.replace(part, entry=placed(part.entry)) for part in frame.parts]
     layout = plan_image([part.entry for part in frame_parts], len(frame.document) + 10, alike=alike)
@@ -47,9 +62,7 @@ def saved(
     writer = ImageWriter(layout, parts, rank, world)
     assert writer.begin(slot, Key(1, 1), parts, frame.document)
     assert writer.conclude() == []
-    data = bytes(slot.map)
-    slot.close()
-    return ImageReader("image", len(data), lambda at, n: data[at : at + n])
+    return slot
 
 
 def model(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
