@@ -11,7 +11,8 @@ as many bytes as were moved through one plain socket.
 **transport**: the same bytes from one process to another, in turns, in the pieces of a restore: by the connections that
 keepers serve images on, and by the process group (gloo, point to point).
 
-**planner**: how long one rank takes to plan and to prove its part of a change, whatever the number of ranks is.
+**planner**: how long one rank takes to plan and to prove its part of a change, from memory and of what was divided in
+storage, whatever the number of ranks is.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torch.multiprocessing as mp
 from bench_replication import RECEIVE
 from bench_restore import ranks
 
+from resilient_train.plan.division import copies_by_division
 from resilient_train.plan.placement import place
 from resilient_train.plan.recovery import Copy, Holders, Want, copies_by_layout, prove
 from resilient_train.spec.shard import Entry
@@ -74,12 +76,14 @@ def wants(shapes: Shapes, cuts: Cuts, rank: int) -> list[Want]:
     return [Want(name=e.name, dtype="F32", global_shape=e.global_shape, box=e.box) for e in held]
 
 
-def planned(shapes: Shapes, before: Cuts, after: Cuts, world: int, rank: int) -> tuple[list[Copy], float]:
-    """(a rank's copies, seconds of processor to plan and prove them)."""
+def planned(
+    shapes: Shapes, before: Cuts, after: Cuts, world: int, rank: int, *, divided: bool
+) -> tuple[list[Copy], float]:
+    """(a rank's copies, seconds of processor to plan and prove them), from memory, or of storage that was divided."""
     there, wanted = entries(shapes, before, 0), wants(shapes, after, rank)
     held = Holders(world=world, ranks=range(world), near=(rank,))
     began = time.process_time()
-    copies = copies_by_layout(wanted, there, held, rank)
+    copies = copies_by_division(wanted, there, world, {}) if divided else copies_by_layout(wanted, there, held, rank)
     prove(wanted, copies)
     return copies, time.process_time() - began
 
@@ -92,6 +96,7 @@ def planner() -> None:
         for world in (8, 64, 512, 1024, 4096, 16384):
             layouts = {
                 "FSDP to one rank less": ((Cut(0, world, 1),), (Cut(0, world - 1, 1),)),
+                "HSDP of 8 shards to one replica less": ((Cut(0, 8, 1),), (Cut(0, 8, 1),)),
                 "FSDP x TP 8 to one group less": (
                     (Cut(1, 8, 1), Cut(0, world // 8, 8)),
                     (Cut(1, 8, 1), Cut(0, world // 8 - 1, 8)),
@@ -102,9 +107,10 @@ def planner() -> None:
                 size = prod(cut.parts for cut in after)
                 if not size:
                     continue
-                runs = [planned(shapes, before, after, world, size * i // 5) for i in range(5)]
-                copies = int(statistics.median(len(found) for found, _ in runs))
-                told.append(f"{name} {statistics.median(took for _, took in runs):.3f} ({copies})")
+                for source, divided in (("", False), ("from storage: ", True)):
+                    runs = [planned(shapes, before, after, world, size * i // 5, divided=divided) for i in range(5)]
+                    copies = int(statistics.median(len(found) for found, _ in runs))
+                    told.append(f"{source}{name} {statistics.median(took for _, took in runs):.3f} ({copies})")
             print(f"  {world:6d} ranks, {len(shapes):6d} tensors: {'; '.join(told)}", flush=True)
 
 

@@ -1,8 +1,9 @@
 """What `bench_checkpoint.py` runs as each rank: a training loop under one way of saving it.
 
-Saves are made in the middle of what is measured, so that all that they cost falls into it, and once more at the end.
-Prints one JSON object: seconds of every measured step, seconds from the end of the last one until its state is durable,
-and the peak of the process's own memory.
+Stretches of steps with saving and without take turns, so that what else differs from process to process does not
+matter.  In every stretch with saving one checkpoint is made durable, early enough to be complete within it.
+Prints one JSON object: seconds of every step without saving and with it, seconds from the end of the last one until its
+state is durable, and the peak of the process's own memory.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from torch.distributed.fsdp import fully_shard
 import resilient_train as rt
 
 WARMUP = 6
+SAVED_AFTER = 1
+"""The step of a stretch whose state is made durable."""
 
 parser = argparse.ArgumentParser()
 parser.add_argument("mode", choices=("none", "ours", "ours-eager", "torch-save", "dcp-save", "dcp-async", "dcp-best"))
 parser.add_argument("folder", type=Path)
 parser.add_argument("--mib", type=int, required=True, help="size of the state")
 parser.add_argument("--batch", type=int, required=True, help="rows through the model: the length of a step")
-parser.add_argument("--steps", type=int, required=True)
-parser.add_argument("--every", type=int, required=True, help="steps between durable checkpoints")
+parser.add_argument("--steps", type=int, required=True, help="in a stretch")
+parser.add_argument("--pairs", type=int, required=True, help="stretches without saving, and as many with it")
 parser.add_argument("--threads", type=int, required=True)
 args = parser.parse_args()
 
@@ -48,24 +51,36 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def saves_after(step: int) -> bool:
-    """Whether the state after so many steps is made durable: once to warm up, then in the middle of every ``every``."""
-    return step == 1 or (step > WARMUP and (step - WARMUP) % args.every == args.every // 2)
-
-
 def one_step(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> None:
     model(data).square().mean().backward()
     optim.step()
     optim.zero_grad()
 
 
-class Peer:
-    """Saves every so many steps, as its documentation says."""
+class Saver:
+    """Saves nothing."""
+
+    def after(self, step: int) -> None:
+        """Step number ``step`` of a stretch is done."""
+
+    def settle(self) -> None:
+        """Wait until everything is durable."""
+
+    def last(self) -> None:
+        """Make the present state durable."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class Peer(Saver):
+    """Saves once in a stretch, as its documentation says."""
 
     def __init__(self, model: nn.Module, optim: torch.optim.Optimizer) -> None:
         self.model, self.optim = model, optim
         self.pending = None
         self.stager = None
+        self.count = 0
         # Its background thread's collectives must not mix with the training's.
         self.group = dist.new_group(backend="gloo")
         if args.mode == "dcp-best":
@@ -73,19 +88,26 @@ class Peer:
                 use_pinned_memory=False, use_shared_memory=True, use_async_staging=True, use_non_blocking_copy=False
             )
             self.stager = DefaultStager(options)
+            # The state must not change before it is staged.
+            optim.register_step_pre_hook(lambda *_: self.staged())
 
-    def save(self, step: int) -> None:
+    def after(self, step: int) -> None:
+        if step == SAVED_AFTER:
+            self.save()
+
+    def save(self) -> None:
+        self.count += 1
         state = {"model": self.model.state_dict(), "optim": self.optim.state_dict()}
-        target = args.folder / f"step-{step}"
+        target = args.folder / f"checkpoint-{self.count}"
         if args.mode == "torch-save":
             torch.save(state, target)
         elif args.mode == "dcp-save":
             dcp.save(state, checkpoint_id=target)
         elif args.mode == "dcp-async":
-            self.wait()
+            self.settle()
             self.pending = dcp.async_save(state, checkpoint_id=target, process_group=self.group)
         elif args.mode == "dcp-best":
-            self.wait()
+            self.settle()
             self.pending = dcp.async_save(
                 state,
                 checkpoint_id=target,
@@ -94,70 +116,53 @@ class Peer:
                 async_stager=self.stager,
             )
 
-    def before_optimizer(self) -> None:
-        """The state must not change before it is staged."""
-        if self.pending is not None and args.mode == "dcp-best":
+    def staged(self) -> None:
+        if self.pending is not None:
             self.pending.staging_completion.result()
 
-    def wait(self) -> None:
+    def settle(self) -> None:
         if self.pending is not None:
             done = self.pending.upload_completion if args.mode == "dcp-best" else self.pending
             done.result()
 
+    def last(self) -> None:
+        self.save()
+        self.settle()
+
     def close(self) -> None:
-        self.wait()
         if self.stager is not None:
             self.stager.close()
 
 
-def with_peer(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
-    peer = Peer(model, optim)
-    optim.register_step_pre_hook(lambda *_: peer.before_optimizer())
-    times = []
-    for step in range(1, WARMUP + args.steps + 1):
-        began = time.perf_counter()
-        one_step(model, optim, data)
-        if saves_after(step):
-            peer.save(step)
-        if step == WARMUP:
-            peer.wait()
-        times.append(time.perf_counter() - began)
-    peer.wait()
-    began = time.perf_counter()
-    peer.save(step)
-    peer.before_optimizer()
-    peer.wait()
-    durable = time.perf_counter() - began
-    peer.close()
-    return times, durable
+class Ours(Saver):
+    """A snapshot after every step; as many durable checkpoints as the peers make."""
 
+    def __init__(self, model: nn.Module, optim: torch.optim.Optimizer) -> None:
+        self.ckpt = rt.Checkpointer(
+            rt.State(model=model, optim=optim),
+            str(args.folder / "ours"),
+            persist_every=args.steps,
+            lazy=args.mode == "ours",
+            keep_last=100,
+        )
+        self.ckpt.restore()
+        self.count = 0
 
-def with_ours(model: nn.Module, optim: torch.optim.Optimizer, data: torch.Tensor) -> tuple[list[float], float]:
-    """A snapshot at every step; as many durable checkpoints as the peers make."""
-    state = rt.State(model=model, optim=optim)
-    ckpt = rt.Checkpointer(
-        state, str(args.folder / "ours"), persist_every=10**9, lazy=args.mode == "ours", keep_last=100
-    )
-    times, began = [], time.perf_counter()
-    for step in ckpt.steps(WARMUP + args.steps):
-        if step:
-            now = time.perf_counter()
-            times.append(now - began)
-            began = now
-        if saves_after(step):
-            ckpt.persist()
-        if step == WARMUP - 1:
-            ckpt.wait()
-        one_step(model, optim, data)
-        if step == WARMUP + args.steps - 1:
-            times.append(time.perf_counter() - began)
-            ckpt.wait()
-            began = time.perf_counter()
-    ckpt.persist()
-    ckpt.wait()
-    durable = time.perf_counter() - began
-    ckpt.close()
-    return times, durable
+    def after(self, step: int) -> None:
+        # So that the multiples of a stretch's length fall on the step that is made durable.
+        self.count = self.count + 1 if step else (self.count // args.steps + 1) * args.steps - SAVED_AFTER
+        assert self.ckpt.snapshot(self.count)
+
+    def settle(self) -> None:
+        self.ckpt.wait()
+
+    def last(self) -> None:
+        self.ckpt.snapshot(self.count + 1)
+        self.ckpt.persist()
+        self.ckpt.wait()
+
+    def close(self) -> None:
+        self.ckpt.close()
 
 
 def main() -> None:
@@ -167,12 +172,30 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=SIZE)
     model, optim = build()
     data = torch.randn(args.batch, WIDTH)
+    saver = Saver() if args.mode == "none" else Ours(model, optim) if "ours" in args.mode else Peer(model, optim)
     dist.barrier()
-    run = with_ours if args.mode.startswith("ours") else with_peer
-    times, durable = run(model, optim, data)
+    for step in range(WARMUP):
+        one_step(model, optim, data)
+        saver.after(step)
+    saver.settle()
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for stretch in range(2 * args.pairs):
+        for step in range(args.steps):
+            began = time.perf_counter()
+            one_step(model, optim, data)
+            if stretch % 2:
+                saver.after(step)
+            times[stretch % 2 == 1].append(time.perf_counter() - began)
+        # What a step's optimizer would have to wait for has ended by then.
+        saver.settle()
+    began = time.perf_counter()
+    saver.last()
+    durable = time.perf_counter() - began
+    saver.close()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if RANK == 0:
-        print("RESULT", json.dumps({"steps": times[WARMUP:], "durable": durable, "peak_mib": peak // 1024}))
+        found = {"without": times[False], "with": times[True], "durable": durable, "peak_mib": peak // 1024}
+        print("RESULT", json.dumps(found))
     dist.destroy_process_group()
 
 

@@ -439,7 +439,7 @@ class Checkpointer:
         self._restores = [*self._host.restores(), restore]
         before = bool(self._host.restores())
         text = f"a fresh start{', nothing being left of the generations before' * before}"
-        text = f"{key} from {restored.place}" if key else text
+        text = f"{key} from {restored.place}, {restored.cost}" if key else text
         if self._rank == 0:
             logger.info("generation %d resumes %s", self._host.generation, text)
             self._host.resumed(restore, text)

@@ -236,6 +236,7 @@ class SharedImages(Images):
             pending += [readers.submit(task) for task in passing.run()]
             for done in pending:
                 done.result()
+        self._count(ranges)
 
 
 class _Passing:

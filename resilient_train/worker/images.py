@@ -32,6 +32,10 @@ class Images:
         self.held = held
         self.whole = whole
         self.divided = divided
+        self.brought = 0
+        """Bytes that `bring` has put in place."""
+        self.moved = 0
+        """Those of them that came from the memory of other nodes."""
         self._open = open_image
         self._readers: dict[int, ImageReader] = {}
 
@@ -90,6 +94,13 @@ class Images:
             tasks = [task for rank, wanted in ranges.items() for task in self.reader(rank).fetching(wanted)]
             for done in [readers.submit(task) for task in tasks]:
                 done.result()
+        self._count(ranges)
+
+    def _count(self, ranges: Mapping[int, Sequence[Range]]) -> None:
+        sizes = {rank: sum(wanted.wanted for wanted in of_rank) for rank, of_rank in ranges.items()}
+        self.brought += sum(sizes.values())
+        if self.whole:
+            self.moved += sum(size for rank, size in sizes.items() if rank not in self.held.near)
 
     def give_up(self, error: ResilientError) -> None:
         """Tell the other ranks, if they wait to hear what this one wants, that it failed before it knew."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,6 +73,8 @@ class Restored:
     """The number under which this generation goes on."""
     alike: bool
     """Whether all ranks' states have the same names, shapes and layouts."""
+    cost: str = ""
+    """How much was read, by all ranks together, and how long this rank was at it, for people."""
 
 
 class Restoring:
@@ -92,6 +95,8 @@ class Restoring:
         self._size = size
         self._restores = host.restores()
         self._alike = size == 1
+        self._volume = 0, 0
+        """Bytes read, and those of them from other nodes' memory."""
 
     def newest(self) -> Restored:
         """Fill the state from the newest whole state; a fresh start leaves it as it is.
@@ -110,12 +115,16 @@ class Restoring:
             if key is None:
                 self._check_fresh_start(damaged)
             problem, left = None, dict[str, bool]()
+            began = time.monotonic()
             if key is not None:
                 problem, left = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
             well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
             if well == 0:
                 self._check_all_wanted(left)
-                return Restored(key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike)
+                cost = "" if key is None else self._cost(time.monotonic() - began)
+                return Restored(
+                    key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike, cost=cost
+                )
             assert key is not None
             if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
                 raise problem
@@ -195,10 +204,20 @@ class Restoring:
         source = next(source for source in self._sources() if source.name == place)
         try:
             with source.open(state, self._rank) as images:
-                return None, fill(self._state, images, self._rank, self._size, self._restore_threads(source))
+                left = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
+                self._volume = images.brought, images.moved
+                return None, left
         except Exception as error:
             # Whatever it is, memory that is not to be had for instance: the others wait to hear how it went.
             return error, {}
+
+    def _cost(self, seconds: float) -> str:
+        volume = torch.tensor(self._volume, dtype=torch.int64, device=self._host.device)
+        if self._size > 1:
+            dist.all_reduce(volume)
+        brought, moved = (f"{count / (1 << 20):,.1f} MiB" for count in volume.tolist())
+        between = f", {moved} of it over connections of keepers" if volume[1] else ""
+        return f"{brought} in {seconds:.2f} s{between}"
 
     def _check_all_wanted(self, left: dict[str, bool]) -> None:
         """Where ranks have parts of their own, nothing of the checkpoint may have been left to others by all of them.

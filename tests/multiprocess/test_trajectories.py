@@ -161,7 +161,7 @@ def distance(one: Curve, other: Curve) -> float:
 )
 def test_a_training_with_changes_is_the_one_without(tmp_path: Path, kind: str, seed: int) -> None:
     """Its loss curve is no further from one without changes than those of the worlds that it went through are from each
-    other (by the order of sums), and every sample is used as often as it has to be."""
+    other, by the order of sums (nothing, where that is the same), and every sample is used as often as it has to be."""
     segments = schedule(kind, random.Random(f"{kind} {seed}"))
     print(f"{kind}, seed {seed}: {segments}")
     without = {str(size): [Segment(size, MESHES[kind], STEPS, None)] for size in sorted({one.size for one in segments})}
@@ -173,5 +173,5 @@ def test_a_training_with_changes_is_the_one_without(tmp_path: Path, kind: str, s
         assert len(set(epoch)) == len(epoch) == LENGTH // BATCH * BATCH
     between = max(distance(one, other) for one, other in itertools.combinations(plain, 2))
     assert between < 1e-4, "the worlds themselves differ by rounding only"
-    assert distance(changed, plain[0]) <= 2 * between
+    assert min(distance(changed, one) for one in plain) <= between
     assert changed[STEPS - 1][0] < 0.8 * changed[0][0], "it has learned something"
