@@ -43,6 +43,10 @@ class UnsupportedState(UserError):
     """Something in the training state cannot be saved; the message names it."""
 
 
+class ReplicasDiffer(UnsupportedState):
+    """Ranks on different nodes that should hold the same do not."""
+
+
 class StateMismatch(UserError):
     """A checkpoint does not fit the model that asks for it; the message names the tensors that differ."""
 

@@ -6,7 +6,7 @@ Images of alike ranks have equal checksums where they are alike, so that mostly 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from resilient_train.errors import UnsupportedState
@@ -23,15 +23,19 @@ _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
-def of_each_rank(images: Images) -> frozenset[str]:
+def of_each_rank(images: Images, among: Collection[str] | None = None) -> frozenset[str]:
     """Names under which ranks hold something of their own, each of which is to be written.
 
     These are buffers of modules, which training changes on every rank (BatchNorm), and tensors of other objects.
 
+    Args:
+        images: what is compared.
+        among: names to look at; None: all.
+
     Raises:
         UnsupportedState: if ranks hold parameters or optimizer state of one name that differ.
     """
-    differing = _differing(images)
+    differing = _differing(images, among)
     if not differing:
         return frozenset()
     documents = {rank: _document(*images[rank]) for rank in {one for one, _ in differing.values()}}
@@ -51,7 +55,7 @@ def _document(slot: Slot, layout: ImageLayout, stamp: Stamp) -> Any:
     return jsontree.parse(slot.map[layout.json_start : layout.json_start + stamp.json_length])
 
 
-def _differing(images: Images) -> dict[str, tuple[int, int]]:
+def _differing(images: Images, among: Collection[str] | None) -> dict[str, tuple[int, int]]:
     """Entries of one name and box with other bytes, or of one name with another shape: each with two such ranks."""
     differing: dict[str, tuple[int, int]] = {}
     boxes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], _Place] = {}
@@ -60,6 +64,8 @@ def _differing(images: Images) -> dict[str, tuple[int, int]]:
     for rank in sorted(images):
         layout = images[rank][1]
         for entry, start in zip(layout.entries, layout.starts, strict=True):
+            if among is not None and entry.name not in among:
+                continue
             place = (rank, entry, start)
             first = boxes.setdefault((entry.name, entry.offset, entry.shape), place)
             kind = kinds.setdefault(entry.name, place)

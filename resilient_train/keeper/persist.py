@@ -67,11 +67,17 @@ class Written:
     """Bytes written."""
 
 
-def persist(tier: Tier, job: Job) -> Written:
+def persist(tier: Tier, job: Job, *, divide: bool = True) -> Written:
     """Write a job's images, its part, the manifest if it is complete, and remove what is superseded.
 
+    Args:
+        tier: where to.
+        job: what.
+        divide: whether each node writes a part only of what all nodes hold alike.
+
     Raises:
-        UnsupportedState: if ranks hold different values of what is to be saved once.
+        UnsupportedState: if ranks of this node hold different values of what is to be saved once.
+        ReplicasDiffer: if this node and another hold different values of what they have divided.
         OutsideError: if anything could not be written.
     """
     folders = tier.folders()
@@ -80,7 +86,7 @@ def persist(tier: Tier, job: Job) -> Written:
     if newer:
         raise StorageError(f"{tier.name}: another job writes to the same location: it holds {newer[-1]}")
     headers = {rank: _header(slot, job.key) for rank, slot in job.images.items()}
-    shares = shares_of(job.images, headers, job.origins, job.world)
+    shares = shares_of(job.images, headers, job.origins, job.world, divide=divide)
     outgoing = [_outgoing(slot, *headers[rank], shares) for rank, slot in job.images.items()]
     files = [image.file for image in outgoing]
     part = Manifest(
@@ -133,6 +139,7 @@ def look(tier: Tier, folders: Mapping[str, Collection[str]], part: Manifest, kee
 
     Raises:
         OutsideError: if it cannot be committed now.
+        ReplicasDiffer: if it never can.
     """
     committed, _ = sorted_keys(folders)
     if part.key in committed:
@@ -204,7 +211,8 @@ def _outgoing(slot: Slot, layout: ImageLayout, stamp: Stamp, shares: Shares) -> 
     else:
         # Whose image tells of all is the one that every reader opens first.
         common = [] if stamp.rank else [entry for entry in layout.entries if entry.name in shares.common]
-        chunks = partial = _PartialImage(view, layout, stamp, share, common)
+        rest = shares.rest.get(stamp.rank, -1)
+        chunks = partial = _PartialImage(view, layout, stamp, share, common, rest)
         size, header_crc, table_crc = partial.size, partial.header_crc, partial.table_crc
     name = image_name(stamp.rank, stamp.world)
     file = ImageFile(name=name, rank=stamp.rank, size=size, header_crc=header_crc, table_crc=table_crc)
@@ -215,11 +223,17 @@ class _PartialImage:
     """The bytes of an image that holds a share of another image's entries: new header and checksums, same data."""
 
     def __init__(
-        self, view: memoryview, layout: ImageLayout, stamp: Stamp, share: Sequence[Part], common: Sequence[Entry]
+        self,
+        view: memoryview,
+        layout: ImageLayout,
+        stamp: Stamp,
+        share: Sequence[Part],
+        common: Sequence[Entry],
+        rest: int,
     ) -> None:
         starts = dict(zip(layout.entries, layout.starts, strict=True))
         begins = {part.entry: starts[part.of] + part.begin for part in share}
-        self._layout = plan_image(list(begins), stamp.json_length, alike=layout.alike, common=common)
+        self._layout = plan_image(list(begins), stamp.json_length, alike=layout.alike, common=common, rest=rest)
         ranges = [(begins[entry], entry.nbytes) for entry in self._layout.entries]
         ranges.append((layout.json_start, stamp.json_length))
         padding = b" " * (self._layout.json_capacity - stamp.json_length)

@@ -6,15 +6,17 @@ neither keeps the images nor waits: it looks from time to time, between the stat
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from resilient_train.errors import ResilientError
+from resilient_train.errors import OutsideError, ReplicasDiffer, ResilientError
 from resilient_train.keeper.persist import Job, Written, look, persist
 from resilient_train.spec.world import Key
+from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import open_tier
 
 _OTHERS = 30.0
@@ -67,6 +69,10 @@ class Persister:
         self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._done = done
         self._waiting: dict[Key, _Waiting] = {}
+        self._divide = True
+        """Whether nodes divide what they hold alike; not any more once they were found to differ."""
+        self._useless: tuple[str, Key] | None = None
+        """The state over which that was found, and where it is."""
         self._delay = _FIRST_LOOK
         self._thread = threading.Thread(target=self._run, name="persist", daemon=True)
         self._thread.start()
@@ -90,8 +96,15 @@ class Persister:
         self._waiting.pop(job.key, None)
         began = time.monotonic()
         try:
-            written = persist(open_tier(job.url), job)
+            tier = open_tier(job.url)
+            if self._useless is not None:
+                # By now all keepers have seen it, or are about to see this one.
+                with contextlib.suppress(OutsideError):
+                    open_tier(self._useless[0]).delete(folder_of(self._useless[1]))
+                self._useless = None
+            written = persist(tier, job, divide=self._divide)
         except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
+            self._hear(failure, job)
             self._done(Outcome(job=job, error=_said(failure), seconds=time.monotonic() - began))
             return
         now = time.monotonic()
@@ -101,6 +114,11 @@ class Persister:
             self._waiting[job.key] = _Waiting(outcome=outcome, written=written, deadline=deadline)
             self._delay = _FIRST_LOOK
         self._done(outcome)
+
+    def _hear(self, failure: Exception, job: Job) -> None:
+        """What is wrong with a state may say how to write the next one: training goes on, and has to be saved."""
+        if isinstance(failure, ReplicasDiffer):
+            self._divide, self._useless = False, (job.url, job.key)
 
     def _look(self) -> None:
         """See what became of states that others write too."""
@@ -115,17 +133,20 @@ class Persister:
 
     def _settle(self, waiting: _Waiting, folders: dict[str, set[str]], failure: str) -> None:
         job, part = waiting.job, waiting.written.part
-        newest = None
+        newest, over = None, False
         try:
             newest = look(open_tier(job.url), folders, part, job.keep_last, job.word)
+        except ReplicasDiffer as trouble:
+            self._hear(trouble, job)
+            failure, over = _said(trouble), True
         except Exception as trouble:
             failure = _said(trouble)  # It may be gone a moment later.
-        if newest is None and (time.monotonic() < waiting.deadline or not job.word.may_commit()):
+        if newest is None and not over and (time.monotonic() < waiting.deadline or not job.word.may_commit()):
             return
         error = ""
         if newest is None:
             ours = f"the images of {len(part.files)} of {part.world} ranks are written"
-            error = f"{ours}; " + (failure or "those of the others were not for too long")
+            error = failure if over else f"{ours}; " + (failure or "those of the others were not for too long")
         elif newest != job.key:
             error = f"{newest} is newer"
         del self._waiting[job.key]
@@ -134,4 +155,6 @@ class Persister:
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, ReplicasDiffer):
+        return f"{error}; from now on every node writes all of what it holds"
     return str(error) if isinstance(error, ResilientError) else f"{type(error).__name__}: {error}"

@@ -9,7 +9,7 @@ know its part, and a reader knows whose image holds what without opening it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -21,8 +21,8 @@ from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.sharding import Cuts, box_of, chunks_within, holders, is_regular
 
-LEAST = 1 << 20
-"""Bytes of a part below which a column is cut into fewer."""
+LEAST = 16 << 20
+"""Bytes of a part below which a column is cut into fewer; written into what is divided, so that it can be changed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,32 +40,29 @@ class Part:
 def common_entries(entries: Sequence[Entry], document: Any, world: int) -> tuple[Entry, ...] | None:
     """What all ranks hold alike, of what one of them holds; None where it cannot be told who holds what.
 
-    The rest is what belongs to one rank, or may differ between them.
+    The rest is what belongs to one rank, or may differ between those that hold it.
 
     Args:
         entries: of one rank's image, of ranks that hold alike.
         document: that goes with it.
         world: number of ranks.
     """
-    common = tuple(e for e in entries if not e.name.startswith(PRIVATE) and not may_differ(document, e.name))
-    known: dict[Cuts, bool] = {}
-    for entry in common:
-        if entry.cuts is None:
-            return None
-        if entry.cuts not in known:
-            known[entry.cuts] = is_regular(entry.cuts, world)
-    return common if all(known.values()) else None
+    shared = [entry for entry in entries if not entry.name.startswith(PRIVATE)]
+    if any(cuts is None or not is_regular(cuts, world) for cuts in {entry.cuts for entry in shared}):
+        return None
+    return tuple(entry for entry in shared if not may_differ(document, entry.name))
 
 
 class Column:
     """What the holders of the same chunks hold of all tensors that are laid out alike."""
 
-    def __init__(self, tensors: Sequence[Entry], cuts: Cuts, chunks: Sequence[int], world: int) -> None:
+    def __init__(self, tensors: Sequence[Entry], cuts: Cuts, chunks: Sequence[int], world: int, least: int) -> None:
         """Args:
         tensors: the tensors of this layout, as any rank holds them.
         cuts: the layout, regular for ``world``.
         chunks: which chunks, one for each cut.
         world: number of ranks.
+        least: `LEAST`, as it was when this was written.
         """
         self.cuts, self.chunks = cuts, tuple(chunks)
         self.ranks = tuple(holders(cuts, chunks, world))
@@ -73,7 +70,7 @@ class Column:
         self._index = {entry.name: index for index, entry in enumerate(self._entries)}
         self._ends = list(accumulate(entry.nbytes for entry in self._entries))
         total = self._ends[-1] if self._ends else 0
-        count = max(1, min(len(self.ranks), total // LEAST))
+        count = max(1, min(len(self.ranks), total // least))
         self._writers = [self.ranks[number * len(self.ranks) // count] for number in range(count)]
         # From which row of which tensor on each of them writes; what has no elements goes along with what is before it.
         inner = [self._place(total * number // count) for number in range(1, count)]
@@ -133,18 +130,19 @@ class Column:
         return row if index == first else 0, end if index == last else _rows(self._entries[index])
 
 
-def columns_of(common: Sequence[Entry], rank: int, world: int) -> list[Column]:
+def columns_of(common: Sequence[Entry], rank: int, world: int, least: int) -> list[Column]:
     """The columns that a rank holds; ``common`` is what it, or any other rank, holds alike with the others."""
     by_cuts = _by_cuts(common)
-    return [Column(tensors, cuts, [cut.chunk(rank) for cut in cuts], world) for cuts, tensors in by_cuts.items()]
+    return [Column(tensors, cuts, [cut.chunk(rank) for cut in cuts], world, least) for cuts, tensors in by_cuts.items()]
 
 
 def copies_by_division(
     wants: Sequence[Want],
     common: Sequence[Entry],
     world: int,
+    least: int,
     images: Mapping[int, Sequence[Entry]],
-    prefer: int = -1,
+    prefer: Sequence[int] = (),
 ) -> list[Copy]:
     """What to copy so that every wanted box is filled exactly once, out of images that were divided.
 
@@ -154,9 +152,10 @@ def copies_by_division(
         wants: the boxes this rank needs.
         common: what all ranks held alike, as any of them held it.
         world: number of ranks that held it.
+        least: `LEAST`, as it was when this was written.
         images: by rank, what some images hold, and of that what is not ``common`` counts: the first rank's, which has
-            something of every name, and maybe this rank's.
-        prefer: the rank whose image to use for that where it has it, or -1.
+            something of every name, and those that are preferred.
+        prefer: the ranks whose images to use for what is not ``common``, best first, where they have it.
 
     Raises:
         StateMismatch: if tensors are missing, surplus, or have another shape or dtype; every one is named.
@@ -164,7 +163,7 @@ def copies_by_division(
     """
     named = {entry.name: entry for entry in common}
     others: dict[str, list[tuple[int, Entry]]] = {}
-    for rank in sorted(images, key=lambda rank: (rank != prefer, rank)):
+    for rank in (*prefer, *(rank for rank in sorted(images) if rank not in prefer)):
         for entry in images[rank]:
             if entry.name not in named:
                 others.setdefault(entry.name, []).append((rank, entry))
@@ -175,7 +174,7 @@ def copies_by_division(
     copies: list[Copy] = []
     for want in wants:
         if want.name not in named:
-            copies += copies_of(want, others[want.name])
+            copies += copies_of(want, _places(want, others[want.name], world))
             continue
         entry = named[want.name]
         cuts = entry.cuts or ()
@@ -184,17 +183,25 @@ def copies_by_division(
             box = whole.box.intersect(want.box)
             if box is None:
                 continue
-            if prod(cut.parts for cut in cuts) == world:
-                writers = iter([(sum(cut.stride * at for cut, at in zip(cuts, chunks, strict=True)), whole)])
-            else:
+            writers: Iterable[tuple[int, Entry]] = [(next(holders(cuts, chunks, world)), whole)]
+            if prod(cut.parts for cut in cuts) < world:
                 if (cuts, chunks) not in columns:
-                    columns[cuts, chunks] = Column(by_cuts[cuts], cuts, chunks, world)
+                    columns[cuts, chunks] = Column(by_cuts[cuts], cuts, chunks, world, least)
                 writers = columns[cuts, chunks].within(want.name, box)
             for rank, part in writers:
-                shared = part.box.intersect(box)
+                shared = part.box.intersect(want.box)
                 if shared is not None:
                     copies.append(Copy(name=want.name, rank=rank, entry=part, box=shared))
     return copies
+
+
+def _places(want: Want, known: Sequence[tuple[int, Entry]], world: int) -> Iterator[tuple[int, Entry]]:
+    """Who has something of a tensor that is not divided: those that are known, then the lowest holder of each chunk,
+    who has written it."""
+    yield from known
+    _, first = known[0]
+    for chunks in chunks_within(first.global_shape, first.cuts or (), want.box):
+        yield next(holders(first.cuts or (), chunks, world)), _held(first, first.cuts or (), chunks)
 
 
 def _by_cuts(entries: Sequence[Entry]) -> dict[Cuts, list[Entry]]:

@@ -126,6 +126,9 @@ class ImageLayout:
     common: tuple[Entry, ...] = ()
     """Of an image that has not all of what its rank held: what all ranks held alike, as this one did.  One image of a
     checkpoint tells it for all."""
+    rest: int = -1
+    """Of such an image: the rank whose image has what this one's rank held like that, and is not ``common``; -1: it is
+    all in this one."""
 
     @property
     def blocks(self) -> int:
@@ -162,7 +165,12 @@ class Stamp:
 
 
 def plan_image(
-    entries: Sequence[Entry], json_capacity: int, *, alike: bool = False, common: Sequence[Entry] = ()
+    entries: Sequence[Entry],
+    json_capacity: int,
+    *,
+    alike: bool = False,
+    common: Sequence[Entry] = (),
+    rest: int = -1,
 ) -> ImageLayout:
     """Lay out an image for ``entries`` and ``json_capacity`` bytes of non-tensor state.
 
@@ -171,6 +179,7 @@ def plan_image(
         json_capacity: bytes.
         alike: whether all ranks have the same, but for their boxes.
         common: see `ImageLayout.common`; all with `Entry.cuts`.
+        rest: see `ImageLayout.rest`.
 
     Raises:
         FormatError: if a name is used twice or reserved, or the header grows beyond what safetensors reads.
@@ -194,7 +203,7 @@ def plan_image(
     total = -(-end // PAGE) * PAGE
     if total > end:
         table[PAD_NAME] = {"dtype": "U8", "shape": [total - end], "data_offsets": [end, total]}
-    header = _header(ordered, names, table, alike, common)
+    header = _header(ordered, names, table, alike, common, rest)
     start = len(header)
     return ImageLayout(
         entries=tuple(ordered),
@@ -207,6 +216,7 @@ def plan_image(
         header=header,
         alike=alike,
         common=tuple(common),
+        rest=rest,
     )
 
 
@@ -226,7 +236,12 @@ def _stored_names(entries: Sequence[Entry]) -> list[str]:
 
 
 def _header(
-    entries: Sequence[Entry], names: Sequence[str], table: Mapping[str, Any], alike: bool, common: Sequence[Entry]
+    entries: Sequence[Entry],
+    names: Sequence[str],
+    table: Mapping[str, Any],
+    alike: bool,
+    common: Sequence[Entry],
+    rest: int,
 ) -> bytes:
     boxes = {
         name: [list(e.global_shape), list(e.offset)]
@@ -248,6 +263,8 @@ def _header(
         layouts["common"] = [
             [e.name, e.dtype, e.real_dtype, list(e.global_shape), number[e.cuts]] for e in common if e.cuts is not None
         ]
+    if rest >= 0:
+        layouts["rest"] = rest
     for key, value in (("boxes", boxes), ("dtypes", dtypes), ("names", aliases), ("layouts", layouts)):
         metadata[key] = json.dumps(value, separators=(",", ":"))
     text = json.dumps({"__metadata__": metadata, **table}, separators=(",", ":")).encode()
@@ -303,7 +320,7 @@ def parse_header(header: bytes | memoryview, file_size: int) -> tuple[ImageLayou
     try:
         document = jsontree.parse(bytes(header[8:start]))
         return _parse_table(document, start, file_size, bytes(header[:start]), stamp.rank), stamp
-    except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FormatError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"malformed header: {error!r:.500}") from error
 
 
@@ -358,6 +375,7 @@ def _parse_table(document: dict[str, Any], start: int, file_size: int, header: b
         header=header,
         alike=jsontree.integer(layouts.get("alike", 0), 0, 1) == 1,
         common=common,
+        rest=jsontree.integer(layouts.get("rest", -1), -1),
     )
 
 

@@ -63,7 +63,7 @@ def commit(tier: Tier, part: Manifest) -> bool:
 
     Raises:
         StorageError: if images that the part names are not there any more, or anything cannot be written.
-        UnsupportedState: if the parts do not agree.
+        ReplicasDiffer: if the parts do not agree.
     """
     put_part(tier, part)
     names = tier.folders().get(folder_of(part.key), set())
@@ -90,7 +90,7 @@ def complete(tier: Tier, part: Manifest, names: Collection[str]) -> bool:
     Raises:
         StorageError: if images that the parts name are not there any more, or the manifest cannot be written.
         CheckpointDamaged: if another part cannot be read.
-        UnsupportedState: if the parts do not agree.
+        ReplicasDiffer: if the parts do not agree.
     """
     folder, own = folder_of(part.key), part_name(part.files)
     parts = {name for name in names if name.startswith("part-") and name.endswith(".json")}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from resilient_train.errors import CheckpointDamaged, FormatError, UnsupportedState
+from resilient_train.errors import CheckpointDamaged, FormatError, ReplicasDiffer
 from resilient_train.spec import jsontree
 from resilient_train.spec.world import Key
 
@@ -67,8 +67,8 @@ class Manifest:
     """One image per rank, by rank."""
     past: Mapping[int, int | None]
     """The job's ancestry: lineage to the last step of it that belongs to the past (None: all)."""
-    divided: bool = False
-    """Whether the ranks have divided what they hold alike as `resilient_train.plan.division` says."""
+    divided: int = 0
+    """If the ranks have divided what they hold alike as `resilient_train.plan.division` says: its `LEAST`."""
     sums: Mapping[str, ColumnSum] = field(default_factory=dict)
     """Of a part: what other parts have to say the same of, by `Column.name`."""
 
@@ -108,7 +108,7 @@ def encode_part(manifest: Manifest) -> bytes:
         "key": list(manifest.key),
         "world": manifest.world,
         "past": [[lineage, bound] for lineage, bound in sorted(manifest.past.items())],
-        "divided": int(manifest.divided),
+        "divided": manifest.divided,
         "sums": {name: [some.crc, some.rank, some.tensors] for name, some in sorted(manifest.sums.items())},
         "files": [asdict(file) for file in sorted(manifest.files, key=lambda file: file.rank)],
     }
@@ -131,7 +131,7 @@ def decode_part(data: bytes, path: str) -> Manifest:
         past = {
             jsontree.integer(one): None if bound is None else jsontree.integer(bound) for one, bound in document["past"]
         }
-        divided = jsontree.integer(document.get("divided", 0), 0, 1) == 1
+        divided = jsontree.integer(document.get("divided", 0))
         sums = {name: _sum(row) for name, row in document.get("sums", {}).items()}
         return Manifest(key=Key(lineage, step), world=world, files=files, past=past, divided=divided, sums=sums)
     except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,7 +157,7 @@ def merge(parts: Iterable[Manifest]) -> Manifest | None:
     """The manifest that the parts add up to; None while they do not name every rank once.
 
     Raises:
-        UnsupportedState: if nodes hold different values of what each has written a part of.
+        ReplicasDiffer: if nodes hold different values of what each has written a part of.
     """
     parts = list(parts)
     if not parts:
@@ -170,19 +170,19 @@ def merge(parts: Iterable[Manifest]) -> Manifest | None:
         return None
     _check_same(parts)
     ordered = tuple(files[rank] for rank in range(first.world))
-    divided = all(part.divided for part in parts)
-    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past, divided=divided)
+    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past, divided=first.divided)
 
 
 def _check_same(parts: Sequence[Manifest]) -> None:
     if len({part.divided for part in parts}) > 1:
-        raise UnsupportedState("some nodes divide what they hold alike, others do not: start them with one version")
+        raise ReplicasDiffer("some nodes have divided what they hold alike, and others have not")
     known: dict[str, ColumnSum] = {}
     for part in parts:
         for name, some in part.sums.items():
             other = known.setdefault(name, some)
             if other.crc != some.crc:
-                raise UnsupportedState(
+                raise ReplicasDiffer(
                     f"ranks {other.rank} and {some.rank}, on different nodes, hold different {some.tensors}, and should"
-                    " hold the same: give what is a rank's own a name of its own; else one of them computes wrongly"
+                    " hold the same: one of them computes wrongly, or as another kind of device does, or what is a"
+                    " rank's own has no name of its own"
                 )

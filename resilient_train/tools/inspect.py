@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from resilient_train.errors import CheckpointDamaged
 from resilient_train.image.arena import SLOTS
 from resilient_train.plan.partition import PRIVATE
 from resilient_train.spec.shard import DTYPE_SIZES, Entry
@@ -15,7 +16,7 @@ from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import read_manifest
 from resilient_train.storage.commit import Manifest
 from resilient_train.storage.tier import Tier
-from resilient_train.tools.images import holders, open_image, parts_of
+from resilient_train.tools.images import contradictions, holders, open_image, parts_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,8 @@ def inspect(tier: Tier, key: Key) -> Content:
     images = [open_image(tier, manifest, file) for file in manifest.files]
     parts = {name: str(part["kind"]) for name, part in parts_of(images[0]).items()} if images else {}
     held = holders(image.entries() for image in images)
+    if bad := contradictions(held):
+        raise CheckpointDamaged(f"{tier.name}: {key}: the images do not agree on {', '.join(bad[:10])}")
     # What ranks hold alike they may have divided among them, which says nothing of how they hold it.
     told = {
         entry.name: entry.cuts

@@ -119,5 +119,8 @@ def _whole(tier: Tier, manifest: Manifest, images: Sequence[VerifiedImage]) -> l
     entries = [image.entries() for image in images]
     folder = folder_of(manifest.key)
     problems = [f"the images do not agree on the shape or dtype of {name}" for name in contradictions(holders(entries))]
-    problems += [f"the images do not cover {name}" for name in missing(entries)]
+    gone = {entry.name for image in images for entry in image.layout.common} - {
+        e.name for some in entries for e in some
+    }
+    problems += [f"the images do not cover {name}" for name in sorted({*missing(entries), *gone})]
     return [Damage(file=folder, reason=f"{tier.name}/{folder}: {problem}") for problem in problems]

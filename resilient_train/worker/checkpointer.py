@@ -144,9 +144,6 @@ class Checkpointer:
         self._size = world.size if world is not None else 1 if alone else dist.get_world_size()
         self._snapshots = Snapshots(state, self._host, self._rank, self._size, lazy=lazy)
         self._to_hand_over: Key | None = None
-        """The state that is handed over once it is copied."""
-        self._asked: Key | None = None
-        """The last one that `persist` was called for while it was copied."""
         self._covered = 0
         """The step up to which whatever had to be persisted was handed over."""
         self._lineage = 0
@@ -183,7 +180,8 @@ class Checkpointer:
             try:
                 self._boundary(step, total)
             except LeaveGeneration:
-                # This step is finished all the same.
+                # This step is finished all the same; the one before may have to be handed over still.
+                self._finish()
                 newest = self._snapshots.newest
                 if newest is not None and newest < Key(self._lineage, step):
                     self._snapshots.keep(Key(self._lineage, step))
@@ -281,8 +279,6 @@ class Checkpointer:
     def persist(self) -> bool:
         """Make the state of the last snapshot durable in the background; whether there is something to wait for.
 
-        Returns at once: a snapshot that is still being copied is handed over at the next boundary, or by `wait`.
-
         Must be called by all ranks at the same step.
 
         Raises:
@@ -291,10 +287,7 @@ class Checkpointer:
         self._check_open()
         if self._tier is None:
             raise ConfigError("this Checkpointer has no URL to persist to")
-        copying = self._snapshots.copying
-        if copying is not None:
-            self._to_hand_over = self._asked = copying
-            return True
+        self._finish()
         self._hear_keeper()
         slot = next((s for s in self._host.slots.all() if s.key is not None and s.key == self._snapshots.newest), None)
         if slot is None or slot.key is None or self._handed_over == slot.key:
@@ -350,8 +343,6 @@ class Checkpointer:
         key, self._to_hand_over = self._to_hand_over, None
         if slot is not None and key is not None and slot.key == key:
             self._hand_over(slot, key)
-        elif key is not None and key == self._asked:
-            self._failed = key, "its snapshot was dropped"
 
     def _safe(self) -> Key | None:
         """The newest state that every rank has published: what is older may be overwritten."""

@@ -37,7 +37,7 @@ class Exchange:
 
         Raises:
             CheckpointDamaged, PeerFailed: on the others, if it raises.
-            ResilientError: what it raises on rank 0.
+            Exception: what it raises on rank 0.
         """
         said, error = _said(attempt) if self.rank == 0 else (b"", None)
         length = torch.tensor([len(said)], device=self._device)
@@ -53,7 +53,7 @@ class Exchange:
 
         Raises:
             CheckpointDamaged, PeerFailed: if it raises on another rank.
-            ResilientError: what it raises here.
+            Exception: what it raises here.
         """
         said, error = _said(attempt)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
@@ -87,17 +87,19 @@ def _finish(work: dist.Work, data: torch.Tensor) -> None:
     del data  # Held until here: the backend may read it.
 
 
-def _said(attempt: Callable[[], bytes]) -> tuple[bytes, ResilientError | None]:
+def _said(attempt: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
     try:
         return _WELL + attempt(), None
-    except ResilientError as error:
+    except Exception as error:
+        # Whatever it is, memory that is not to be had for instance: the others wait to hear how it went.
         return told(error), error
 
 
-def told(error: ResilientError) -> bytes:
+def told(error: Exception) -> bytes:
     """An error as others are told of it."""
     kind = _DAMAGED if isinstance(error, CheckpointDamaged) else _FAILED
-    return kind + str(error).encode()[:MOST_TEXT]
+    text = str(error) if isinstance(error, ResilientError) else f"{type(error).__name__}: {error}"
+    return kind + text.encode()[:MOST_TEXT]
 
 
 def retold(rank: int, data: bytes) -> ResilientError:

@@ -35,14 +35,12 @@ from resilient_train.storage.catalogue import read_manifest
 from resilient_train.storage.commit import ImageFile, Manifest, decode_part, encode_part, folder_of
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import MOST_TEXT, Exchange, retold, told
-from resilient_train.worker.images import Images, open_image, pool, read_image
+from resilient_train.worker.images import LOOKING, Images, open_image, pool, read_image
 
 logger = logging.getLogger(__name__)
 
 AHEAD = 8
 """Pieces, of at most `RUN` blocks, that a rank reads before their turn; as many may be on their way to others."""
-LOOKING = 16
-"""Images whose headers a rank reads side by side."""
 FEW_FILES = 16
 """Images on a disk that each rank opens for itself."""
 FEW_READERS = 3
@@ -104,10 +102,10 @@ class SharedImages(Images):
         self._exchange = exchange
         self._passing = not tier.local
         """Whether what several want is read once and passed on."""
-        self._awaited = True
+        self._awaited: bool = True
         """Whether the others wait to hear what this rank wants."""
-        self._known: dict[int, list[tuple[int, bytes]]] = {}
-        """By rank, of its image the header and the checksum table: from which byte on, and the bytes."""
+        self._known: dict[int, tuple[int, list[tuple[int, bytes]]]] = {}
+        """By rank, of its image the header and the checksum table: who told, from which byte on, and the bytes."""
         self._documents: dict[int, bytes] = {}
         """Those that others have read and verified."""
         if manifest.divided:
@@ -116,35 +114,33 @@ class SharedImages(Images):
         else:
             mine = manifest.files[exchange.rank :: exchange.size]
             self._hear(exchange.from_all(lambda: self._looked_after(mine)))
-        self._awaited = self._passing or manifest.divided
+        self._awaited = self._passing or bool(manifest.divided)
 
     def prepare(self, ranks: Collection[int]) -> None:
-        """Of the images that many ranks are about to read, the headers are read once.
+        """The same; of images that many ranks are about to read one of them reads the header for all.
 
         Raises:
             ResilientError: on all ranks, if one of them cannot read what others need.
         """
-        if not self._manifest.divided:
-            return
-        self._awaited = False
-        mine = np.array(sorted(set(ranks) - self._readers.keys()), dtype="<i4").tobytes()
-        wanting: dict[int, list[int]] = {}
-        for rank, said in enumerate(self._exchange.from_all(lambda: mine)):
-            for image in np.frombuffer(said, "<i4").tolist():
-                wanting.setdefault(image, []).append(rank)
-        by_reader: dict[int, list[ImageFile]] = {}
-        for image, by in wanting.items():
-            if len(by) > FEW_READERS:
-                by_reader.setdefault(by[image % len(by)], []).append(self._manifest.files[image])
-        if by_reader:
-            files = by_reader.get(self._exchange.rank, [])
-            self._hear(self._exchange.from_all(lambda: self._looked_after(files)))
-        self._awaited = self._passing
+        if self.divided:
+            self._awaited = False
+            mine = np.array(sorted(set(ranks) - self._readers.keys()), dtype="<i4").tobytes()
+            wanting: dict[int, list[int]] = {}
+            for rank, said in enumerate(self._exchange.from_all(lambda: mine)):
+                for image in np.frombuffer(said, "<i4").tolist():
+                    wanting.setdefault(image, []).append(rank)
+            many = [(image, by) for image, by in sorted(wanting.items()) if len(by) > FEW_READERS]
+            reader = {image: by[turn % len(by)] for turn, (image, by) in enumerate(many)}
+            if many:
+                files = [self._manifest.files[image] for image, by in reader.items() if by == self._exchange.rank]
+                self._hear(self._exchange.from_all(lambda: self._looked_after(files)))
+            self._awaited = self._passing
+        super().prepare(ranks)
 
     def _hear(self, told: Iterable[bytes]) -> None:
-        for said in told:
+        for rank, said in enumerate(told):
             for image, start, header, table, text in _unpacked(said):
-                self._known[image] = [(0, header), (start, table)]
+                self._known[image] = rank, [(0, header), (start, table)]
                 self._documents[image] = text
 
     def _looked_after(self, files: Sequence[ImageFile]) -> bytes:
@@ -170,7 +166,11 @@ class SharedImages(Images):
             known.keep(0, prefix + bytes(known.read(len(prefix), header_size(prefix) - len(prefix))))
         reader = read_image(self._tier, self._manifest, file, known.read, self._straight(path))
         layout = reader.layout
-        if file.rank == 0 or not layout.alike or self._manifest.world == self._exchange.size:
+        # Who reads another rank's image for all reads what that rank will want of it along.
+        for_its_rank = self._manifest.world == self._exchange.size and file.rank in (
+            (self._exchange.rank,) if self.divided else range(self._exchange.size)
+        )
+        if file.rank == 0 or for_its_rank or not layout.alike:
             begin, _ = bounds(_end(layout), 0, layout)
             known.load(begin, layout.crc_start - begin)
         return reader
@@ -185,12 +185,13 @@ class SharedImages(Images):
             return self._looked_into(file)
         path = f"{folder_of(self._manifest.key)}/{file.name}"
         known = KnownFile(self._tier, path)
-        for offset, data in self._known[rank]:
+        teller, parts = self._known[rank]
+        for offset, data in parts:
             known.keep(offset, data)
         try:
             return read_image(self._tier, self._manifest, file, known.read, self._straight(path))
         except CheckpointDamaged as error:
-            logger.warning("%s, as rank %d has passed it on; reading it", error, rank % self._exchange.size)
+            logger.warning("%s, as rank %d has passed it on; reading it", error, teller)
             return open_image(self._tier, self._manifest, file)
 
     def _straight(self, path: str) -> ReadInto | None:

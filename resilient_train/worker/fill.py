@@ -89,7 +89,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
         differing = {entry.name for entry in first.entries() if may_differ(document, entry.name)}
         copies = copies_by_layout(wants, first.entries(), held, rank, differing, own=own is not None)
     elif images.divided:
-        copies = copies_by_division(wants, common, held.world, everything, prefer)
+        prefer_rest = [of for of in everything if own is not None and of in (rank, own.layout.rest)]
+        copies = copies_by_division(wants, common, held.world, images.divided, everything, prefer_rest)
     else:
         copies = copies_by_entries(wants, everything, prefer, partial=partial, alike=first.layout.alike)
     prove(wants, copies)
@@ -118,7 +119,12 @@ def _common(images: Images, document: Any, first: ImageReader) -> Sequence[Entry
     """
     if not images.divided:
         return ()
-    common = common_entries(first.layout.common or first.entries(), document, images.held.world)
+    told = {entry.name for entry in first.layout.common}
+    entries = [*first.layout.common, *(entry for entry in first.entries() if entry.name not in told)]
+    try:
+        common = common_entries(entries, document, images.held.world)
+    except (AttributeError, TypeError) as error:
+        raise CheckpointDamaged(f"{first.name}: malformed document: {error!r:.500}") from error
     if common is None:
         raise CheckpointDamaged(f"{first.name}: does not tell how {images.held.world} ranks have divided the state")
     return common
@@ -134,8 +140,12 @@ def _entries(
     """
     held = images.held
     if images.divided:
-        found = {reader.stamp.rank: reader.entries() for reader in (first, own) if reader is not None}
-        return {**found, first.stamp.rank: [*found[first.stamp.rank], *common]}
+        found: dict[int, Sequence[Entry]] = {}
+        if own is not None:
+            found[own.stamp.rank] = own.entries()
+            if own.layout.rest in held.ranks:
+                found[own.layout.rest] = images.reader(own.layout.rest).entries()
+        return {**found, first.stamp.rank: [*first.entries(), *common]}
     if images.whole and first.layout.alike:
         everything: dict[int, Sequence[Entry]] = {first.stamp.rank: first.entries()}
         holes = not_covered(first.entries(), held)

@@ -16,18 +16,21 @@ from resilient_train.plan.recovery import Holders
 from resilient_train.storage.commit import ImageFile, Manifest, folder_of
 from resilient_train.storage.tier import Tier
 
+LOOKING = 16
+"""Images whose headers a rank reads side by side."""
+
 
 class Images:
     """The images of one state, each opened when it is first asked for."""
 
     def __init__(
-        self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False, divided: bool = False
+        self, held: Holders, open_image: Callable[[int], ImageReader], *, whole: bool = False, divided: int = 0
     ) -> None:
         """Args:
         held: whose images there are.
         open_image: opens a rank's.
         whole: whether each has all that its rank held, and not only what the others' do not have.
-        divided: whether the ranks have divided what they held alike as `resilient_train.plan.division` says.
+        divided: if the ranks have divided what they held alike as `resilient_train.plan.division` says: its ``LEAST``.
         """
         self.held = held
         self.whole = whole
@@ -78,7 +81,14 @@ class Images:
         return [self.reader(rank) for rank in sorted(self.held.ranks)]
 
     def prepare(self, ranks: Collection[int]) -> None:
-        """Be about to read these images."""
+        """Open these images, side by side, as something of each is about to be read.
+
+        Raises:
+            CheckpointDamaged: if one is gone, or its header or table fail their checksums.
+        """
+        with pool(LOOKING) as readers:
+            for opened in [readers.submit(self.reader, rank) for rank in sorted(set(ranks) - self._readers.keys())]:
+                opened.result()
 
     def bring(self, ranges: Mapping[int, Sequence[Range]], threads: int) -> None:
         """Read ranges of images to their addresses, verified.

@@ -122,9 +122,7 @@ class Restoring:
             if well == 0:
                 self._check_all_wanted(left)
                 cost = "" if key is None else self._cost(time.monotonic() - began)
-                return Restored(
-                    key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike, cost=cost
-                )
+                return Restored(key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike, cost=cost)
             assert key is not None
             if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
                 raise problem

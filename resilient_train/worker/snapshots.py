@@ -244,11 +244,6 @@ class Snapshots:
             self._copy_at_once(live.changed())
             live.forget()
 
-    @property
-    def copying(self) -> Key | None:
-        """The state that is being copied, if one is."""
-        return None if self._running is None else self._running.key
-
     def settle(self) -> OwnSlot | None:
         """Wait until no copy is running; the slot of the newest image, if it was published."""
         running = self._running

@@ -10,6 +10,7 @@ import safetensors
 
 from resilient_train.errors import FormatError
 from resilient_train.spec.shard import PEEK, Entry, ImageLayout, Stamp, parse_header, peek, plan_image
+from resilient_train.spec.sharding import Cut
 from resilient_train.spec.world import Key
 
 ENTRIES = [
@@ -85,10 +86,14 @@ def test_damaged_headers_are_refused_or_harmless() -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
-    layout = plan_image(ENTRIES, 100)
-    good = image(layout)
-    for _ in range(3000):
-        data = bytearray(good)
+    plain = plan_image(ENTRIES, 100)
+    cut = Entry(name="c", dtype="F32", shape=(2, 3), global_shape=(4, 3), offset=(0, 0), cuts=(Cut(0, 2, 1),))
+    told = plan_image([*ENTRIES, cut], 100, alike=True, common=[cut], rest=0)
+    parsed, _ = parse_header(image(told), told.total)
+    assert (parsed.entries, parsed.common, parsed.rest) == (told.entries, told.common, 0)
+    for turn in range(3000):
+        layout = (plain, told)[turn % 2]
+        data = bytearray(image(layout))
         kind = chance.randrange(4)
         if kind == 0:
             data[chance.randrange(layout.data_start)] ^= 1 << chance.randrange(8)
@@ -97,8 +102,8 @@ def test_damaged_headers_are_refused_or_harmless() -> None:
         elif kind == 2:
             data[:8] = chance.randrange(1 << 64).to_bytes(8, "little")
         else:
-            at = data.find(b"data_offsets") + chance.randrange(40)
-            data[at : at + 3] = b"999"
+            at = data.find(chance.choice([b"data_offsets", b"layouts"])) + chance.randrange(80)
+            data[at : at + 1] = chance.choice([b"9", b"-", b"]", b"."])
         try:
             parsed, _ = parse_header(data, len(data))
         except FormatError:

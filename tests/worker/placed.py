@@ -61,6 +61,7 @@ def made(world: World, placements: PLACED, value: Callable[[str, Sequence[int]],
     for name, how in placements.items():
         model.register_parameter(name, nn.Parameter(placed(value(name, SHAPES[name]), world, how)))
     model.register_buffer("mean", value("mean", (3,)))
+    model.register_buffer("table", placed(value("table", (8, 12)), world, placements["up"]))
     optim = Sgd(model.parameters(), lr=0.1)
     for name, parameter in model.named_parameters():
         shape = SHAPES[name]
@@ -84,7 +85,7 @@ def check(state: State, placements: PLACED) -> None:
     assert isinstance(optim, torch.optim.Optimizer)
     assert torch.equal(model.mean, values("mean", (3,)))
     for name, parameter in model.named_parameters():
-        held = {name: parameter, f"{name} moment": optim.state[parameter]["moment"]}
+        held = {name: parameter, f"{name} moment": optim.state[parameter]["moment"], "table": model.table}
         held |= {f"{name} row": optim.state[parameter]["row"]} if "row" in optim.state[parameter] else {}
         for what, tensor in held.items():
             assert isinstance(tensor, DTensor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import queue
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +18,16 @@ from hypothesis import strategies as st
 from placed import FSDP, PLACED, SHAPES, TP_FSDP, R, check, made, meshes, values, zeros
 from safetensors.torch import load_file
 from test_state import written
+from torch import nn
 from worlds import world as world_of
 
-from resilient_train.errors import CheckpointDamaged, UnsupportedState
+from resilient_train.errors import CheckpointDamaged, ReplicasDiffer
 from resilient_train.keeper.persist import Job, persist
+from resilient_train.keeper.persister import Outcome, Persister
 from resilient_train.keeper.progress import Progress
 from resilient_train.plan import division
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import read_manifest
+from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.tools.export import export
@@ -32,6 +36,7 @@ from resilient_train.tools.verify import verify
 from resilient_train.worker.fill import fill
 from resilient_train.worker.images import Images
 from resilient_train.worker.state import State
+from resilient_train.worker.stream import ElasticStream
 
 KEY = Key(1, 1)
 DDP: PLACED = {name: [R] for name in SHAPES}
@@ -45,20 +50,20 @@ def _small_parts() -> Iterator[None]:
 
 
 @contextmanager
-def jobs(states: list[State], per_node: int) -> Iterator[list[Job]]:
+def jobs(states: list[State], per_node: int, key: Key = KEY) -> Iterator[list[Job]]:
     """What the keepers of nodes with so many ranks each have to make durable."""
-    slots = {rank: written(state, rank, len(states), alike=True) for rank, state in enumerate(states)}
+    slots = {rank: written(state, rank, len(states), alike=True, key=key) for rank, state in enumerate(states)}
     nodes = [list(slots)[at : at + per_node] for at in range(0, len(slots), per_node)]
     yield [
         Job(
-            key=KEY,
+            key=key,
             world=len(states),
             images={rank: slots[rank] for rank in ranks},
             origins=dict.fromkeys(ranks, f"node-{number}"),
             past={1: None},
             url="",
             keep_last=3,
-            progress=Progress(KEY, 0),
+            progress=Progress(key, 0),
         )
         for number, ranks in enumerate(nodes)
     ]
@@ -70,6 +75,7 @@ def save(tier: FilesystemTier, mesh: Mapping[str, int], placements: PLACED, per_
     states = [made(world_of(mesh, rank), placements, values) for rank in range(prod(mesh.values()))]
     with jobs(states, per_node) as all_of_them:
         done = [persist(tier, job).committed for job in all_of_them]
+    assert read_manifest(tier, KEY).divided == division.LEAST
     assert done == [False] * (len(done) - 1) + [True]
 
 
@@ -137,23 +143,128 @@ def test_a_node_that_computes_wrongly_is_found_when_the_state_is_committed(tmp_p
     tier = FilesystemTier(str(tmp_path))
     with jobs(states, 2) as (one, other):
         assert not persist(tier, one).committed
-        with pytest.raises(UnsupportedState, match="ranks 0 and 2, on different nodes, hold different model/down or"):
+        with pytest.raises(ReplicasDiffer, match="ranks 0 and 2, on different nodes, hold different model/down or"):
             persist(tier, other)
     with pytest.raises(CheckpointDamaged, match=r"manifest.json is missing|missing"):
         read_manifest(tier, KEY)
 
 
-def test_ranks_that_only_seem_to_hold_alike_are_found_when_the_state_is_committed(tmp_path: Path) -> None:
-    """Another name on another node: who writes what would not add up."""
-    states = [made(world_of({"data": 2}, rank), DDP, values) for rank in range(2)]
+def only_one_owns(size: int) -> list[State]:
+    """Replicas of which one has optimizer state that the others do not: an optimizer that shards its state."""
+    states = [made(world_of({"data": size}, rank), DDP, values) for rank in range(size)]
     optim = states[1]._things["optim"]
     assert isinstance(optim, torch.optim.Optimizer)
-    optim.state[optim.param_groups[0]["params"][0]]["further"] = torch.ones(3)
+    optim.state[optim.param_groups[0]["params"][0]]["further"] = torch.arange(3.0)
+    return states
+
+
+def test_ranks_that_only_seem_to_hold_alike_are_found_when_the_state_is_committed(tmp_path: Path) -> None:
+    """Another name on another node: who writes what would not add up."""
     tier = FilesystemTier(str(tmp_path))
-    with jobs(states, 1) as (one, other):
+    with jobs(only_one_owns(2), 1) as (one, other):
         persist(tier, one)
-        with pytest.raises(UnsupportedState, match="ranks 0 and 1, on different nodes, hold different names, shapes"):
+        with pytest.raises(ReplicasDiffer, match="ranks 0 and 1, on different nodes, hold different names, shapes"):
             persist(tier, other)
+
+
+def test_ranks_of_one_node_that_only_seem_to_hold_alike_divide_nothing(tmp_path: Path) -> None:
+    """Everything that any of them has is there, once."""
+    tier = FilesystemTier(str(tmp_path))
+    with jobs(only_one_owns(2), 2) as (job,):
+        assert persist(tier, job).committed
+    assert read_manifest(tier, KEY).divided == 0
+    assert elements(tier)["optim/model.embed/further"] == 3
+    assert elements(tier)["model/up"] == prod(SHAPES["up"])
+
+
+@pytest.mark.parametrize("gone", [[1], [1, 2]])
+def test_a_keeper_that_stands_in_for_a_node_does_not_mix_replicas_that_differ(tmp_path: Path, gone: list[int]) -> None:
+    """Where another keeper has to know it is refused; where this one has everything it writes one of them whole."""
+    states = [made(world_of({"data": 3}, rank), DDP, values) for rank in range(3)]
+    with torch.no_grad():
+        states[1]._things["model"].up.to_local()[3, 3] += 1  # type: ignore[attr-defined]
+    tier = FilesystemTier(str(tmp_path))
+    with jobs(states, 1) as (one, *others):
+        taken = {rank: slot for job in others for rank, slot in job.images.items() if rank in gone}
+        origins = {0: "node-0", **{rank: f"node-{rank}" for rank in gone}}
+        job = dataclasses.replace(one, images={**one.images, **taken}, origins=origins)
+        if len(gone) == 1:
+            with pytest.raises(ReplicasDiffer, match="on different nodes"):
+                persist(tier, job)
+            return
+        assert persist(tier, job).committed
+    assert read_manifest(tier, KEY).divided == 0
+    restore(tier, {"data": 2}, DDP)
+
+
+def test_a_buffer_comes_back_from_a_rank_of_the_same_node(tmp_path: Path) -> None:
+    """Nodes whose buffers differ, with ranks on each that hold the same."""
+    states = [made(world_of({"data": 4}, rank), DDP, values) for rank in range(4)]
+    for rank in (2, 3):
+        states[rank]._things["model"].mean += 1  # type: ignore[attr-defined]
+    tier = FilesystemTier(str(tmp_path))
+    with jobs(states, 2) as all_of_them:
+        assert [persist(tier, job).committed for job in all_of_them] == [False, True]
+    for rank in range(4):
+        state = made(world_of({"data": 4}, rank), DDP, zeros)
+        fill(state, Images.committed(tier, read_manifest(tier, KEY)), rank, 4)
+        assert torch.equal(state._things["model"].mean, values("mean", (3,)) + (rank > 1))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_a_stream_of_several_nodes_is_found_by_any_number_of_ranks(tmp_path: Path, size: int) -> None:
+    """The places of all its shards, each of which one rank has written."""
+
+    def streaming(rank: int, ranks: int) -> State:
+        world = world_of({"data": ranks}, rank)
+        stream = ElasticStream(lambda *_: [1], shards=12, micro_batches=12, world=world, seed=0, state_bytes=64)
+        return State(model=nn.Linear(2, 2), stream=stream)
+
+    torch.manual_seed(0)
+    replica = streaming(0, 1)._things["model"].state_dict()
+    saved = [streaming(rank, 4) for rank in range(4)]
+    for state in saved:
+        state._things["model"].load_state_dict(replica)
+    tier = FilesystemTier(str(tmp_path))
+    with jobs(saved, 2) as all_of_them:
+        assert [persist(tier, job).committed for job in all_of_them] == [False, True]
+    for rank in range(size):
+        state = streaming(rank, size)
+        fill(state, Images.committed(tier, read_manifest(tier, KEY)), rank, size)
+        found = state._things["model"].state_dict()
+        assert all(torch.equal(found[name], replica[name]) for name in replica)
+
+
+def test_what_was_divided_by_another_measure_is_read_by_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions to come may divide more or less finely."""
+    save(FilesystemTier(str(tmp_path)), {"data": 4}, DDP, 2)
+    monkeypatch.setattr(division, "LEAST", 1000)
+    restore(FilesystemTier(str(tmp_path)), {"data": 3}, DDP)
+
+
+def test_where_replicas_differ_each_node_writes_all_of_it_from_then_on(tmp_path: Path) -> None:
+    """Training goes on, so it is saved: the state over which it was found is given up, said, and removed."""
+    states = [made(world_of({"data": 2}, rank), DDP, values) for rank in range(2)]
+    with torch.no_grad():
+        states[1]._things["model"].up.to_local()[3, 3] += 1  # type: ignore[attr-defined]
+    outcomes: tuple[queue.SimpleQueue[Outcome], ...] = queue.SimpleQueue(), queue.SimpleQueue()
+    keepers = [Persister(outcome.put) for outcome in outcomes]
+    tier = FilesystemTier(str(tmp_path))
+    for step in (1, 2):
+        with jobs(states, 1, Key(1, step)) as nodes:
+            for job, keeper in zip(nodes, keepers, strict=True):
+                keeper.submit(dataclasses.replace(job, url=str(tmp_path)))
+            for told in outcomes:
+                while (last := told.get(timeout=60)).awaited:
+                    pass
+                assert last.error.partition("; ")[2] == (
+                    "from now on every node writes all of what it holds" if step == 1 else ""
+                )
+                assert bool(last.error) == (step == 1), last.error
+    assert listing(tier) == ([Key(1, 2)], [])
+    state = made(world_of({"data": 1}, 0), DDP, zeros)
+    fill(state, Images.committed(tier, read_manifest(tier, Key(1, 2))), 0, 1)
+    check(state, DDP)
 
 
 @pytest.mark.parametrize(("mesh", "how"), [({"data": 4}, DDP), ({"data": 2, "tensor": 2}, TP_FSDP)])
@@ -169,6 +280,7 @@ def test_tools_read_what_was_divided(tmp_path: Path, mesh: dict[str, int], how: 
     assert {line.name.removeprefix("model/"): line.shards for line in content.tensors if "model/" in line.name} == {
         **shards,
         "mean": 1,
+        "table": shards["up"],
     }
     held = sum(part.entry.nbytes for part in made(world_of(mesh, 0), how, values).capture(0).parts)
     assert content.image == held

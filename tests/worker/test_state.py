@@ -26,6 +26,8 @@ from resilient_train.worker.fill import fill
 from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
 
+KEY = Key(1, 1)
+
 
 def saved(
     state: State,
@@ -49,6 +51,7 @@ def written(
     placed: Callable[[Entry], Entry] = lambda entry: entry,
     *,
     alike: bool = False,
+    key: Key = KEY,
 ) -> Slot:
     """The same in shared memory, for the caller to close."""
     frame = state.capture(rank)
@@ -60,7 +63,7 @@ def written(
     by_name = {part.entry.name: part for part in frame_parts}
     parts = [by_name[entry.name] for entry in layout.entries]
     writer = ImageWriter(layout, parts, rank, world)
-    assert writer.begin(slot, Key(1, 1), parts, frame.document)
+    assert writer.begin(slot, key, parts, frame.document)
     assert writer.conclude() == []
     return slot
 
