@@ -1,9 +1,9 @@
 """Restoring from storage by all ranks together: each byte of remote storage is read once and passed on.
 
-What several ranks need goes over the job's process group: the manifest from rank 0; of each image the header and the
-checksum table from the rank that looks after it; then the blocks that several want, as `plan.fanout` says.  Whoever
-gets blocks checks them against the table, which the manifest vouches for, so that a rank that passes on something else
-is named, and what it should have been is read from storage.
+What several ranks need goes over the job's process group: the manifest from rank 0; header and checksum table of the
+first image, if it tells whose images a rank needs, and then of those that many need, else of all; then the blocks that
+several want, as `plan.fanout` says.  Whoever gets blocks checks them against the table, which the manifest vouches for,
+so that a rank that passes on something else is named, and what it should have been is read from storage.
 
 Files of a disk, or of a file system that nodes share, are faster read than passed on: of those only the headers are, so
 that a rank opens no more files than it reads.

@@ -43,12 +43,6 @@ class Images:
         self._readers: dict[int, ImageReader] = {}
 
     @classmethod
-    def of(cls, readers: Sequence[ImageReader]) -> Images:
-        """The images of all ranks, which are open."""
-        by_rank = {reader.stamp.rank: reader for reader in readers}
-        return cls(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
-
-    @classmethod
     def committed(cls, tier: Tier, manifest: Manifest) -> Images:
         """The images of a checkpoint, as this rank alone reads them."""
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placed import FSDP, PLACED, TP_FSDP, R, check, made, meshes, values, zeros
-from test_state import saved
+from test_state import images_of, saved
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -136,7 +136,7 @@ def test_layers_move_between_pipeline_stages(new: Sequence[Sequence[str]]) -> No
     readers = [saved(stage(layers, values)[0], rank, 2) for rank, layers in enumerate((("0", "1"), ("2", "3")))]
     for rank, layers in enumerate(new):
         state, model, optim = stage(layers, zeros)
-        fill(state, Images.of(readers), rank, len(new))
+        fill(state, images_of(readers), rank, len(new))
         assert optim.param_groups[0]["lr"] == 0.25
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, values(name, parameter.shape))
@@ -149,7 +149,7 @@ def test_a_layer_that_no_stage_saved_is_named() -> None:
     """Another model is not taken for another division of this one."""
     readers = [saved(stage(layers, values)[0], rank, 2) for rank, layers in enumerate((("0", "1"), ("2",)))]
     with pytest.raises(StateMismatch, match=r"model.3\.weight"):
-        fill(stage(("2", "3"), zeros)[0], Images.of(readers), 1, 2)
+        fill(stage(("2", "3"), zeros)[0], images_of(readers), 1, 2)
 
 
 def test_a_stage_whose_image_is_gone_is_missed() -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from resilient_train.errors import StateMismatch, UnsupportedState
 from resilient_train.image.arena import Slot, create_memory
 from resilient_train.image.reader import ImageReader
 from resilient_train.image.snapshot import ImageWriter
+from resilient_train.plan.recovery import Holders
 from resilient_train.spec.shard import Entry, plan_image
 from resilient_train.spec.sharding import Cut
 from resilient_train.spec.world import Key
@@ -42,6 +43,12 @@ def saved(
     data = bytes(slot.map)
     slot.close()
     return ImageReader("image", len(data), lambda at, n: data[at : at + n])
+
+
+def images_of(readers: Sequence[ImageReader]) -> Images:
+    """The images of all ranks."""
+    by_rank = {reader.stamp.rank: reader for reader in readers}
+    return Images(Holders(world=readers[0].stamp.world, ranks=by_rank.keys()), by_rank.__getitem__)
 
 
 def written(
@@ -106,7 +113,7 @@ def test_training_goes_on_exactly_as_if_nothing_had_happened(kind: str, dtype: t
     image = saved(State(model=one, optim=optim))
     two = model(1, dtype)
     fresh = OPTIMIZERS[kind](list(two.parameters()))
-    fill(State(model=two, optim=fresh), Images.of([image]), 0, 1)
+    fill(State(model=two, optim=fresh), images_of([image]), 0, 1)
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -135,17 +142,17 @@ def test_an_expanded_buffer_is_restored_to_the_memory_that_it_has(shape: tuple[i
     image = saved(State(model=net(row.expand(shape).contiguous())))
     memory = torch.full((10 * shape[-1],), -1.0)
     two = net(memory[: shape[-1]].expand(shape))
-    fill(State(model=two), Images.of([image]), 0, 1)
+    fill(State(model=two), images_of([image]), 0, 1)
     assert torch.equal(memory[: shape[-1]], row)
     assert (memory[shape[-1] :] == -1).all()
     assert torch.equal(saved(State(model=two)).tensor(image.entries()[0]), row.expand(shape))
     differing = saved(State(model=net(torch.arange(float(math.prod(shape))).view(shape))))
     with pytest.raises(StateMismatch, match=r"table is expanded along dimension 0"):
-        fill(State(model=two), Images.of([differing]), 0, 1)
+        fill(State(model=two), images_of([differing]), 0, 1)
     column = torch.arange(float(shape[0])).view(-1, *[1] * (len(shape) - 1))
     memory = torch.full((10 * shape[0],), -1.0)
     upright = net(memory[: shape[0]].view_as(column).expand(shape))
-    fill(State(model=upright), Images.of([saved(State(model=net(column.expand(shape))))]), 0, 1)
+    fill(State(model=upright), images_of([saved(State(model=net(column.expand(shape))))]), 0, 1)
     assert torch.equal(memory[: shape[0]], column.view(-1))
     assert (memory[shape[0] :] == -1).all()
 
@@ -157,10 +164,10 @@ def test_restoring_never_aliases_the_image() -> None:
     train(net, optim)
     image = saved(State(model=net, optim=optim))
     before = net[0].weight.detach().clone()
-    fill(State(model=net, optim=optim), Images.of([image]), 0, 1)
+    fill(State(model=net, optim=optim), images_of([image]), 0, 1)
     train(net, optim)
     assert not torch.equal(before, net[0].weight)
-    fill(State(model=net, optim=optim), Images.of([image]), 0, 1)
+    fill(State(model=net, optim=optim), images_of([image]), 0, 1)
     assert torch.equal(before, net[0].weight)
 
 
@@ -173,7 +180,7 @@ def test_float32_state_of_bfloat16_parameters_keeps_its_dtype() -> None:
     image = saved(State(model=net, optim=optim))
     fresh_net = model(1, torch.bfloat16)
     fresh = torch.optim.SGD(fresh_net.parameters(), lr=0.1, momentum=0.9)
-    fill(State(model=fresh_net, optim=fresh), Images.of([image]), 0, 1)
+    fill(State(model=fresh_net, optim=fresh), images_of([image]), 0, 1)
     for p, q in zip(net.parameters(), fresh_net.parameters(), strict=True):
         restored = fresh.state[q]["momentum_buffer"]
         assert restored.dtype == torch.float32
@@ -201,7 +208,7 @@ def test_a_tensor_of_any_dtype_and_order_is_filled_from_several_images(turned: b
     halves = [value[:24].t().contiguous().t(), value[24:].clone()]
     images = [saved(State(net=net(part)), rank, 2, half(rank)) for rank, part in enumerate(halves)]
     target = net(torch.zeros(6, 48, dtype=value.dtype).t() if turned else torch.zeros(48, 6, dtype=value.dtype))
-    fill(State(net=target), Images.of(images), 0, 1)
+    fill(State(net=target), images_of(images), 0, 1)
     assert torch.equal(target.w, value)
 
 
@@ -234,7 +241,7 @@ def test_schedulers_and_things_of_ones_own() -> None:
     optim2 = torch.optim.SGD(net2.parameters(), lr=0.1)
     schedule2 = torch.optim.lr_scheduler.OneCycleLR(optim2, 0.3, total_steps=50)
     counter2 = Counter()
-    fill(State(model=net2, optim=optim2, schedule=schedule2, counter=counter2), Images.of([image]), 0, 1)
+    fill(State(model=net2, optim=optim2, schedule=schedule2, counter=counter2), images_of([image]), 0, 1)
     assert schedule2.state_dict() == schedule.state_dict()
     assert optim2.param_groups[0]["lr"] == optim.param_groups[0]["lr"]
     assert torch.equal(counter2.state.pop("ema"), counter.state.pop("ema"))
@@ -250,7 +257,7 @@ def test_a_scheduler_goes_on_with_what_it_counts() -> None:
     """MultiStepLR asks its milestones for what only a Counter answers."""
     optims = [torch.optim.SGD(model(0).parameters(), lr=0.1) for _ in range(2)]
     one, two = (torch.optim.lr_scheduler.MultiStepLR(optim, [2, 4]) for optim in optims)
-    fill(State(schedule=two), Images.of([saved(State(schedule=one))]), 0, 1)
+    fill(State(schedule=two), images_of([saved(State(schedule=one))]), 0, 1)
     optims[1].step()
     with pytest.warns(UserWarning, match="epoch parameter"):
         two.step(5)
@@ -281,7 +288,7 @@ def test_tied_parameters_are_stored_once() -> None:
     frame = State(model=one).capture(0)
     assert sum(part.entry.name.startswith("model/") for part in frame.parts) == 1
     assert json.loads(frame.document)["model"]["aliases"] == {"head.weight": "embed.weight"}
-    fill(State(model=two), Images.of([saved(State(model=one))]), 0, 1)
+    fill(State(model=two), images_of([saved(State(model=one))]), 0, 1)
     assert torch.equal(two.head.weight, one.embed.weight)
     assert two.head.weight is two.embed.weight
 
@@ -293,12 +300,12 @@ def test_random_generators_come_along() -> None:
     image = saved(State(model=net))
     expected = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
     torch.manual_seed(6), np.random.seed(6), random.seed(6)
-    fill(State(model=net), Images.of([image]), 0, 1)
+    fill(State(model=net), images_of([image]), 0, 1)
     assert (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()) == expected
     torch.manual_seed(6)
     other = torch.rand(2).tolist()
     torch.manual_seed(6)
-    fill(State(model=net), Images.of([image]), 0, 2)
+    fill(State(model=net), images_of([image]), 0, 2)
     assert torch.rand(2).tolist() == other
 
 
@@ -308,14 +315,14 @@ def test_another_models_checkpoint_names_the_tensors() -> None:
     other = nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Linear(9, 5))
     before = other[0].weight.detach().clone()
     with pytest.raises(StateMismatch) as caught:
-        fill(State(model=other), Images.of([image]), 0, 1)
+        fill(State(model=other), images_of([image]), 0, 1)
     assert "model/0.weight: shape [9, 5] here, [7, 5] there" in str(caught.value)
     assert "model/2.bias [5]: not in the checkpoint" in str(caught.value)
     assert torch.equal(before, other[0].weight)
     net = model(0)
     state = State(model=net, optim=torch.optim.SGD(net.parameters(), lr=1))
     with pytest.raises(StateMismatch, match="holds model; this state has model, optim"):
-        fill(state, Images.of([image]), 0, 1)
+        fill(state, images_of([image]), 0, 1)
 
 
 def test_what_cannot_be_saved_is_named() -> None:
@@ -360,7 +367,7 @@ def test_extra_state_of_modules() -> None:
 
     one, two = nn.Sequential(Counting()), nn.Sequential(Counting())
     one[0].seen = 11
-    fill(State(model=two), Images.of([saved(State(model=one))]), 0, 1)
+    fill(State(model=two), images_of([saved(State(model=one))]), 0, 1)
     assert two[0].seen == 11
 
 
@@ -371,7 +378,7 @@ def test_one_optimizer_over_two_modules() -> None:
     for net in one:
         train(net, optims[0])
     fill(
-        State(a=two[0], b=two[1], optim=optims[1]), Images.of([saved(State(a=one[0], b=one[1], optim=optims[0]))]), 0, 1
+        State(a=two[0], b=two[1], optim=optims[1]), images_of([saved(State(a=one[0], b=one[1], optim=optims[0]))]), 0, 1
     )
     for mine, theirs in zip(optims[0].param_groups[0]["params"], optims[1].param_groups[0]["params"], strict=True):
         assert torch.equal(mine, theirs)
@@ -383,7 +390,7 @@ def test_another_optimizer_is_refused_by_name() -> None:
     net = model(0)
     image = saved(State(model=net, optim=torch.optim.AdamW(net.parameters())))
     with pytest.raises(StateMismatch, match="optim is an optimizer SGD here, AdamW in the checkpoint"):
-        fill(State(model=net, optim=torch.optim.SGD(net.parameters())), Images.of([image]), 0, 1)
+        fill(State(model=net, optim=torch.optim.SGD(net.parameters())), images_of([image]), 0, 1)
 
 
 def test_what_a_state_needs_is_said() -> None:

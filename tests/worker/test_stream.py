@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_state import saved
+from test_state import images_of, saved
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -20,7 +20,6 @@ from worlds import world, worlds
 from resilient_train.errors import ConfigError, StateMismatch, UnsupportedState
 from resilient_train.image.reader import ImageReader
 from resilient_train.worker.fill import fill
-from resilient_train.worker.images import Images
 from resilient_train.worker.shard_reader import Place, decode_place, encode_place
 from resilient_train.worker.state import State
 from resilient_train.worker.stream import ElasticStream, StreamBatch
@@ -65,7 +64,7 @@ def images(streams: list[ElasticStream]) -> list[ImageReader]:
 
 def restored(streams: list[ElasticStream], readers: list[ImageReader]) -> None:
     for rank, stream in enumerate(streams):
-        fill(State(stream=stream), Images.of(readers), rank, len(streams))
+        fill(State(stream=stream), images_of(readers), rank, len(streams))
 
 
 def step_of(streams: list[ElasticStream], ranks: list[World], step: int) -> list[StreamBatch]:
