@@ -21,8 +21,10 @@ from resilient_train.spec.layout import Box
 from resilient_train.spec.shard import Entry
 from resilient_train.spec.sharding import Cuts, box_of, chunks_within, holders, is_regular
 
-LEAST = 16 << 20
+LEAST = 1 << 20
 """Bytes of a part below which a column is cut into fewer; written into what is divided, so that it can be changed."""
+MOST_WRITERS = 64
+"""Parts that a column is cut into at most: whoever wants all of it opens an image for each.  Fixed, like the format."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ class Column:
         self._index = {entry.name: index for index, entry in enumerate(self._entries)}
         self._ends = list(accumulate(entry.nbytes for entry in self._entries))
         total = self._ends[-1] if self._ends else 0
-        count = max(1, min(len(self.ranks), total // least))
+        count = max(1, min(len(self.ranks), total // least, MOST_WRITERS))
         self._writers = [self.ranks[number * len(self.ranks) // count] for number in range(count)]
         # From which row of which tensor on each of them writes; what has no elements goes along with what is before it.
         inner = [self._place(total * number // count) for number in range(1, count)]

@@ -85,6 +85,9 @@ class EtcdCluster:
             self._processes[index].send_signal(number)
             if number == signal.SIGKILL:
                 self._processes[index].wait()
+            if number == signal.SIGSTOP:
+                # The signal is sent; until it is delivered a request may still be answered.
+                os.waitid(os.P_PID, self._processes[index].pid, os.WSTOPPED | os.WNOWAIT)
 
     def mend(self) -> None:
         """Thaw what is frozen, start what is dead."""

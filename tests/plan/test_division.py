@@ -99,6 +99,13 @@ def test_replicas_write_equally_much() -> None:
     assert max(loads.values()) - min(loads.values()) <= 2 * 40
 
 
+def test_a_thousand_ranks_open_64_images_at_most() -> None:
+    """However much they hold alike, evenly spread over the ranks, and so over the nodes."""
+    held = [entry("m/a", (10_000, 3), (), 0)]
+    writers = [rank for rank in range(1024) if columns_of(held, rank, 1024, LEAST)[0].parts(rank)]
+    assert writers == list(range(0, 1024, 16))
+
+
 def test_little_is_not_scattered() -> None:
     """A thousand ranks do not write four bytes each."""
     held = [entry("m/steps", (1000,), (), 0)]
