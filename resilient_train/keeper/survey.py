@@ -138,8 +138,9 @@ def _asked(targets: list[tuple[str, float]], secret: bytes) -> Finding:
     try:
         with ThreadPoolExecutor(min(len(targets), _AT_ONCE), "ask") as pool:
             answers = dict(zip([endpoint for endpoint, _ in targets], pool.map(ask, targets), strict=True))
-    except RuntimeError:
-        if threading.main_thread().is_alive():
+    except RuntimeError as error:
+        # While the interpreter ends, its main thread still counts as alive.
+        if "shutdown" not in str(error):
             raise
         return Finding()  # The keeper has ended meanwhile: nobody waits for the answer.
     there = {endpoint: answer for endpoint, answer in answers.items() if answer is not None}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -88,6 +90,31 @@ def test_who_asks_only_once_gives_everybody_time(node: Node) -> None:
         survey.follow(peers(endpoint), "", KEY)
         survey.ask(answers.put)
         assert set(answers.get(timeout=60).images) == {endpoint}
+
+
+ENDING = """
+import time
+from concurrent.futures import ThreadPoolExecutor
+from resilient_train.keeper.survey import Survey
+from resilient_train.spec.messages import Peers
+
+ThreadPoolExecutor(1).submit(time.sleep, 0.6)
+survey = Survey()
+survey.follow(Peers(node="x", generation=1, slots=[], keepers=[], others=[["n", "127.0.0.1:1"]]), "", bytes(32))
+
+def again(finding):
+    time.sleep(0.01)
+    survey.ask(again)
+
+survey.ask(again)
+time.sleep(0.1)
+"""
+
+
+def test_a_keeper_that_ends_while_it_asks_ends_quietly() -> None:
+    """The interpreter takes its time to end, and lets nobody begin anything meanwhile."""
+    result = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stderr == ""
 
 
 def pump(source: socket.socket, target: socket.socket) -> None:
