@@ -2,8 +2,8 @@
 
 Theory of operation.  Ranks that hold the same chunk of one tensor hold the same chunks of all tensors that are laid out
 like it.  One after the other, by name, these make a *column* of bytes, which all its ranks have.  It is cut into even
-parts, between rows, and each rank writes one.  Nothing but the layout goes into that: a keeper needs no other keeper to
-know its part, and a reader knows whose image holds what without opening it.
+parts, between rows, and as many of its ranks write one each.  Nothing but the layout goes into that: a keeper needs no
+other keeper to know its part, and a reader knows whose image holds what without opening it.
 """
 
 from __future__ import annotations

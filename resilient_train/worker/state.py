@@ -56,10 +56,11 @@ class State:
             of tensors and JSON values.  RNG states come along by themselves.
 
     A tensor that is no DTensor is taken as the whole tensor, and one name for the same tensor on all ranks.  Parameters
-    and optimizer state of one name must be equal on all ranks that are alike, and on those of one node: else nothing is
-    made durable, and the error names them.  What is a rank's own needs a name of its own,
-    ``State(**{f"expert{rank}": expert})``, and is restored on as many ranks only.  Buffers (BatchNorm's statistics) and
-    tensors of other objects may differ: each rank finds its own again, and another number of ranks the lowest rank's.
+    and optimizer state of one name must be equal on the ranks of a node, else nothing is made durable, and the error
+    names them; where those of different nodes differ it is said, and each node's are saved.  What is a rank's own needs
+    a name of its own, ``State(**{f"expert{rank}": expert})``, and is restored on as many ranks only.  Buffers
+    (BatchNorm's statistics) and tensors of other objects may differ: each rank finds its own again, and another number
+    of ranks the lowest rank's.
 
     Raises:
         UnsupportedState: if one has neither.
