@@ -185,14 +185,22 @@ def test_loops_of_other_shapes(tmp_path: Path) -> None:
 
 
 BY_HAND = """
-import sys, torch, resilient_train as rt
+import sys, threading, torch, resilient_train as rt
+from resilient_train.image.snapshot import ImageWriter
+copied, wait = threading.Event(), ImageWriter.wait
+ImageWriter.wait = lambda writer: (copied.wait(), wait(writer))  # However fast a machine copies.
+copied.set()
 model = torch.nn.Sequential(torch.nn.Linear(4000, 4000, bias=False), torch.nn.Linear(300, 300))
 ckpt = rt.Checkpointer(rt.State(model=model), sys.argv[1], persist_every=1000)
 ckpt.restore()
-for step in range(1, 5):
+for step in range(1, 4):
     assert ckpt.snapshot(step)
+ckpt.wait()  # The first three are audited, and those are copied at once.
+copied.clear()
+assert ckpt.snapshot(4)
 with torch.no_grad():
     model[1].weight += 1  # While it is copied.
+copied.set()
 print("torn:", ckpt.persist())
 assert ckpt.snapshot(5)
 expected = model[1].weight.clone()
