@@ -71,6 +71,10 @@ class Device(Protocol):
         """Undo `lock`, before the memory is unmapped."""
         ...
 
+    def fingerprints(self, ranges: Sequence[tuple[int, int]], stream: int) -> list[int]:
+        """64-bit sums of (address, size) there, as they are when ``stream`` gets there; waits. Needs kernels."""
+        ...
+
     def upload(self, copies: Sequence[tuple[int, int, int]], stream: int, threads: int = 1) -> Upload:
         """Begin to copy (address on the device, address here, size), behind what ``stream`` has to do so far."""
         ...

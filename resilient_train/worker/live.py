@@ -11,22 +11,26 @@ the image is made.  Writes that none of these shows (``parameter.data.copy_()`` 
 of snapshots and those of some of these boundaries, whose sums are compared before an optimizer steps; what is found is
 put aside from then on.
 
-Only for tensors on the host.  What stands on a device may not have been computed when the world ends, and it cannot be
-told whether what was computed then is of any worth.
+A CUDA device gets to the boundary behind its host, and copies what is put aside when it does.  Only if that copy had
+arrived before the world's collectives were aborted was the boundary's state computed: what is computed behind an abort
+means nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 from resilient_train.image.arena import Slot
-from resilient_train.image.native import engine
+from resilient_train.image.device import copying_threads, device_of, stream_of
+from resilient_train.image.native import Copier, CudaError, DeviceCopier, Piece, engine
 from resilient_train.image.snapshot import ImageWriter, Part, addressable, place
 from resilient_train.spec.shard import BLOCK, ImageLayout
 from resilient_train.spec.world import Key
@@ -62,43 +66,65 @@ class LiveState:
         self._document = b""
         self._versions: list[int] = []
         self._sums: list[int] = []
+        self._abandoned = False
+        self._arrived: Key | None = None
+        """the state that was computed when the collectives were aborted"""
+        sources = [source for part in parts for source in part.sources]
+        self._example = next((source for source in sources if device_of(source) is not None), None)
+        """a tensor on the device, if there is one"""
+        self._device = None if self._example is None else device_of(self._example)
         lazy = [part for part in parts if part.lazy]
         self._summed = [
             (part.entry.name, source, source.data_ptr(), part.entry.nbytes)
             for part in lazy
             for source in part.sources
-            if addressable(source)
+            if addressable(source, self._device)
         ]
+        self._on_device = [device_of(source) is not None for _, source, *_ in self._summed]
         # A plain tensor and what was made of it by detach() have one counter.
         self._watched = [t for part in lazy for t in part.watched[: 2 if isinstance(part.watched[0], DTensor) else 1]]
         self._aside = [(index, part) for index, part in enumerate(parts) if not part.lazy]
-        total = sum(part.entry.nbytes for _, part in self._aside)
-        self._memory = np.zeros(total + 4 * -(-total // BLOCK), dtype=np.uint8)
         self._starts: dict[int, int] = {}
         self._placed: list[tuple[int, int]] = []
         """what torch copies: (number in a frame, where to)"""
-        pieces = []
+        pieces: list[Piece] = []
+        remote: list[int] = []
         at = 0
         for index, part in self._aside:
             self._starts[index] = at
-            direct = part.fixed and all(addressable(source) for source in part.sources)
+            direct = part.fixed and all(addressable(source, self._device) for source in part.sources)
             if not direct:
                 self._placed.append((order[index], at))
             for source in part.sources:
                 size = source.numel() * source.element_size()
+                if direct and device_of(source) is not None:
+                    remote.append(len(pieces))
                 pieces.append((at, source.data_ptr() if direct else 0, size, True))
                 at += size
-        self._copier = engine.Copier(pieces, 0, total)
+        if self._example is not None and not remote:
+            # Something has to tell how far the device is.
+            remote.append(len(pieces))
+            pieces.append((at, self._example.data_ptr(), self._example.element_size(), True))
+            at += self._example.element_size()
+        self._memory = np.zeros(at + 4 * -(-at // BLOCK), dtype=np.uint8)
+        if self._device is None:
+            self._copier: Copier = engine.Copier(pieces, 0, at)
+        else:
+            self._copier = cast(Any, engine).Copier(pieces, 0, at, copying_threads(), self._device, remote)
         # Its threads go on for a moment after `keep`, and the memory must not go before them.
-        weakref.finalize(self, self._copier.wait)
+        weakref.finalize(self, _let_go, self._copier, self._memory)
 
     @staticmethod
     def why_not(parts: Sequence[Part], known: Known) -> str:
         """Why nothing can, or should, be put aside of such a state; empty if it can."""
         if not known.capture.fixed:
             return "it has to be looked through at every step"
-        if any(source.device.type != "cpu" for part in parts for source in part.sources):
-            return "it stands on a device"
+        sources = [source for part in parts for source in part.sources]
+        held = {id(device): device for device in map(device_of, sources) if device is not None}
+        if len(held) > 1 or any(source.device.type != "cpu" and device_of(source) is None for source in sources):
+            return "torch copies a part of it from a device"
+        if any(not device.has_kernels for device in held.values()):
+            return "it stands on a device for which the engine has no kernels, so changes could not be found"
         total = sum(part.entry.nbytes for part in parts if not part.lazy)
         return f"{total:,} bytes of it may change outside of optimizer steps" if total > MOST_ASIDE else ""
 
@@ -110,16 +136,28 @@ class LiveState:
             parts: a frame's.
             document: non-tensor state.
             audit: sum up what is not to change, for `changed`.
+
+        Raises:
+            CudaError: if the device refuses.
         """
         self.key = None
         self._copier.wait()
-        self._copier.start(self._memory.ctypes.data)
+        if self._example is None:
+            self._copier.start(self._memory.ctypes.data)
+        else:
+            cast(DeviceCopier, self._copier).start(self._memory.ctypes.data, False, stream_of(self._example))
         for number, at in self._placed:
             place(self._memory.data, at, parts[number].sources)
         self._document = document
         self._versions = list(map(_version, self._watched))
         self._sums = self._sum() if audit else []
         self.key = key
+
+    def abandon(self) -> None:
+        """Collectives are to be aborted: what a device has not computed yet is no state. From any thread, at once."""
+        key = self.key
+        self._abandoned = True
+        self._arrived = None if self._copier.running() else key
 
     def forget(self) -> None:
         """The live tensors are about to become another state's, or there is an image of it."""
@@ -134,15 +172,35 @@ class LiveState:
 
     def _sum(self) -> list[int]:
         # Whose memory has been taken away has no sum.
-        return [engine.crc32c(at, size) if source.data_ptr() == at else -1 for _, source, at, size in self._summed]
+        ranges = [(at, size if source.data_ptr() == at else 0) for _, source, at, size in self._summed]
+        found = [
+            -1 if remote or source.data_ptr() != at else engine.crc32c(at, size)
+            for (_, source, at, size), remote in zip(self._summed, self._on_device, strict=True)
+        ]
+        if self._device is not None and self._example is not None and any(self._on_device):
+            where = [index for index, remote in enumerate(self._on_device) if remote]
+            prints = self._device.fingerprints([ranges[index] for index in where], stream_of(self._example))
+            for index, value in zip(where, prints, strict=True):
+                found[index] = value
+        return found
 
     def is_clean(self) -> bool:
-        """Whether nothing tells of a change since the boundary."""
+        """Whether nothing tells of a change since the boundary.
+
+        Raises:
+            CudaError: if the device does not tell.
+        """
+        if self._abandoned and self._example is not None and self._arrived != self.key:
+            return False
         same = list(map(_version, self._watched)) == self._versions and self._known.in_place()
         return same and not self.changed()
 
     def write(self, slot: Slot) -> bool:
-        """Make the image in ``slot``; False, and there is none, if somebody reads it or something has changed."""
+        """Make the image in ``slot``; False, and there is none, if somebody reads it or something has changed.
+
+        Raises:
+            CudaError: if a device fails to copy; there is no image then.
+        """
         key = self.key
         if key is None or not self.is_clean():
             return False
@@ -156,4 +214,15 @@ class LiveState:
         if not writer.begin(slot, key, parts, self._document):
             return False
         writer.wait()
-        return not writer.conclude(drop=not self.is_clean())
+        try:
+            clean = self.is_clean()
+        except CudaError:
+            writer.conclude(drop=True)
+            raise
+        return not writer.conclude(drop=not clean)
+
+
+def _let_go(copier: Copier, memory: np.ndarray[Any, Any]) -> None:
+    with contextlib.suppress(CudaError):
+        copier.wait()
+    del memory

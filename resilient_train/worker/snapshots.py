@@ -134,6 +134,7 @@ class Snapshots:
         self._kept = 0
         """How many there were; those whose number is a power of 2 are audited."""
         self._queue: queue.SimpleQueue[_Running | None] = queue.SimpleQueue()
+        self._aborted = False
         self._hook: RemovableHandle | None = None
         self._undisturbed = False
         if lazy:
@@ -203,16 +204,27 @@ class Snapshots:
             writer = self._planned(frame)
         except (UnsupportedState, CudaError):
             return  # The next snapshot says so.
+        self._kept += 1
+        try:
+            why_not = self._put_aside(writer, frame, key)
+        except CudaError as error:
+            why_not = str(error)
+        if why_not:
+            logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why_not)
+            self._keeps, self._live = False, None
+
+    def _put_aside(self, writer: ImageWriter, frame: Frame, key: Key) -> str:
+        """Why not, if so."""
         if self._live is None or self._live.layout is not writer.layout:
             parts = [self._lazily(frame.parts[index]) for index in self._order]
             why_not = LiveState.why_not(parts, frame.known)
             if why_not:
-                logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why_not)
-                self._keeps, self._live = False, None
-                return
+                return why_not
             self._live = LiveState(writer.layout, parts, self._order, frame.known, self._rank, self._size)
-        self._kept += 1
+        if self._aborted:
+            self._live.abandon()
         self._live.keep(key, frame.parts, frame.document, audit=self._kept & (self._kept - 1) == 0)
+        return ""
 
     def publish_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
         """Make an image of the last boundary, if it has none and the live tensors still hold its state; its key.
@@ -224,6 +236,16 @@ class Snapshots:
         Raises:
             MemoryRefused: if there is no memory for it.
         """
+        try:
+            return self._write_live(safe, past)
+        except CudaError as error:
+            self._without_device(str(error))
+        try:
+            return self._write_live(safe, past)  # By torch.
+        except CudaError:
+            return None
+
+    def _write_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
         live = self._live
         if live is None or live.key is None:
             return None
@@ -241,7 +263,10 @@ class Snapshots:
     def _forget_live(self) -> None:
         live = self._live
         if live is not None and live.key is not None:
-            self._copy_at_once(live.changed())
+            try:
+                self._copy_at_once(live.changed())
+            except CudaError as error:
+                self._without_device(str(error))
             live.forget()
 
     def settle(self) -> OwnSlot | None:
@@ -279,6 +304,9 @@ class Snapshots:
         running = self._running
         if running is not None and running.writer.on_device:
             running.abandoned = True
+        self._aborted = True
+        if self._live is not None:
+            self._live.abandon()
 
     def close(self) -> None:
         """Finish what is running and let go of the state."""

@@ -354,20 +354,35 @@ class Training:
         self.step = self.published = 0
         self.expected: dict[str, list[torch.Tensor]] = {}
 
-    def boundary(self) -> None:
+    def reach(self) -> None:
+        """The next boundary."""
         self.check()
         self.step += 1
         frame = self.state.capture(0)
         self.expected = {part.entry.name: [source.detach().clone() for source in part.sources] for part in frame.parts}
         self.document = frame.document
+
+    def boundary(self) -> None:
+        self.reach()
         assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None})
+
+    def kept(self) -> None:
+        """A boundary without a snapshot."""
+        self.reach()
+        self.snapshots.keep(Key(1, self.step))
+
+    def train(self) -> None:
+        self.backward()
+        self.optim.step()
+        self.optim.zero_grad()
+
+    def backward(self) -> None:
+        self.model(torch.randint(2000, (64,), device=CUDA)).backward()
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
             self.boundary()
-            self.model(torch.randint(2000, (64,), device=CUDA)).backward()
-            self.optim.step()
-            self.optim.zero_grad()
+            self.train()
 
     def check(self) -> None:
         """The image of the last boundary is that boundary's state, or there is none."""
@@ -436,6 +451,33 @@ def test_every_image_is_that_of_its_boundary_on_another_stream_and_without_waiti
             training.check()
             assert training.published == 6
             training.close()
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("kind", ["fused", "capturable"])
+def test_a_boundary_without_a_snapshot_is_left_behind(kind: str, late: bool) -> None:
+    """It is that boundary's state, unless an abort came before the device got there: then there is none."""
+    training = Training(OPTIMIZERS[kind])
+    training.run(FIRST_AUDITS + 1)
+    for _ in range(2):  # Both are audited, for which the host waits.
+        training.kept()
+        training.train()
+    before = training.published
+    if late:
+        torch.cuda._sleep(A_WHILE)
+    training.kept()
+    training.backward()
+    live = training.snapshots._live
+    assert live is not None
+    if not late:
+        live._copier.wait()
+    training.snapshots.abandon()
+    left = training.snapshots.publish_live(Key(1, training.step - 1), {1: None})
+    assert left == (None if late else Key(1, training.step))
+    training.check()
+    assert training.published == before + (not late)
+    training.close()
 
 
 @pytest.mark.usefixtures("engine")

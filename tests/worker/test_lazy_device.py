@@ -19,6 +19,7 @@ from resilient_train.image import snapshot
 from resilient_train.image.arena import Board, Slot, create_memory
 from resilient_train.image.reader import memory_reader
 from resilient_train.spec.world import Key
+from resilient_train.worker import live
 from resilient_train.worker.slots import Slots
 from resilient_train.worker.snapshots import FIRST_AUDITS, Snapshots
 from resilient_train.worker.state import State
@@ -78,11 +79,12 @@ class Training:
         for address, tensor in self.claimed.items():
             cuda.claim(address, tensor.nbytes)
         monkeypatch.setattr(devices, "_devices", {0: cuda.device(kernels=kernels)})
-        for module in (snapshot, devices):
+        for module in (snapshot, devices, live):
             monkeypatch.setattr(module, "device_of", self.device_of)
             monkeypatch.setattr(module, "stream_of", lambda tensor: self.stream)
-        monkeypatch.setattr(snapshot, "addressable", self.addressable)
-        monkeypatch.setattr(snapshot, "place", self.place)
+        for module in (snapshot, live):
+            monkeypatch.setattr(module, "addressable", self.addressable)
+            monkeypatch.setattr(module, "place", self.place)
         self.optim = Optimizer(self)
         self.snapshots = Snapshots(State(model=self.model), self.host, 0, 1, lazy=True)  # type: ignore[arg-type]
         self.step = 0
@@ -110,6 +112,20 @@ class Training:
         self.check()
         self.step += 1
         assert self.snapshots.take(Key(1, self.step), Key(1, self.step - 1), {1: None})
+
+    def kept(self) -> None:
+        """A boundary without a snapshot."""
+        self.check()
+        self.step += 1
+        self.snapshots.keep(Key(1, self.step))
+
+    def leave(self) -> bool:
+        """End here; whether an image was left behind, which is the last boundary's."""
+        count = len(self.published)
+        key = self.snapshots.publish_live(Key(1, self.step - 1), {1: None})
+        self.check()
+        assert (key == Key(1, self.step)) == (len(self.published) == count + 1)
+        return key is not None
 
     def forward(self) -> None:
         self.write(self.model.counts, 100 + self.step)
@@ -264,6 +280,125 @@ def test_what_an_abort_has_spoilt_is_not_published(cuda: Any, monkeypatch: pytes
     assert training.host.board.published(0) == Key(1, FIRST_AUDITS + 1)
     cuda.delay(0)
     training.close()
+
+
+def left(training: Training) -> Training:
+    """A training behind its third boundary without a snapshot, before the optimizer steps; the device is behind."""
+    training.run(FIRST_AUDITS + 1)
+    for _ in range(2):
+        training.kept()
+        training.forward()
+        training.optim.step()
+    training.cuda.delay(0.05)
+    training.kept()
+    training.forward()
+    return training
+
+
+def test_the_state_of_a_boundary_without_a_snapshot_is_left_behind(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the forward pass changed is as it was, although the device got there after the host."""
+    training = left(Training(cuda, monkeypatch))
+    assert training.leave()
+    training.close()
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_only_what_was_computed_before_an_abort_is_left_behind(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    """The device had got to the boundary when the collectives were aborted, or there is nothing."""
+    training = left(Training(cuda, monkeypatch))
+    if arrived:
+        cuda.finish(training.stream)
+        assert training.snapshots._live is not None
+        training.snapshots._live._copier.wait()
+    training.snapshots.abandon()
+    assert training.leave() == arrived
+    training.close()
+
+
+def test_nothing_that_comes_behind_an_abort_is_left_behind(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host reaches one more boundary before it hears."""
+    training = left(Training(cuda, monkeypatch))
+    training.snapshots.abandon()
+    training.optim.step()
+    training.kept()
+    cuda.finish(training.stream)
+    assert not training.leave()
+    training.close()
+
+
+def test_nothing_is_left_behind_once_an_optimizer_has_begun(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the device has not begun yet."""
+    training = left(Training(cuda, monkeypatch))
+    training.optim.step()
+    assert not training.leave()
+    training.close()
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_changed_parameter_leaves_nothing_behind(cuda: Any, monkeypatch: pytest.MonkeyPatch, counted: bool) -> None:
+    """What a version counter shows at any boundary, and what none shows at those that are audited; the latter once."""
+    training = Training(cuda, monkeypatch)
+    training.run(FIRST_AUDITS + 1)
+    training.kept()
+    training.forward()
+    training.write(training.model.large[2], 200)
+    if counted:
+        torch.autograd.graph.increment_version(training.model.large[2])
+    assert not training.leave()
+    training.optim.step()
+    if not counted:
+        assert training.snapshots._eager == {"model/large.2"}
+        training.kept()
+        training.write(training.model.large[2], 200)
+        assert training.leave()
+    training.close()
+
+
+@pytest.mark.parametrize("name", ["cuMemcpyBatchAsync", "cuMemAlloc", "cuEventSynchronize"])
+def test_a_device_that_fails_at_the_end_leaves_it_to_torch(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Not enough of its memory is left, or a copy fails."""
+    training = left(Training(cuda, monkeypatch))
+    cuda.finish(training.stream)
+    assert training.snapshots._live is not None
+    training.snapshots._live._copier.wait()
+    cuda.fail(name)
+    assert training.leave()
+    training.close()
+
+
+def test_a_device_that_refuses_has_nothing_put_aside(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once; the training goes on."""
+    training = Training(cuda, monkeypatch)
+    training.run(FIRST_AUDITS + 1)
+    caplog.set_level("INFO")
+    cuda.fail("cuMemAlloc")
+    for _ in range(2):
+        training.kept()
+        training.forward()
+        training.optim.step()
+    assert caplog.text.count("a loss costs the steps since the last snapshot") == 1
+    assert not training.leave()
+    training.boundary()
+    training.check()
+    assert training.published[-1] == training.step
+    training.close()
+
+
+def test_without_kernels_nothing_is_left_behind(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No audit could tell whether it is that boundary's."""
+    caplog.set_level("INFO")
+    training = left(Training(cuda, monkeypatch, kernels=False))
+    assert not training.leave()
+    training.close()
+    assert caplog.text.count("the engine has no kernels") == 1
 
 
 def test_uploads_fill_tensors_on_the_device(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
