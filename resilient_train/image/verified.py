@@ -166,9 +166,28 @@ class VerifiedImage:
         if bad >= 0:
             raise self._failed(run.first + bad)
 
-    def deliver(self, run: Run, source: int) -> bool:
-        """Put a run, whose bytes begin at address ``source``, where it belongs; whether all blocks are sound."""
-        return self._placed(source, run, self._sums[run.first : run.last + 1].tolist()) < 0
+    def deliver(self, run: Run, source: int, gaps: Sequence[int] | None = None) -> bool:
+        """Put a run where it belongs; whether all blocks are sound.
+
+        Args:
+            run: which.
+            source: address of its blocks, or of its rows alone, one behind the other.
+            gaps: with rows alone, what the other bytes add to the blocks' checksums.
+        """
+        sums = self._sums[run.first : run.last + 1].tolist()
+        if gaps is None:
+            return self._placed(source, run, sums) < 0
+        return engine.scatter_rows(source, run.size, _places(run), gaps, sums) < 0
+
+    def mapped(self, offset: int) -> int:
+        """Address of a byte of the image.
+
+        Raises:
+            CheckpointDamaged: if it is not in mapped memory.
+        """
+        if not self._address:
+            raise CheckpointDamaged(f"{self.name} is not in this node's memory any more")
+        return self._address + offset
 
     def _fetched(self, run: Run) -> int:
         begin = self.layout.data_start + run.first * BLOCK

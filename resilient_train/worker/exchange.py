@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -30,7 +30,11 @@ class Exchange:
         self.size = size
         # Bytes come from, and are checked by, the host: a backend for its memory, if there is one, saves two copies.
         backends = dict(pair.split(":", 1) for pair in dist.get_backend_config().split(","))
-        self._device = torch.device("cpu" if "cpu" in backends else torch.accelerator.current_accelerator() or "cpu")
+        accelerator = torch.accelerator.current_accelerator()
+        self._device = torch.device("cpu" if "cpu" in backends else accelerator or "cpu")
+        fast = accelerator is not None and accelerator.type in backends
+        self.fast = torch.device(accelerator) if fast and accelerator is not None else self._device
+        """What large messages go by: the backend of the GPUs, where there are any."""
 
     def from_first(self, attempt: Callable[[], bytes]) -> bytes:
         """What ``attempt`` gives on rank 0, which alone makes it.
@@ -64,6 +68,36 @@ class Exchange:
         if error is not None:
             raise error
         return [_heard(rank, _bytes(page[: int(n)])) for rank, (page, n) in enumerate(zip(pages, lengths, strict=True))]
+
+    def swap(
+        self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]
+    ) -> Callable[[], None]:
+        """Begin to send bytes to ranks and to receive as many as they send; what waits until all is there.
+
+        Whatever one rank sends in its n-th call to another that one receives in its n-th with this rank: NCCL takes a
+        call's messages together.
+
+        Args:
+            sends: (bytes, to whom), which stay as they are until it is done.
+            receives: (where to, from whom).
+        """
+        going = [(data.to(self.fast), to) for data, to in sends]
+        coming = [(torch.empty_like(place, device=self.fast), place, of) for place, of in receives]
+        if self.fast.type == "cpu":
+            coming = [(place, place, of) for place, of in receives]
+        messages = [dist.P2POp(dist.isend, data, to) for data, to in going]
+        messages += [dist.P2POp(dist.irecv, data, of) for data, _, of in coming]
+        works = dist.batch_isend_irecv(messages) if messages else []
+
+        def finish() -> None:
+            for work in works:
+                work.wait()
+            going.clear()  # Held until here: the backend may read it.
+            for data, place, _ in coming:
+                if data is not place:
+                    place.copy_(data)
+
+        return finish
 
     def send(self, buffer: torch.Tensor, to: int) -> Callable[[], object]:
         """Begin to send bytes to a rank, which receives as many; what waits until they are on their way.

@@ -38,7 +38,11 @@ class Images:
         self.brought = 0
         """Bytes that `bring` has put in place."""
         self.moved = 0
-        """Those of them that came from the memory of other nodes."""
+        """Those of them that came from the memory of other nodes by connections of keepers."""
+        self.passed = 0
+        """Those of them that came from there by the process group."""
+        self.rates: tuple[float, float] | None = None
+        """Bytes per second by these two ways, of all ranks together, if they were measured."""
         self._open = open_image
         self._readers: dict[int, ImageReader] = {}
 

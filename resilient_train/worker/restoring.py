@@ -95,8 +95,10 @@ class Restoring:
         self._size = size
         self._restores = host.restores()
         self._alike = size == 1
-        self._volume = 0, 0
-        """Bytes read, and those of them from other nodes' memory."""
+        self._volume = 0, 0, 0
+        """Bytes read, those of them over connections of keepers, and over the process group."""
+        self._rates: tuple[float, float] | None = None
+        """Bytes per second by these two ways, of all ranks together, if they were measured."""
 
     def newest(self) -> Restored:
         """Fill the state from the newest whole state; a fresh start leaves it as it is.
@@ -144,9 +146,12 @@ class Restoring:
             )
 
     def _sources(self) -> list[Source]:
-        sources: list[Source] = [MemorySource(self._host.keeper)]
+        exchange = Exchange(self._rank, self._size) if self._size > 1 else None
+        # All ranks agree on this: either every node has them all, or none has.
+        several = len(self._host.local_slots) < self._size
+        sources: list[Source] = [MemorySource(self._host.keeper, exchange if several else None)]
         if self._tier is not None:
-            sources.append(TierSource(self._tier, Exchange(self._rank, self._size) if self._size > 1 else None))
+            sources.append(TierSource(self._tier, exchange))
         return sources
 
     def _choose(self, past: dict[int, int | None], damaged: list[tuple[str, Key]]) -> dict[str, Any]:
@@ -203,7 +208,8 @@ class Restoring:
         try:
             with source.open(state, self._rank) as images:
                 left = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
-                self._volume = images.brought, images.moved
+                self._volume = images.brought, images.moved, images.passed
+                self._rates = images.rates
                 return None, left
         except Exception as error:
             # Whatever it is, memory that is not to be had for instance: the others wait to hear how it went.
@@ -213,8 +219,11 @@ class Restoring:
         volume = torch.tensor(self._volume, dtype=torch.int64, device=self._host.device)
         if self._size > 1:
             dist.all_reduce(volume)
-        brought, moved = (f"{count / (1 << 20):,.1f} MiB" for count in volume.tolist())
+        brought, moved, passed = (f"{count / (1 << 20):,.1f} MiB" for count in volume.tolist())
         between = f", {moved} of it over connections of keepers" if volume[1] else ""
+        between += f", {passed} over the process group" if volume[2] else ""
+        if self._rates is not None:
+            between += " (measured: {:.2f} and {:.2f} GiB/s)".format(*(rate / (1 << 30) for rate in self._rates))
         return f"{brought} in {seconds:.2f} s{between}"
 
     def _check_all_wanted(self, left: dict[str, bool]) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from resilient_train.errors import CheckpointDamaged, PeerFailed, ResilientError
 from resilient_train.image.arena import Slot
@@ -24,6 +25,7 @@ from resilient_train.worker.images import Images
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.rebuilt import reading, rebuilt_images
 from resilient_train.worker.remote import Holder, RemoteImage
+from resilient_train.worker.transport import NodesImages, failed
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,13 @@ class MemorySource:
 
     name = "memory"
 
-    def __init__(self, keeper: KeeperLink) -> None:
+    def __init__(self, keeper: KeeperLink, exchange: Exchange | None = None) -> None:
+        """Args:
+        keeper: this node's.
+        exchange: by which all ranks open a state together; None: all of them are on this node.
+        """
         self._keeper = keeper
+        self._exchange = exchange
         self.waits = False
 
     def candidates(self, past: Mapping[int, int | None]) -> list[Candidate]:
@@ -90,8 +97,16 @@ class MemorySource:
         Raises:
             CheckpointDamaged: if one that was there is gone.
         """
-        with self._opened(state, self._keeper.everywhere(), rank) as images:
-            yield images
+        together: list[NodesImages] = []
+        try:
+            with self._opened(state, self._keeper.everywhere(), rank) as images:
+                if self._exchange is not None:
+                    together.append(NodesImages(images, self._exchange))
+                yield together[0] if together else images
+        except Exception as error:
+            if self._exchange is not None:
+                _tell(error, together[0].give_up if together else partial(failed, self._exchange))
+            raise
 
     @contextmanager
     def _opened(self, state: Candidate, listing: Listing, rank: int | None) -> Iterator[Images]:
@@ -247,7 +262,11 @@ class TierSource:
         try:
             yield images
         except Exception as error:
-            other = PeerFailed(f"{type(error).__name__}: {error}")
-            with suppress(ResilientError):  # What everybody hears is raised here, too.
-                images.give_up(error if isinstance(error, ResilientError) else other)
+            _tell(error, images.give_up)
             raise
+
+
+def _tell(error: Exception, tell: Callable[[ResilientError], None]) -> None:
+    """Whoever waits to hear what this rank wants hears of its error."""
+    with suppress(ResilientError):  # What everybody hears is raised here, too.
+        tell(error if isinstance(error, ResilientError) else PeerFailed(f"{type(error).__name__}: {error}"))
