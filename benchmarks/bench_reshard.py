@@ -4,8 +4,8 @@
 
 **memory**: a job of four nodes of one rank, each an ``rtrun``, trains a sharded (FSDP2) model with AdamW's moments; one
 node is killed with all it held, and the other three put the state together from their own memory, each other's, and the
-copies of the lost node's, in the processes that they are.  Bytes are those of the loopback interface, everything
-included.  Beside it, in turns: ``dcp.save`` on four ranks and ``dcp.load`` on three, on disk (in the page cache), and
+copies of the lost node's, in the processes that they are.  Bytes are those of the
+loopback interface, everything included.  From 3072 MiB on they try both ways to move bytes.  Beside it, in turns: ``dcp.save`` on four ranks and ``dcp.load`` on three, on disk (in the page cache), and
 as many bytes as were moved through one plain socket.
 
 **transport**: the same bytes from one process to another, in turns, in the pieces of a restore: by the connections that
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -134,8 +135,8 @@ def steps(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int]:
-    """(seconds of the slowest rank, bytes moved, the least that could be)."""
+def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int, list[float]]:
+    """(seconds of the slowest rank, bytes moved, the least that could be, GiB/s that both ways were tried at)."""
     (folder / "rows").mkdir(parents=True)
     arguments = [str(folder / "rows"), str(mib), str(dim)]
     flags = ("--nnodes=3:4", "--nproc-per-node=1", "--rdzv-conf=last_call_timeout=90")
@@ -147,13 +148,15 @@ def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int]:
         nodes.kill(3)
         until(lambda: sum(len(found) > 1 for found in rows(folder / "rows").values()) == 3, nodes, "recovery")
         after = {pid: found[-1] for pid, found in rows(folder / "rows").items() if len(found) > 1}
+        tried = re.search(r"measured: ([0-9.]+) and ([0-9.]+) GiB/s", nodes.output)
     copies = place(Topology(dict.fromkeys(first.values(), ())), 1)
     holders = {before[pid]: {node, *copies[node]} for pid, node in first.items()}
     here = {pid: {rank for rank, nodes in holders.items() if first[pid] in nodes} for pid in after}
     assert all(found["step"] for found in after.values())
     moved = int(statistics.median(found["moved"] for found in after.values()))
     fewest = least({pid: found["rank"] for pid, found in after.items()}, here, mib)
-    return max(found["seconds"] for found in after.values()), moved, fewest
+    rates = [float(rate) for rate in tried.groups()] if tried else []
+    return max(found["seconds"] for found in after.values()), moved, fewest, rates
 
 
 def least(after: Mapping[int, int], here: Mapping[int, set[int]], mib: int) -> int:
@@ -242,8 +245,10 @@ def memory(mib: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=".") as scratch:
         for turn in range(rounds):
             for dim in (0, 1):
-                took, moved, fewest = from_memory(Path(scratch) / f"{turn}.{dim}", mib, dim)
+                took, moved, fewest, rates = from_memory(Path(scratch) / f"{turn}.{dim}", mib, dim)
                 told.setdefault(f"from memory, shards on dim {dim}", []).append(took)
+                for name, rate in zip(("keepers' connections", "process group"), rates, strict=False):
+                    told.setdefault(f"  tried by all ranks, GiB/s: {name}", []).append(rate)
                 told.setdefault(f"moved over the least possible, dim {dim}", []).append(moved / fewest)
                 told.setdefault("a plain socket, as many bytes", []).append(through_a_socket(moved))
             folder = Path(scratch) / f"{turn}.dcp"

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-LEAST = 256 << 20
+LEAST = 128 << 20
 """Bytes for one rank from which on something is tried: less is there in the time that it takes to find out."""
 MOST_TRIED = 4
 """Runs, of at most 8 MiB, of a flow that are tried each way."""
-_PART = 16
+_PART = 8
 """At most one of so many runs is tried each way."""
 
 
