@@ -11,7 +11,7 @@ from resilient_train.plan.transport import LEAST, MOST_TRIED, Sample, rate, serv
 
 @pytest.mark.parametrize("runs", [0, 1, 7, 8, 15, 16, 32, 64, 1000, 10**6])
 def test_little_of_a_flow_is_tried(runs: int) -> None:
-    """As much each way, a few runs at most, and three eighths of all at most; what opens connections counts for neither."""
+    """As much each way, a few runs at most and three eighths of all; what opens connections counts for neither."""
     tried = stages(runs)
     assert tried.keepers == tried.group <= MOST_TRIED
     assert sum(tried) <= runs * 3 / 8
