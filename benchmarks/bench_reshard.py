@@ -4,7 +4,7 @@
 
 **memory**: a job of four nodes of one rank, each an ``rtrun``, trains a sharded (FSDP2) model with AdamW's moments; one
 node is killed with all it held, and the other three put the state together from their own memory, each other's, and the
-copies of the lost node's, in the processes that they are; from 3072 MiB on they try both ways to move bytes.  Bytes are
+copies of the lost node's, in the processes that they are; from 2400 MiB on they try both ways to move bytes.  Bytes are
 those of the loopback interface, everything included.  Beside it, in turns: ``dcp.save`` on four ranks and ``dcp.load``
 on three, on disk (in the page cache), and as many bytes as were moved through one plain socket.
 

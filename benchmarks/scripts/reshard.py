@@ -7,6 +7,7 @@ bytes that went over the loopback interface until all had their part.
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -65,4 +66,6 @@ def train(world: rt.World) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig()
+    logging.getLogger("resilient_train.worker.restoring").setLevel(logging.INFO)  # What it tells of a restore.
     train()

@@ -73,7 +73,7 @@ def persist(tier: Tier, job: Job, *, divide: bool = True) -> Written:
     Args:
         tier: where to.
         job: what.
-        divide: whether each node writes a part only of what all nodes hold alike.
+        divide: whether each node writes a part only of what all nodes hold alike; not where they were found to differ.
 
     Raises:
         UnsupportedState: if ranks of this node hold different values of what is to be saved once.
@@ -95,6 +95,7 @@ def persist(tier: Tier, job: Job, *, divide: bool = True) -> Written:
         files=tuple(files),
         past=job.past,
         divided=shares.divided,
+        differed=not divide,
         sums=shares.sums,
     )
     if job.key in committed:

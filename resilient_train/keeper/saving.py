@@ -154,7 +154,7 @@ class Saving:
         if len(handover.slots) == handover.local:
             # Whatever older state some rank never handed over (it died) will not be completed any more.
             for other in [k for k in self._handovers if k < key and k != self.running]:
-                self._give_back(other, f"{key} is newer")
+                self._give_back(other, f"{key} is being made durable instead")
             self._start(key)
 
     def take(self, key: Key, images: Mapping[int, int], world: int) -> bool:
@@ -260,10 +260,12 @@ class Saving:
             if outcome.awaited:
                 # Its images are not needed any more, so training goes on with the slots.
                 self._awaited[key] = givers
-                self._keeper.notice("persisting", f"{key} is written as far as this node has it: {outcome.cost}")
+                self._keeper.notice("persisting", f"this node's part of {key} is written: {outcome.cost}")
             elif not outcome.error:
                 self.persisted = max(key, self.persisted or key)
-                self._keeper.notice("persisted", f"{key} is durable in {outcome.job.url}: {outcome.cost}")
+                alone = len(outcome.job.images) == outcome.job.world
+                cost = outcome.cost if alone else f"this node wrote {outcome.cost}"
+                self._keeper.notice("persisted", f"{key} is durable in {outcome.job.url}: {cost}")
                 self._tell(givers, key, "")
             else:
                 self.why_not = outcome.error

@@ -24,7 +24,7 @@ from resilient_train.tools.clean import propose, remove
 from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
 from resilient_train.tools.inspect import Content, inspect
-from resilient_train.tools.location import find, parse
+from resilient_train.tools.location import find, fits, parse
 from resilient_train.tools.status import describe, jobs, the_job, wish
 from resilient_train.tools.survey import COMMITTED, Checkpoint, survey
 from resilient_train.tools.text import count, human, parse_size, table
@@ -32,7 +32,7 @@ from resilient_train.tools.verify import Verdict, verify
 
 _EPILOG = """
 URL is a path or any fsspec URL, as given to Checkpointer. URL@120 means the checkpoint of step 120, URL@120.g3 the one
-that lineage 3 computed; without a step, the newest.
+that lineage 3 computed; without a step, the newest. The folder of one checkpoint means that one.
 
 exit codes: 0 fine; 1 something is damaged, missing or could not be read or written; 2 a wrong command line; 130
 interrupted.
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    ls = command("ls", _ls, "URL", "list checkpoints, newest last")
+    ls = command("ls", _ls, "URL[@STEP]", "list checkpoints, newest last")
     look = command("inspect", _inspect, "URL[@STEP]", "show what a checkpoint holds")
     check = command("verify", _verify, "URL[@STEP]", "read all of a checkpoint and hold it against its checksums")
     check.add_argument("--all", action="store_true", help="every committed checkpoint there")
@@ -157,12 +157,15 @@ def _scale(args: argparse.Namespace) -> ExitCode:
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:
-    tier = _opened(args.place)
+    location = parse(args.place)
+    tier = _opened(location.url)
     # To ask a server about every file takes long.
-    found = survey(tier, sizes=tier.local)
+    found = [one for one in survey(tier, sizes=tier.local) if fits(one.key, location)]
+    if location.step is not None and not found:
+        raise StorageError(f"{location.url}: there is nothing of step {location.step}")
     total = sum(one.nbytes or 0 for one in found)
     if args.json:
-        _print_json({"url": args.place, "checkpoints": [one.to_json() for one in found], "total_bytes": total})
+        _print_json({"url": location.url, "checkpoints": [one.to_json() for one in found], "total_bytes": total})
         return ExitCode.SUCCESS
     if found:
         head = ("STEP", "LINEAGE", "RANKS", "SIZE", "STATE", "NOTE")
@@ -291,6 +294,9 @@ def _import(args: argparse.Namespace) -> ExitCode:
 def _clean(args: argparse.Namespace) -> ExitCode:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep must be at least 1, it is {args.keep}")
+    location = parse(args.place)
+    if location.step is not None:
+        raise ConfigError(f"clean looks at all checkpoints of a place: leave the step out, {location.url}")
     tier = _opened(args.place)
     proposal = propose(tier, args.keep)
     for one in proposal.kept:

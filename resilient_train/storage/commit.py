@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from resilient_train.errors import CheckpointDamaged, FormatError, ReplicasDiffer
@@ -69,6 +69,8 @@ class Manifest:
     """The job's ancestry: lineage to the last step of it that belongs to the past (None: all)."""
     divided: int = 0
     """If the ranks have divided what they hold alike as `resilient_train.plan.division` says: its `LEAST`."""
+    differed: bool = False
+    """Whether nodes were found to hold different values of what they should hold alike, so that each wrote its own."""
     sums: Mapping[str, ColumnSum] = field(default_factory=dict)
     """Of a part: what other parts have to say the same of, by `Column.name`."""
 
@@ -109,6 +111,7 @@ def encode_part(manifest: Manifest) -> bytes:
         "world": manifest.world,
         "past": [[lineage, bound] for lineage, bound in sorted(manifest.past.items())],
         "divided": manifest.divided,
+        "differed": manifest.differed,
         "sums": {name: [some.crc, some.rank, some.tensors] for name, some in sorted(manifest.sums.items())},
         "files": [asdict(file) for file in sorted(manifest.files, key=lambda file: file.rank)],
     }
@@ -132,8 +135,17 @@ def decode_part(data: bytes, path: str) -> Manifest:
             jsontree.integer(one): None if bound is None else jsontree.integer(bound) for one, bound in document["past"]
         }
         divided = jsontree.integer(document.get("divided", 0))
+        differed = bool(document.get("differed"))
         sums = {name: _sum(row) for name, row in document.get("sums", {}).items()}
-        return Manifest(key=Key(lineage, step), world=world, files=files, past=past, divided=divided, sums=sums)
+        return Manifest(
+            key=Key(lineage, step),
+            world=world,
+            files=files,
+            past=past,
+            divided=divided,
+            differed=differed,
+            sums=sums,
+        )
     except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointDamaged(f"{path}: not a manifest: {error!r:.500}") from error
 
@@ -170,7 +182,8 @@ def merge(parts: Iterable[Manifest]) -> Manifest | None:
         return None
     _check_same(parts)
     ordered = tuple(files[rank] for rank in range(first.world))
-    return Manifest(key=first.key, world=first.world, files=ordered, past=first.past, divided=first.divided)
+    differed = any(part.differed for part in parts)
+    return replace(first, files=ordered, differed=differed, sums={})
 
 
 def _check_same(parts: Sequence[Manifest]) -> None:

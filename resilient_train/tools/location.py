@@ -1,4 +1,4 @@
-"""Which checkpoint is meant by ``URL[@STEP]``."""
+"""Which checkpoint is meant by ``URL[@STEP]``, or by its own folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from resilient_train.errors import ConfigError, StorageError
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing
+from resilient_train.storage.commit import key_of
 from resilient_train.storage.tier import Tier
 
 _AT = re.compile(r"(?P<url>.+)@(?P<step>\d+)(\.g(?P<lineage>\d+))?")
@@ -27,7 +28,16 @@ class Location:
 
 
 def parse(text: str) -> Location:
-    """Split a command line's argument; an ``@`` that no step follows belongs to the URL."""
+    """Split a command line's argument; an ``@`` that no step follows belongs to the URL.
+
+    Raises:
+        ConfigError: if it is empty.
+    """
+    if not text:
+        raise ConfigError("the place is empty: it is a path or a URL, as given to Checkpointer")
+    url, _, last = text.rstrip("/").rpartition("/")
+    if key := key_of(last):
+        return Location(url=url or ("/" if text.startswith("/") else "."), step=key.step, lineage=key.lineage)
     match = _AT.fullmatch(text)
     if match is None:
         return Location(url=text)
@@ -54,12 +64,12 @@ def choose(location: Location, committed: Sequence[Key], unfinished: Sequence[Ke
         raise StorageError(f"{location.url}: there is no committed checkpoint{left}{hint}")
     if location.step is None:
         return max(committed)
-    fitting = [key for key in committed if _fits(key, location)]
+    fitting = [key for key in committed if fits(key, location)]
     if len(fitting) > 1:
         names = ", ".join(f"{key.step}.g{key.lineage}" for key in sorted(fitting))
         raise ConfigError(f"step {location.step} was computed by several lineages: say one of {names}")
     if not fitting:
-        if any(_fits(key, location) for key in unfinished):
+        if any(fits(key, location) for key in unfinished):
             raise StorageError(f"{location.url}: the checkpoint of step {location.step} is unfinished")
         there = ", ".join(f"{key.step}.g{key.lineage}" for key in sorted(committed)[-10:])
         asked = f"step {location.step}" + ("" if location.lineage is None else f" of lineage {location.lineage}")
@@ -67,5 +77,6 @@ def choose(location: Location, committed: Sequence[Key], unfinished: Sequence[Ke
     return fitting[0]
 
 
-def _fits(key: Key, location: Location) -> bool:
-    return key.step == location.step and location.lineage in (None, key.lineage)
+def fits(key: Key, location: Location) -> bool:
+    """Whether a checkpoint may be the one that is meant."""
+    return location.step in (None, key.step) and location.lineage in (None, key.lineage)

@@ -12,6 +12,7 @@ from resilient_train.storage.commit import MANIFEST, Manifest, folder_of, key_of
 from resilient_train.storage.tier import Tier
 
 COMMITTED, UNFINISHED, DAMAGED = "committed", "unfinished", "damaged"
+DIFFERED = "nodes held different replicas, and each wrote its own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +75,7 @@ def _committed(tier: Tier, key: Key, names: set[str], sizes: bool) -> Checkpoint
         state=DAMAGED if note else COMMITTED,
         ranks=manifest.world,
         nbytes=sum(file.size for file in manifest.files),
-        note=note,
+        note=note or DIFFERED * manifest.differed,
     )
 
 

@@ -68,7 +68,7 @@ def verify(tier: Tier, key: Key, progress: Progress) -> Verdict:
     except StorageUnusable:
         raise
     except StorageError as error:
-        verdict.damage.append(Damage(file=f"{folder}/{MANIFEST}", reason=str(error)))
+        verdict.damage.append(_damage(tier, f"{folder}/{MANIFEST}", error))
         return verdict
     verdict.images, verdict.nbytes = len(manifest.files), sum(file.size for file in manifest.files)
     sound, done = [], 0
@@ -85,12 +85,16 @@ def verify(tier: Tier, key: Key, progress: Progress) -> Verdict:
         except StorageUnusable:
             raise
         except StorageError as error:
-            verdict.damage.append(Damage(file=f"{folder}/{file.name}", reason=str(error)))
+            verdict.damage.append(_damage(tier, f"{folder}/{file.name}", error))
         done += file.size
         progress(done, verdict.nbytes)
     if len(sound) == len(manifest.files):
-        verdict.damage += _whole(tier, manifest, sound)
+        verdict.damage += _whole(manifest, sound)
     return verdict
+
+
+def _damage(tier: Tier, file: str, error: StorageError) -> Damage:
+    return Damage(file=file, reason=str(error).removeprefix(f"{tier.name}/{file}: "))
 
 
 def _read_all(image: VerifiedImage, report: Callable[[int], None]) -> None:
@@ -114,7 +118,7 @@ def _read_all(image: VerifiedImage, report: Callable[[int], None]) -> None:
     parts_of(image)
 
 
-def _whole(tier: Tier, manifest: Manifest, images: Sequence[VerifiedImage]) -> list[Damage]:
+def _whole(manifest: Manifest, images: Sequence[VerifiedImage]) -> list[Damage]:
     """What the images lack together."""
     entries = [image.entries() for image in images]
     folder = folder_of(manifest.key)
@@ -123,4 +127,4 @@ def _whole(tier: Tier, manifest: Manifest, images: Sequence[VerifiedImage]) -> l
         e.name for some in entries for e in some
     }
     problems += [f"the images do not cover {name}" for name in sorted({*missing(entries), *gone})]
-    return [Damage(file=folder, reason=f"{tier.name}/{folder}: {problem}") for problem in problems]
+    return [Damage(file=folder, reason=problem) for problem in problems]

@@ -357,9 +357,21 @@ def open_together(tier: Tier, key: Key, exchange: Exchange) -> Images:
     """
     said = exchange.from_first(lambda: encode_part(read_manifest(tier, key)))
     manifest = decode_part(said, f"the manifest of {key} from rank 0")
+    if exchange.rank == 0:
+        say_differed(manifest)
     if tier.local and len(manifest.files) <= FEW_FILES:
         return Images.committed(tier, manifest)
     return SharedImages(tier, manifest, exchange)
+
+
+def say_differed(manifest: Manifest) -> None:
+    """Say so where a checkpoint's replicas are not one state."""
+    if manifest.differed:
+        logger.warning(
+            "%s: its nodes held different values of what they should have held alike; where a rank does not find its"
+            " own image, it takes the first one's",
+            manifest.key,
+        )
 
 
 def _end(layout: ImageLayout) -> int:

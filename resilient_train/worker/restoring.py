@@ -120,7 +120,8 @@ class Restoring:
             began = time.monotonic()
             if key is not None:
                 problem, left = self._try(choice["place"], Candidate(key=key, without=tuple(choice["without"])))
-            well = self._all_well(0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2, choice)
+            trouble = 0 if problem is None else 1 if isinstance(problem, CheckpointDamaged) else 2
+            well, first = self._all_well(trouble, choice)
             if well == 0:
                 self._check_all_wanted(left)
                 cost = "" if key is None else self._cost(time.monotonic() - began)
@@ -131,7 +132,8 @@ class Restoring:
             if well == 2:
                 raise PeerFailed(f"{key} from {choice['place']}: another rank could not restore it, and says why")
             if problem is not None:
-                logger.warning("%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
+                level = logging.WARNING if self._rank == first else logging.INFO
+                logger.log(level, "%s from %s is damaged, trying the one before it: %s", key, choice["place"], problem)
             damaged.append((choice["place"], key))
 
     def _check_fresh_start(self, damaged: list[tuple[str, Key]]) -> None:
@@ -247,20 +249,22 @@ class Restoring:
         share = len(os.sched_getaffinity(0)) // len(self._host.local_slots)
         return NETWORK_READS if source.waits else max(1, min(share, MOST_RESTORE_THREADS))
 
-    def _all_well(self, trouble: int, choice: dict[str, Any]) -> int:
-        """The worst trouble of any rank (0: none, 1: damage, 2: any other error), all having made the same choice.
+    def _all_well(self, trouble: int, choice: dict[str, Any]) -> tuple[int, int]:
+        """(the worst trouble of any rank, the first rank that has damage), all having made the same choice.
+
+        0 is no trouble, 1 damage, 2 any other error.
 
         Here the ranks learn, too, whether their states are of the same make, so that any rank's image tells of all.
         """
         if self._size == 1:
-            return trouble
+            return trouble, self._rank
         made = self._state.make()
         chosen, make = checksum(json.dumps(choice).encode()), self._rank if made is None else checksum(made)
-        told = [trouble, chosen, -chosen, make, -make]
+        told = [trouble, chosen, -chosen, make, -make, -self._rank if trouble == 1 else -self._size]
         flags = torch.tensor(told, dtype=torch.int64, device=self._host.device)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        worst, highest, lowest, one, other = flags.tolist()
+        worst, highest, lowest, one, other, first = flags.tolist()
         if -lowest != highest:
             raise ConfigError("the ranks were about to restore different states: restore() must be called by all alike")
         self._alike = one == -other
-        return int(worst)
+        return int(worst), int(-first)

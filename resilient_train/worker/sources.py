@@ -20,7 +20,7 @@ from resilient_train.storage.catalogue import listing, read_manifest
 from resilient_train.storage.peer import HeldImage, HeldParity, Listing, Peer
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import Exchange
-from resilient_train.worker.fanout import open_together
+from resilient_train.worker.fanout import open_together, say_differed
 from resilient_train.worker.images import Images
 from resilient_train.worker.keeper_link import KeeperLink
 from resilient_train.worker.rebuilt import reading, rebuilt_images
@@ -256,7 +256,9 @@ class TierSource:
             CheckpointDamaged: if the checkpoint is not what was committed.
         """
         if self._exchange is None:
-            yield Images.committed(self._tier, read_manifest(self._tier, state.key))
+            manifest = read_manifest(self._tier, state.key)
+            say_differed(manifest)
+            yield Images.committed(self._tier, manifest)
             return
         images = open_together(self._tier, state.key, self._exchange)
         try:

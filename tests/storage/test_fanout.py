@@ -219,16 +219,16 @@ def test_of_many_files_in_a_folder_each_header_is_read_by_few(tmp_path: Path, fa
     assert [int(line.split()[-1]) for line in said if "looked" in line] == looked
 
 
-def test_a_damaged_block_is_named_by_all_and_all_fall_back(runs: Runs) -> None:
-    """Only one rank has read it; everybody says what it was and takes the state before."""
+def test_a_damaged_block_is_named_once_and_all_fall_back(runs: Runs) -> None:
+    """Only one rank has read it, and all hear of it; one says what it was, and everybody takes the state before."""
     (image,) = runs.place.glob("step-000000004.*/rank-00001-*")
     data = bytearray(image.read_bytes())
     data[len(data) // 2] ^= 1
     image.write_bytes(data)
     said, logged = runs.restore(3, 2)
     assert {one.step for one in said} == {2}
-    named = {line[0] for line in logged if re.search(rf"{image.name}: block \d+ .*fails its checksum", line)}
-    assert named == {"0", "1", "2"}
+    named = [line[0] for line in logged if re.search(rf"{image.name}: block \d+ .*fails its checksum", line)]
+    assert named == ["0"]
 
 
 @pytest.mark.soak

@@ -44,6 +44,11 @@ def test_ls_shows_every_checkpoint(tmp_path: Path, make: Make, capsys: pytest.Ca
     assert [line.split()[:3] for line in lines] == [["9", "1", "2"], ["7", "2", "2"], ["8", "2", "2"], ["12", "2", "2"]]
     assert "1 of 2 images are there" in lines[-1]
     assert total.startswith("2 committed checkpoints, 2 unfinished or damaged, ")
+    for one in (f"{tmp_path}@7", str(tmp_path / "step-000000007.g2")):
+        assert run(["ls", one]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("1 committed checkpoint, 0 unfinished or damaged, ")
+    assert run(["ls", f"{tmp_path}@70"]) == 1
+    assert "nothing of step 70" in capsys.readouterr().err
 
 
 def test_other_tiers_are_read_too(tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,6 +153,10 @@ def test_which_checkpoint_is_meant() -> None:
     assert parse("s3://bucket/run@120") == Location(url="s3://bucket/run", step=120)
     assert parse("run@120.g3") == Location(url="run", step=120, lineage=3)
     assert parse("ftp://me@host/run") == Location(url="ftp://me@host/run")
+    assert parse("s3://b/run/step-000000120.g3/") == Location(url="s3://b/run", step=120, lineage=3)
+    assert parse("/step-000000120.g3") == Location(url="/", step=120, lineage=3)
+    assert parse("step-000000120.g3") == Location(url=".", step=120, lineage=3)
+    assert parse("step-120.g3") == Location(url="step-120.g3")
     keys = [Key(1, 120), Key(1, 130), Key(2, 120)]
     assert choose(parse("run"), keys, []) == Key(2, 120)
     assert choose(parse("run@130"), keys, []) == Key(1, 130)
@@ -182,6 +191,8 @@ def test_sizes() -> None:
         ["export", "run", "--to", "out", "--max-shard-size", "x"],
         ["verify", "run@3", "--all"],
         ["clean", "run", "--keep", "many"],
+        ["clean", "run@3"],
+        ["inspect", ""],
     ],
     ids=" ".join,
 )

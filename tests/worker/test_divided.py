@@ -32,6 +32,7 @@ from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.tools.export import export
 from resilient_train.tools.inspect import inspect
+from resilient_train.tools.survey import COMMITTED, DIFFERED, survey
 from resilient_train.tools.verify import verify
 from resilient_train.worker.fill import fill
 from resilient_train.worker.images import Images
@@ -262,6 +263,7 @@ def test_where_replicas_differ_each_node_writes_all_of_it_from_then_on(tmp_path:
                 )
                 assert bool(last.error) == (step == 1), last.error
     assert listing(tier) == ([Key(1, 2)], [])
+    assert [(one.state, one.note) for one in survey(tier)] == [(COMMITTED, DIFFERED)]
     state = made(world_of({"data": 1}, 0), DDP, zeros)
     fill(state, Images.committed(tier, read_manifest(tier, Key(1, 2))), 0, 1)
     check(state, DDP)
