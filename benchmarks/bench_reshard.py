@@ -148,7 +148,8 @@ def from_memory(folder: Path, mib: int, dim: int) -> tuple[float, int, int, list
         nodes.kill(3)
         until(lambda: sum(len(found) > 1 for found in rows(folder / "rows").values()) == 3, nodes, "recovery")
         after = {pid: found[-1] for pid, found in rows(folder / "rows").items() if len(found) > 1}
-        tried = re.search(r"measured: ([0-9.]+) and ([0-9.]+) GiB/s", nodes.output)
+    told = " ".join(found["told"] for found in after.values())
+    tried = re.search(r"measured: ([0-9.]+) and ([0-9.]+) GiB/s", told)
     copies = place(Topology(dict.fromkeys(first.values(), ())), 1)
     holders = {before[pid]: {node, *copies[node]} for pid, node in first.items()}
     here = {pid: {rank for rank, nodes in holders.items() if first[pid] in nodes} for pid in after}

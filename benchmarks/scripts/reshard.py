@@ -3,7 +3,7 @@
     reshard.py FOLDER MIB DIM
 
 Every rank appends a JSON object to FOLDER/<pid> when it has restored: seconds from when all ranks were ready, and the
-bytes that went over the loopback interface until all had their part.
+bytes that went over the loopback interface until all had their part; and what rank 0 has told of it.
 """
 
 import json
@@ -40,6 +40,18 @@ def sent() -> int:
     return int(line.split(":")[1].split()[0])
 
 
+class Heard(logging.Handler):
+    """What rank 0 says of its restores."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+HEARD = Heard()
+
+
 @rt.elastic
 def train(world: rt.World) -> None:
     model, optim = build(world.mesh)
@@ -50,7 +62,7 @@ def train(world: rt.World) -> None:
     seconds = time.perf_counter() - began
     dist.barrier()
     row = {"generation": world.generation, "rank": world.rank, "size": world.size, "seconds": seconds}
-    row |= {"moved": sent() - before, "step": first}
+    row |= {"moved": sent() - before, "step": first, "told": HEARD.text}
     with (FOLDER / str(os.getpid())).open("a") as file:
         file.write(json.dumps(row) + "\n")
     for step in range(first, 1_000_000):
@@ -66,6 +78,7 @@ def train(world: rt.World) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig()
-    logging.getLogger("resilient_train.worker.restoring").setLevel(logging.INFO)  # What it tells of a restore.
+    told = logging.getLogger("resilient_train.worker.checkpointer")
+    told.setLevel(logging.INFO)
+    told.addHandler(HEARD)
     train()
