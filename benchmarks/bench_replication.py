@@ -4,8 +4,9 @@
 
 Copying and reading go through real keepers and are verified on arrival; a plain socket copies as many bytes between two
 processes, out of and into warm memory, in turns with them.  A third of the columns of a matrix of 1,536 is read as rows
-and with everything between them.  Then two nodes of one rank each do the same step over and
-over, with a snapshot at every one, first without copies to the other and then with them, in turns.
+and with everything between them.  Then two nodes of one rank each do the same step over and over, with a snapshot at
+every one, in turns: without copies to the other, with them, and with bare sockets that carry as many bytes between
+other processes, which is the least that copies can cost where the processor carries them.
 """
 
 from __future__ import annotations
@@ -56,8 +57,24 @@ while True:
 """
 
 
+SEND = """
+import socket, sys, numpy as np
+size, server = int(sys.argv[1]), socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+sock, _ = server.accept()
+data = memoryview(np.ones(size, dtype=np.uint8))
+for _ in sys.stdin:
+    for at in range(0, size, 8 << 20):
+        sock.sendall(data[at : at + (8 << 20)])
+    sock.recv(1)
+    print(flush=True)
+"""
+
+
 WIDTH = 4 * 1536
 """Bytes of a row of the matrix."""
+COPIES, SOCKETS = "with them", "with bare sockets beside it"
+WAYS = ("without copies to the other node", COPIES, SOCKETS)
 COLUMNS = "a third of the columns, 4 threads"
 WITH_GAPS = "the same with what lies between them"
 
@@ -112,6 +129,30 @@ class Node:
         self.slots.close()
         self.link.close()
         self.keeper.stop(20.0)
+
+
+class Bare:
+    """A process that sends so many bytes to another through a socket each time it is told to."""
+
+    def __init__(self, size: int) -> None:
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._sender = subprocess.Popen([sys.executable, "-c", SEND, str(size)], **pipe)
+        port = self._sender.stdout.readline().strip()
+        self._receiver = subprocess.Popen([sys.executable, "-c", RECEIVE, str(size), port])
+
+    def begin(self) -> None:
+        """Send once more."""
+        self._sender.stdin.write("\n")
+        self._sender.stdin.flush()
+
+    def wait(self) -> None:
+        """Until that has arrived."""
+        self._sender.stdout.readline()
+
+    def close(self) -> None:
+        """End both."""
+        self._sender.communicate()
+        self._receiver.wait()
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -191,12 +232,18 @@ def bandwidth(a: Node, b: Node, secret: bytes, mib: int, rounds: int) -> dict[st
     return seconds
 
 
-def step_times(nodes: list[Node], state: torch.Tensor, steps: int, matrix: int, first: int) -> tuple[list[float], int]:
-    """Seconds of each step; snapshots skipped."""
+def step_times(
+    nodes: list[Node], state: torch.Tensor, steps: int, matrix: int, first: int, bare: list[Bare]
+) -> tuple[list[float], int]:
+    """Seconds of each step, during which the bare sockets carry what they carried too; snapshots skipped."""
     weights = torch.randn(matrix, matrix)
     times, skipped = [], 0
     for step in range(first, first + steps):
         began = time.perf_counter()
+        for socket_ in bare if step > first else ():
+            socket_.wait()
+        for socket_ in bare:
+            socket_.begin()
         writers = [node.snapshot(Key(1, step), rank, state) for rank, node in enumerate(nodes)]
         for _ in range(8):
             weights = torch.nn.functional.normalize(weights @ weights)
@@ -209,6 +256,8 @@ def step_times(nodes: list[Node], state: torch.Tensor, steps: int, matrix: int, 
         for node in nodes:
             node.newest = Key(1, step)
         times.append(time.perf_counter() - began)
+    for socket_ in bare:
+        socket_.wait()
     return times, skipped
 
 
@@ -245,24 +294,25 @@ def main() -> None:
 
     nodes = [Node(name, secret) for name in "ab"]
     state = torch.ones(args.mib << 16)
-    step_times(nodes, state, 10, args.matrix, 1)
-    without: list[float] = []
-    copying: list[float] = []
+    step_times(nodes, state, 10, args.matrix, 1, [])
+    sockets = [Bare(4 * len(state)) for _ in nodes]
+    taken: dict[str, list[float]] = {way: [] for way in WAYS}
     kept: set[Key] = set()
     skipped, step = 0, 11
-    for turn in range(6):
-        introduce(nodes, turn + 1, copying=turn % 2 == 1)
-        times, missed = step_times(nodes, state, args.steps // 3, args.matrix, step)
-        (copying if turn % 2 else without).extend(times)
+    for turn in range(3 * len(WAYS)):
+        way = WAYS[turn % len(WAYS)]
+        introduce(nodes, turn + 1, copying=way == COPIES)
+        times, missed = step_times(nodes, state, args.steps // 3, args.matrix, step, sockets if way == SOCKETS else [])
+        taken[way].extend(times)
         step += len(times)
         skipped += missed
         kept |= {key for node in nodes if (key := node.link.board.kept())}
-    for node in nodes:
-        node.close()
-    plain, with_copies = statistics.median(without), statistics.median(copying)
+    for thing in (*nodes, *sockets):
+        thing.close()
+    plain = statistics.median(taken[WAYS[0]])
     print(f"\nsteps on two nodes in one process, {args.mib // 4} MiB each, snapshot at every step, medians:")
-    print(f"  without copies to the other node {plain * 1e3:7.1f} ms")
-    print(f"  with them                        {with_copies * 1e3:7.1f} ms ({with_copies / plain - 1:+.1%})")
+    for way, times in taken.items():
+        print(f"  {way:34} {statistics.median(times) * 1e3:7.1f} ms ({statistics.median(times) / plain:.2f}x)")
     print(f"  snapshots skipped: {skipped}; last state kept: {max(kept, default=None)}, of {step - 1} steps")
 
 
