@@ -8,13 +8,17 @@ and what of it is tried is a function of how many there are, so that both ends k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 LEAST = 128 << 20
 """Bytes for one rank from which on something is tried: less is there in the time that it takes to find out."""
 MOST_TRIED = 4
 """Runs, of at most 8 MiB, of a flow that are tried each way."""
+MOST_FLOWS = 8
+"""Flows from, and flows to, one rank at a time: what is on its way of each takes memory, also of devices."""
 _PART = 8
 """At most one of so many runs is tried each way."""
 
@@ -70,10 +74,44 @@ def servers(wanted: Sequence[int], near: Sequence[Sequence[int]], rank: int) -> 
     return {image: of[(rank + image) % len(of)] for image, of in holders.items() if of}
 
 
-def worth_trying(sizes: Mapping[int, int]) -> bool:
-    """Whether some rank gets enough.
+class Flow(NamedTuple):
+    """What one rank gets from another."""
+
+    server: int
+    """Who hands it over."""
+    receiver: int
+    """Who gets it."""
+    runs: int
+    """How many runs it has."""
+
+
+def turns(flows: Iterable[Flow]) -> dict[Flow, int]:
+    """When each flow has its turn: of those with the same, no rank has more than `MOST_FLOWS` to send or to receive."""
+    sending: Counter[tuple[int, int]] = Counter()
+    receiving: Counter[tuple[int, int]] = Counter()
+    earliest: Counter[tuple[str, int]] = Counter()
+    found = {}
+    for flow in sorted(flows):
+        turn = max(earliest["from", flow.server], earliest["to", flow.receiver])
+        while sending[flow.server, turn] >= MOST_FLOWS or receiving[flow.receiver, turn] >= MOST_FLOWS:
+            turn += 1
+        sending[flow.server, turn] += 1
+        receiving[flow.receiver, turn] += 1
+        while sending[flow.server, earliest["from", flow.server]] >= MOST_FLOWS:
+            earliest["from", flow.server] += 1
+        while receiving[flow.receiver, earliest["to", flow.receiver]] >= MOST_FLOWS:
+            earliest["to", flow.receiver] += 1
+        found[flow] = turn
+    return found
+
+
+def first_rounds(lengths: Iterable[tuple[int, int]]) -> list[int]:
+    """The round that each turn begins with: a round takes one run of every flow, and a turn as many as its longest.
 
     Args:
-        sizes: by rank, the bytes it gets from other nodes' ranks.
+        lengths: (turn, number of runs) of every flow.
     """
-    return max(sizes.values(), default=0) >= LEAST
+    longest: Counter[int] = Counter()
+    for turn, runs in lengths:
+        longest[turn] = max(longest[turn], runs)
+    return [*accumulate((longest[turn] for turn in range(max(longest, default=-1))), initial=0)]

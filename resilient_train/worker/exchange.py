@@ -11,6 +11,8 @@ import torch.distributed as dist
 from resilient_train.errors import CheckpointDamaged, PeerFailed, ResilientError
 
 _WELL, _DAMAGED, _FAILED = b"w", b"d", b"f"
+_FAILURE = 1 << 62
+"""Says that a rank could not give a number."""
 MOST_TEXT = 1000
 """Bytes of an error's text that others are told."""
 
@@ -51,6 +53,24 @@ class Exchange:
         if error is not None:
             raise error
         return _heard(0, _bytes(data))
+
+    def greatest(self, attempt: Callable[[], int]) -> int:
+        """The greatest of what ``attempt`` gives on the ranks, at least 0: cheaper than `from_all`.
+
+        Raises:
+            CheckpointDamaged, PeerFailed: if it raises on another rank.
+            Exception: what it raises here.
+        """
+        failure: Exception | None = None
+        try:
+            value = attempt()
+        except Exception as error:
+            value, failure = _FAILURE, error
+        greatest = torch.tensor([value], device=self._device)
+        dist.all_reduce(greatest, op=dist.ReduceOp.MAX)
+        if int(greatest) == _FAILURE:
+            self.from_all(lambda: _raised(failure))
+        return int(greatest)
 
     def from_all(self, attempt: Callable[[], bytes]) -> list[bytes]:
         """What ``attempt`` gives on each rank, by rank.
@@ -119,6 +139,12 @@ class Exchange:
 def _finish(work: dist.Work, data: torch.Tensor) -> None:
     work.wait()
     del data  # Held until here: the backend may read it.
+
+
+def _raised(error: Exception | None) -> bytes:
+    if error is not None:
+        raise error
+    return b""
 
 
 def _said(attempt: Callable[[], bytes]) -> tuple[bytes, Exception | None]:

@@ -19,15 +19,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from resilient_train.errors import ResilientError
+from resilient_train.errors import FormatError, ResilientError
 from resilient_train.image.fetch import Range, Run, plan_runs
 from resilient_train.image.parcel import MOST, Order, decode_orders, encode_orders, length, order, pack, unpack
-from resilient_train.plan.transport import Sample, rate, servers, stages, worth_trying
+from resilient_train.plan.transport import LEAST, Flow, Sample, first_rounds, rate, servers, stages, turns
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.images import Images, pool
 
@@ -41,28 +41,18 @@ _SAMPLE = struct.Struct("<Qd")
 
 
 @dataclass(slots=True)
-class Flows:
-    """The runs that ranks hand over to each other, in this order."""
+class Rounds:
+    """What this rank sends and receives, by round: whatever is in one on one side is in the same on the other."""
 
-    coming: dict[int, list[tuple[int, Run]]] = field(default_factory=dict)
-    """By the rank that has them: (image, run) that this one gets."""
-    going: dict[int, list[Order]] = field(default_factory=dict)
-    """By the rank that gets them: what this one hands over."""
+    coming: dict[int, list[tuple[int, int, Run]]] = field(default_factory=dict)
+    """(the rank that hands it over, image, run)."""
+    going: dict[int, list[tuple[int, Order]]] = field(default_factory=dict)
+    """(the rank that gets it, what)."""
 
     @property
     def size(self) -> int:
         """Bytes that this rank gets."""
-        return sum(length(run) for runs in self.coming.values() for _, run in runs)
-
-    def cut(self) -> list[Flows]:
-        """What is tried by keepers, what opens connections, what is tried by the process group, and the rest."""
-        parts = [Flows() for _ in range(4)]
-        for which in ("coming", "going"):
-            for rank, flow in getattr(self, which).items():
-                ends = [0, *accumulate(stages(len(flow))), len(flow)]
-                for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
-                    getattr(part, which)[rank] = flow[begin:end]
-        return parts
+        return sum(length(run) for parcels in self.coming.values() for *_, run in parcels)
 
 
 class NodesImages(Images):
@@ -90,24 +80,21 @@ class NodesImages(Images):
             PeerFailed: if another rank cannot go on.
         """
         self._awaited = False
-        near = set(self.held.near)
-        far = sorted(ranges.keys() - near)
-        said = self._exchange.from_all(lambda: np.array(sorted(near), dtype="<i4").tobytes())
-        serving = servers(far, [np.frombuffer(data, "<i4").tolist() for data in said], self._exchange.rank)
-        flows = Flows()
-        for image in far:
-            if image in serving:
-                runs = plan_runs(ranges[image], self.reader(image).layout)
-                flows.coming.setdefault(serving[image], []).extend((image, run) for run in runs if run.rows)
-        for flow in flows.coming.values():
-            flow.sort(key=lambda some: -length(some[1]))  # What is tried is to tell of the rest.
-        others = {image: wanted for image, wanted in ranges.items() if image not in serving}
+        far = sorted(ranges.keys() - set(self.held.near))
+        runs: dict[int, list[Run]] = {}
+
+        def planned() -> int:
+            for image in far:
+                runs[image] = [run for run in plan_runs(ranges[image], self.reader(image).layout) if run.rows]
+            return sum(length(run) for some in runs.values() for run in some)
+
+        tried = self._exchange.greatest(planned) >= LEAST
         with pool(threads) as readers:
-            if self._ordered(flows):
-                flows = self._tried(flows, readers)
+            rest, served = self._tried(runs, readers) if tried else (Rounds(), set[int]())
+            others = {image: wanted for image, wanted in ranges.items() if image not in served}
             pending = [readers.submit(task) for image in others for task in self.reader(image).fetching(others[image])]
             by_group = self.rates is not None and self.rates[1] > self.rates[0]
-            pending += [readers.submit(task) for task in (self._passed if by_group else self._fetching)(flows)]
+            pending += [readers.submit(task) for task in (self._passed if by_group else self._fetching)(rest)]
             for done in pending:
                 done.result()
         self._count(ranges)
@@ -116,41 +103,66 @@ class NodesImages(Images):
         super()._count(ranges)
         self.moved -= self.passed
 
-    def _ordered(self, flows: Flows) -> bool:
-        """Tell the ranks what this one wants of them, and hear what they want; False if it is too little for that."""
-        mine = {rank: encode_orders(order(*run) for run in runs) for rank, runs in flows.coming.items()}
-        rows = [(flows.size, 0), *((rank, len(data)) for rank, data in mine.items())]
-        told = [
-            np.frombuffer(data, "<i8").reshape(-1, 2).tolist()
-            for data in self._exchange.from_all(lambda: np.array(rows, dtype="<i8").tobytes())
-        ]
-        if not worth_trying({rank: said[0][0] for rank, said in enumerate(told)}):
-            return False
-        wanted = {
-            rank: torch.empty(size, dtype=torch.uint8)
-            for rank, said in enumerate(told)
-            for server, size in said[1:]
-            if server == self._exchange.rank
-        }
-        sends = [(torch.frombuffer(bytearray(data), dtype=torch.uint8), rank) for rank, data in mine.items()]
-        self._exchange.swap(sends, [(page, rank) for rank, page in wanted.items()])()
-
-        def understood() -> bytes:
-            flows.going = {rank: decode_orders(page.numpy().tobytes()) for rank, page in wanted.items()}
-            return b""
-
-        self._exchange.from_all(understood)
-        return True
-
-    def _tried(self, flows: Flows, readers: Executor) -> Flows:
-        """Bring a little either way, by all ranks at once; the rest."""
-        by_keepers, opening, by_group, rest = flows.cut()
+    def _tried(self, runs: Mapping[int, list[Run]], readers: Executor) -> tuple[Rounds, set[int]]:
+        """Bring a little either way, by all ranks at once; (the rest, the images that ranks hand over)."""
+        rank, near = self._exchange.rank, np.array(sorted(self.held.near), dtype="<i4").tobytes()
+        told = [np.frombuffer(data, "<i4").tolist() for data in self._exchange.from_all(lambda: near)]
+        serving = servers(sorted(runs), told, rank)
+        wanted: dict[int, list[tuple[int, Run]]] = {}
+        for image, server in serving.items():
+            wanted.setdefault(server, []).extend((image, run) for run in runs[image])
+        for flow in wanted.values():
+            flow.sort(key=lambda some: -length(some[1]))  # What is tried is to tell of the rest.
+        by_keepers, opening, by_group, rest = self._ordered(wanted)
         slow = self._timed(by_keepers, self._fetching, readers)
         self._timed(opening, self._passed, readers)
         self.rates = slow, self._timed(by_group, self._passed, readers)
-        return rest
+        return rest, set(serving)
 
-    def _timed(self, part: Flows, bring: Callable[[Flows], list[Callable[[], None]]], readers: Executor) -> float:
+    def _ordered(self, wanted: Mapping[int, list[tuple[int, Run]]]) -> list[Rounds]:
+        """Tell the ranks what this one wants of them, and hear what they want; all of it, by `stages`."""
+        rank = self._exchange.rank
+        pages = {server: encode_orders(order(*run) for run in runs) for server, runs in wanted.items()}
+        rows = [(server, len(runs), len(pages[server])) for server, runs in wanted.items()]
+        said = self._exchange.from_all(lambda: np.array(rows, dtype="<i8").tobytes())
+        sizes = {
+            Flow(server, receiver, count): size
+            for receiver, data in enumerate(said)
+            for server, count, size in np.frombuffer(data, "<i8").reshape(-1, 3).tolist()
+        }
+        heard = {
+            flow.receiver: torch.empty(size, dtype=torch.uint8)
+            for flow, size in sizes.items()
+            if flow.server == rank and size
+        }
+        sends = [(torch.frombuffer(bytearray(page), dtype=torch.uint8), to) for to, page in pages.items() if page]
+        self._exchange.swap(sends, [(page, of) for of, page in heard.items()])()
+        orders: dict[int, list[Order]] = {}
+
+        def understood() -> bytes:
+            orders.update((receiver, decode_orders(page.numpy().tobytes())) for receiver, page in heard.items())
+            for flow in sizes:
+                if flow.server == rank and len(orders.get(flow.receiver, ())) != flow.runs:
+                    raise FormatError(f"rank {flow.receiver} wants other than {flow.runs} runs of blocks")
+            return b""
+
+        self._exchange.from_all(understood)
+        parts = [Rounds() for _ in range(4)]
+        turn_of = turns(sizes)
+        cuts = {flow: [0, *accumulate(stages(flow.runs)), flow.runs] for flow in sizes}
+        for number, part in enumerate(parts):
+            starts = first_rounds((turn_of[flow], cut[number + 1] - cut[number]) for flow, cut in cuts.items())
+            for flow, cut in cuts.items():
+                first = starts[turn_of[flow]]
+                for index in range(cut[number], cut[number + 1]) if rank in flow[:2] else ():
+                    at = first + index - cut[number]
+                    if flow.receiver == rank:
+                        part.coming.setdefault(at, []).append((flow.server, *wanted[flow.server][index]))
+                    else:
+                        part.going.setdefault(at, []).append((flow.receiver, orders[flow.receiver][index]))
+        return parts
+
+    def _timed(self, part: Rounds, bring: Callable[[Rounds], list[Callable[[], None]]], readers: Executor) -> float:
         def attempt() -> bytes:
             began = time.monotonic()
             for done in [readers.submit(task) for task in bring(part)]:
@@ -159,27 +171,25 @@ class NodesImages(Images):
 
         return rate([Sample(*_SAMPLE.unpack(said)) for said in self._exchange.from_all(attempt)])
 
-    def _fetching(self, flows: Flows) -> list[Callable[[], None]]:
+    def _fetching(self, part: Rounds) -> list[Callable[[], None]]:
         """What brings the runs through keepers."""
-        wanted = [some for runs in flows.coming.values() for some in runs]
-        return [functools.partial(self.reader(image).fetch, run) for image, run in wanted]
+        wanted = [parcel for parcels in part.coming.values() for parcel in parcels]
+        return [functools.partial(self.reader(image).fetch, run) for _, image, run in wanted]
 
-    def _passed(self, flows: Flows) -> list[Callable[[], None]]:
+    def _passed(self, part: Rounds) -> list[Callable[[], None]]:
         """Hand the runs over, by all ranks; what brings those that did not arrive as they should be."""
-        passing = _Passing(self, self._exchange, flows)
+        passing = _Passing(self, self._exchange, part)
         self.passed += passing.run()
         return passing.again
 
 
 class _Passing:
-    """This rank's part in the handing over of flows: a round takes one run of each. Used once."""
+    """This rank's part in the handing over of runs. Used once."""
 
-    def __init__(self, images: Images, exchange: Exchange, flows: Flows) -> None:
+    def __init__(self, images: Images, exchange: Exchange, part: Rounds) -> None:
         self._images = images
         self._exchange = exchange
-        lengths = [len(runs) for runs in flows.coming.values()] + [len(orders) for orders in flows.going.values()]
-        self._rounds = max(lengths, default=0)
-        self._flows = flows
+        self._part = part
         self._pinned = exchange.fast.type == "cuda"
         self._idle: deque[torch.Tensor] = deque()
         self.again: list[Callable[[], None]] = []
@@ -191,16 +201,18 @@ class _Passing:
         All rounds take place, whatever this rank cannot hand over or finds damaged: others wait for them.
         """
         count = 0
+        rounds = sorted(self._part.coming.keys() | self._part.going.keys())
         with pool(_HANDS) as hands:
             packing: deque[list[tuple[Future[torch.Tensor], int]]] = deque()
             moving: deque[tuple[Callable[[], None], list[tuple[int, int, Run, torch.Tensor]]]] = deque()
             unpacking: deque[list[Future[int]]] = deque()
-            for number in range(self._rounds + 2 * AHEAD):
-                if number < self._rounds:
-                    packing.append([(hands.submit(self._packed, one), to) for to, one in self._going(number)])
-                if AHEAD <= number < self._rounds + AHEAD:
-                    moving.append(self._begun(number - AHEAD, packing.popleft()))
-                if number >= 2 * AHEAD:
+            for index in range(len(rounds) + 2 * AHEAD):
+                if index < len(rounds):
+                    going = self._part.going.get(rounds[index], [])
+                    packing.append([(hands.submit(self._packed, wanted), to) for to, wanted in going])
+                if AHEAD <= index < len(rounds) + AHEAD:
+                    moving.append(self._begun(rounds[index - AHEAD], packing.popleft()))
+                if index >= 2 * AHEAD:
                     finish, arrived = moving.popleft()
                     finish()
                     unpacking.append([hands.submit(self._unpacked, *parcel) for parcel in arrived])
@@ -209,13 +221,10 @@ class _Passing:
             count += sum(done.result() for last in unpacking for done in last)
         return count
 
-    def _going(self, number: int) -> list[tuple[int, Order]]:
-        return [(to, orders[number]) for to, orders in self._flows.going.items() if number < len(orders)]
-
     def _begun(
         self, number: int, packed: list[tuple[Future[torch.Tensor], int]]
     ) -> tuple[Callable[[], None], list[tuple[int, int, Run, torch.Tensor]]]:
-        coming = [(of, *runs[number], self._buffer()) for of, runs in self._flows.coming.items() if number < len(runs)]
+        coming = [(*parcel, self._buffer()) for parcel in self._part.coming.get(number, [])]
         sends = [(parcel.result(), to) for parcel, to in packed]
         return self._exchange.swap(sends, [(buffer[: length(run)], of) for of, _, run, buffer in coming]), coming
 
@@ -244,13 +253,13 @@ class _Passing:
 
 
 def failed(exchange: Exchange, error: ResilientError) -> None:
-    """Tell the other ranks, who wait to hear what this one has near, that it cannot go on.
+    """Tell the other ranks, who wait to hear how much this one wants, that it cannot go on.
 
     Raises:
         ResilientError: the same.
     """
 
-    def fail() -> bytes:
+    def fail() -> int:
         raise error
 
-    exchange.from_all(fail)
+    exchange.greatest(fail)

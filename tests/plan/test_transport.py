@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from resilient_train.plan.transport import LEAST, MOST_TRIED, Sample, rate, servers, stages, worth_trying
+from resilient_train.plan.transport import (
+    MOST_FLOWS,
+    MOST_TRIED,
+    Flow,
+    Sample,
+    first_rounds,
+    rate,
+    servers,
+    stages,
+    turns,
+)
 
 
 @pytest.mark.parametrize("runs", [0, 1, 7, 8, 15, 16, 32, 64, 1000, 10**6])
@@ -24,13 +36,6 @@ def test_all_ranks_are_done_when_the_last_one_is() -> None:
     assert rate([Sample(100, 2.0), Sample(300, 4.0), Sample(0, 0.0)]) == 100.0
     assert rate([]) == 0.0
     assert rate([Sample(0, 0.0)]) == 0.0
-
-
-def test_it_is_tried_only_where_somebody_gets_much() -> None:
-    """However little the others get."""
-    assert worth_trying({0: 0, 1: LEAST})
-    assert not worth_trying({0: LEAST - 1, 1: LEAST - 1})
-    assert not worth_trying({})
 
 
 def test_an_image_is_handed_over_by_a_rank_next_to_it() -> None:
@@ -52,3 +57,31 @@ def test_the_ranks_of_a_node_share_what_is_asked_of_it() -> None:
     by_all = Counter(servers([3], near, rank)[3] for rank in range(8, 16))
     by_one = Counter(servers(range(8), near, 9).values())
     assert by_all == by_one == dict.fromkeys(range(8), 1)
+
+
+@given(st.sets(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=200))
+def test_no_rank_has_too_much_on_its_way(pairs: set[tuple[int, int]]) -> None:
+    """Neither to send nor to receive, and no turn is left out by a rank that has something for it."""
+    flows = [Flow(server, receiver, 5) for server, receiver in pairs]
+    when = turns(flows)
+    assert when.keys() == set(flows)
+    for side in (0, 1):
+        busy = Counter((flow[side], turn) for flow, turn in when.items())
+        assert all(count <= MOST_FLOWS for count in busy.values())
+    most = max(Counter(flow.server for flow in flows).values(), default=0)
+    most = max(most, *Counter(flow.receiver for flow in flows).values(), 0)
+    assert max(when.values(), default=-1) < 2 * -(-most // MOST_FLOWS) + 1
+    assert turns(reversed(flows)) == when, "all ranks agree"
+
+
+def test_a_turn_takes_as_many_rounds_as_its_longest_flow() -> None:
+    """The next one begins behind it; empty ones take none."""
+    assert first_rounds([(0, 3), (0, 5), (2, 1), (1, 0), (3, 4)]) == [0, 5, 5, 6]
+    assert first_rounds([]) == [0]
+
+
+def test_flows_of_many_ranks_are_dealt_out_in_time() -> None:
+    """Every rank does it for all: 16,384 with three flows each, and one that all want something of."""
+    flows = [Flow((rank * 7 + i) % 16384, rank, 9) for rank in range(16384) for i in range(3)]
+    assert max(turns(flows).values()) <= 1
+    assert max(turns([Flow(0, rank, 9) for rank in range(1, 16385)]).values()) == 16384 // MOST_FLOWS - 1

@@ -100,8 +100,8 @@ def work(rank: int, meeting: str, *cases: str) -> None:
 def restore(patch: pytest.MonkeyPatch, rank: int, case: str) -> None:
     """One restore; ``case`` is a layout, the way that is to be faster, and what goes wrong."""
     kind, faster, *fault = case.split(":")
-    patch.setattr(planned, "LEAST", 1 << 40 if faster == "too little" else 1)
-    patch.setattr(planned, "_PART", 1)
+    patch.setattr(transport, "LEAST", 1 << 40 if faster == "too little" else 1)
+    patch.setattr(planned, "_PART", 3)
     patch.setattr(planned, "MOST_TRIED", 1)
     if faster in ("group", "keepers"):
         measured = iter([1.0, 0.0, 2.0] if faster == "group" else [2.0, 0.0, 1.0])
@@ -119,7 +119,8 @@ def restore(patch: pytest.MonkeyPatch, rank: int, case: str) -> None:
         say(f"{case} | {rank} | restored {together.brought} {together.moved} {together.passed} {count[0]}")
     except ResilientError as error:
         say(f"{case} | {rank} | {type(error).__name__}: {error}")
-    except RuntimeError:
+    except Exception:
+        logging.exception("restoring")
         say(f"{case} | {rank} | lost the others")
         os._exit(3)
 

@@ -76,8 +76,7 @@ def test_what_is_near_is_not_moved(told: Told) -> None:
     """Every node has all."""
     for row in told.rows("copies:group"):
         assert row.brought > 20 * MIB
-        assert row.moved < 1000, "what every rank has of its own may come from anywhere"
-        assert row.passed == 0
+        assert row.moved + row.passed < 1000, "what every rank has of its own may come from anywhere"
 
 
 def test_by_keepers_if_they_are_faster(told: Told) -> None:
