@@ -104,7 +104,7 @@ def test_rtctl_commands_and_options() -> None:
         for name, sub in commands.choices.items()
     }
     assert found == {
-        "ls": {"URL": None, "--json": False},
+        "ls": {"URL[@STEP]": None, "--json": False},
         "inspect": {"URL[@STEP]": None, "--json": False},
         "verify": {"URL[@STEP]": None, "--all": False, "--json": False},
         "export": {

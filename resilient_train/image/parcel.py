@@ -20,7 +20,7 @@ from resilient_train.image.verified import Row, VerifiedImage
 from resilient_train.spec.peers import rows_within
 from resilient_train.spec.shard import BLOCK
 
-MOST = RUN * (BLOCK + 4)
+MOST = RUN * BLOCK
 """Bytes of the longest parcel."""
 _HEAD = 5
 """Numbers before the rows of an order."""

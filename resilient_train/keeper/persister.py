@@ -69,8 +69,8 @@ class Persister:
         self._queue: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._done = done
         self._waiting: dict[Key, _Waiting] = {}
-        self._divide = True
-        """Whether nodes divide what they hold alike; not any more once they were found to differ."""
+        self._differing: int | None = None
+        """The lineage whose nodes were found to differ in what they hold alike, and so do not divide it."""
         self._useless: tuple[str, Key] | None = None
         """The state over which that was found, and where it is."""
         self._delay = _FIRST_LOOK
@@ -102,7 +102,7 @@ class Persister:
                 with contextlib.suppress(OutsideError):
                     open_tier(self._useless[0]).delete(folder_of(self._useless[1]))
                 self._useless = None
-            written = persist(tier, job, divide=self._divide)
+            written = persist(tier, job, divide=self._differing != job.key.lineage)
         except Exception as failure:  # Whatever it is, it must not end the thread that later states depend on.
             self._hear(failure, job)
             self._done(Outcome(job=job, error=_said(failure), seconds=time.monotonic() - began))
@@ -118,7 +118,8 @@ class Persister:
     def _hear(self, failure: Exception, job: Job) -> None:
         """What is wrong with a state may say how to write the next one: training goes on, and has to be saved."""
         if isinstance(failure, ReplicasDiffer):
-            self._divide, self._useless = False, (job.url, job.key)
+            # The next generation restores one of them on all nodes.
+            self._differing, self._useless = job.key.lineage, (job.url, job.key)
 
     def _look(self) -> None:
         """See what became of states that others write too."""

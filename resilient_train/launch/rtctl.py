@@ -24,7 +24,7 @@ from resilient_train.tools.clean import propose, remove
 from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
 from resilient_train.tools.inspect import Content, inspect
-from resilient_train.tools.location import find, fits, parse
+from resilient_train.tools.location import Location, find, fits, parse
 from resilient_train.tools.status import describe, jobs, the_job, wish
 from resilient_train.tools.survey import COMMITTED, Checkpoint, survey
 from resilient_train.tools.text import count, human, parse_size, table
@@ -157,10 +157,10 @@ def _scale(args: argparse.Namespace) -> ExitCode:
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:
-    location = parse(args.place)
+    location = _located(args.place)
     tier = _opened(location.url)
     # To ask a server about every file takes long.
-    found = [one for one in survey(tier, sizes=tier.local) if fits(one.key, location)]
+    found = survey(tier, sizes=tier.local, wanted=lambda key: fits(key, location))
     if location.step is not None and not found:
         raise StorageError(f"{location.url}: there is nothing of step {location.step}")
     total = sum(one.nbytes or 0 for one in found)
@@ -190,13 +190,19 @@ def _opened(place: str) -> Tier:
     return tier
 
 
+def _located(place: str) -> Location:
+    """A folder may be called anything."""
+    location = parse(place)
+    return Location(url=place) if "@" in place and location.step is not None and os.path.isdir(place) else location
+
+
 def _row(one: Checkpoint) -> tuple[str, ...]:
     ranks = "-" if one.ranks is None else str(one.ranks)
     return str(one.key.step), str(one.key.lineage), ranks, human(one.nbytes), one.state, one.note
 
 
 def _inspect(args: argparse.Namespace) -> ExitCode:
-    location = parse(args.place)
+    location = _located(args.place)
     tier = open_tier(location.url)
     content = inspect(tier, find(tier, location))
     if args.json:
@@ -232,7 +238,7 @@ def _describe(url: str, content: Content) -> list[str]:
 
 
 def _verify(args: argparse.Namespace) -> ExitCode:
-    location = parse(args.place)
+    location = _located(args.place)
     tier = open_tier(location.url)
     if args.all and location.step is not None:
         raise ConfigError("--all means every checkpoint: leave the step out")
@@ -258,7 +264,7 @@ def _judge(verdict: Verdict) -> str:
 
 def _export(args: argparse.Namespace) -> ExitCode:
     limit = parse_size(args.max_shard_size)
-    location = parse(args.place)
+    location = _located(args.place)
     tier = open_tier(location.url)
     done = export(
         tier,
@@ -294,7 +300,7 @@ def _import(args: argparse.Namespace) -> ExitCode:
 def _clean(args: argparse.Namespace) -> ExitCode:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep must be at least 1, it is {args.keep}")
-    location = parse(args.place)
+    location = _located(args.place)
     if location.step is not None:
         raise ConfigError(f"clean looks at all checkpoints of a place: leave the step out, {location.url}")
     tier = _opened(args.place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,12 @@ class Checkpoint:
         }
 
 
-def survey(tier: Tier, *, sizes: bool = False) -> list[Checkpoint]:
-    """All checkpoints, newest last.
+def survey(tier: Tier, *, sizes: bool = False, wanted: Callable[[Key], bool] = lambda _: True) -> list[Checkpoint]:
+    """All checkpoints that are wanted, newest last.
 
     Args:
         tier: where.
+        wanted: which.
         sizes: whether to ask for the length of every image of the committed ones, too.
 
     Raises:
@@ -55,7 +57,7 @@ def survey(tier: Tier, *, sizes: bool = False) -> list[Checkpoint]:
     found = []
     for folder, names in tier.folders().items():
         key = key_of(folder)
-        if key is not None:
+        if key is not None and wanted(key):
             found.append(_committed(tier, key, names, sizes) if MANIFEST in names else _unfinished(tier, key, names))
     if any(one.state == DAMAGED for one in found):
         # What a running job removed meanwhile only looks damaged.

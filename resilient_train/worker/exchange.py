@@ -32,11 +32,15 @@ class Exchange:
         self.size = size
         # Bytes come from, and are checked by, the host: a backend for its memory, if there is one, saves two copies.
         backends = dict(pair.split(":", 1) for pair in dist.get_backend_config().split(","))
-        accelerator = torch.accelerator.current_accelerator()
-        self._device = torch.device("cpu" if "cpu" in backends else accelerator or "cpu")
-        fast = accelerator is not None and accelerator.type in backends
-        self.fast = torch.device(accelerator) if fast and accelerator is not None else self._device
-        """What large messages go by: the backend of the GPUs, where there are any."""
+        # Of a build for GPUs there is an accelerator even where there is none.
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self._device = torch.device("cpu" if "cpu" in backends or accelerator is None else accelerator)
+        # gloo says that it takes tensors of GPUs, and sends none of them.
+        apart = accelerator is not None and backends.get(accelerator.type, "gloo") != "gloo"
+        self.fast = accelerator if apart and accelerator is not None else self._device
+        """What large messages go by: the backend of the GPUs, where they have one of their own."""
+        self.staged = self.fast.type != "cpu"
+        """Whether they are copied to and from there."""
 
     def from_first(self, attempt: Callable[[], bytes]) -> bytes:
         """What ``attempt`` gives on rank 0, which alone makes it.
@@ -89,6 +93,24 @@ class Exchange:
             raise error
         return [_heard(rank, _bytes(page[: int(n)])) for rank, (page, n) in enumerate(zip(pages, lengths, strict=True))]
 
+    def connect(self) -> None:
+        """Have the backend of large messages begin, which takes all ranks.
+
+        Raises:
+            RuntimeError: if it does not.
+        """
+        if self.fast != self._device:
+            dist.all_reduce(torch.zeros(1, device=self.fast))
+
+    def reserve(self, size: int) -> None:
+        """Have room for so many bytes on their way where there is none of the host's own, or fail now.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        if self.staged:
+            torch.empty(size, dtype=torch.uint8, device=self.fast)  # torch keeps it for the next that asks.
+
     def swap(
         self, sends: Sequence[tuple[torch.Tensor, int]], receives: Sequence[tuple[torch.Tensor, int]]
     ) -> Callable[[], None]:
@@ -101,10 +123,10 @@ class Exchange:
             sends: (bytes, to whom), which stay as they are until it is done.
             receives: (where to, from whom).
         """
-        going = [(data.to(self.fast), to) for data, to in sends]
-        coming = [(torch.empty_like(place, device=self.fast), place, of) for place, of in receives]
-        if self.fast.type == "cpu":
-            coming = [(place, place, of) for place, of in receives]
+        going = [(data.to(self.fast, copy=self.staged), to) for data, to in sends]
+        coming = [
+            (torch.empty_like(place, device=self.fast) if self.staged else place, place, of) for place, of in receives
+        ]
         messages = [dist.P2POp(dist.isend, data, to) for data, to in going]
         messages += [dist.P2POp(dist.irecv, data, of) for data, _, of in coming]
         works = dist.batch_isend_irecv(messages) if messages else []

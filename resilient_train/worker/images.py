@@ -43,6 +43,8 @@ class Images:
         """Those of them that came from there by the process group."""
         self.rates: tuple[float, float] | None = None
         """Bytes per second by these two ways, of all ranks together, if they were measured."""
+        self.adrift = False
+        """Whether other ranks are in the middle of a transfer with this one: after an error they wait for its end."""
         self._open = open_image
         self._readers: dict[int, ImageReader] = {}
 

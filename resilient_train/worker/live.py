@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from resilient_train.image.arena import Slot
 from resilient_train.image.device import copying_threads, device_of, stream_of
-from resilient_train.image.native import Copier, CudaError, DeviceCopier, Piece, engine
+from resilient_train.image.native import Copier, CudaError, Device, DeviceCopier, Piece, engine
 from resilient_train.image.snapshot import ImageWriter, Part, addressable, place
 from resilient_train.spec.shard import BLOCK, ImageLayout
 from resilient_train.spec.world import Key
@@ -78,7 +78,7 @@ class LiveState:
             (part.entry.name, source, source.data_ptr(), part.entry.nbytes)
             for part in lazy
             for source in part.sources
-            if addressable(source, self._device)
+            if _is_dense(source, self._device)
         ]
         self._on_device = [device_of(source) is not None for _, source, *_ in self._summed]
         # A plain tensor and what was made of it by detach() have one counter.
@@ -112,7 +112,7 @@ class LiveState:
         else:
             self._copier = cast(Any, engine).Copier(pieces, 0, at, copying_threads(), self._device, remote)
         # Its threads go on for a moment after `keep`, and the memory must not go before them.
-        weakref.finalize(self, _let_go, self._copier, self._memory)
+        weakref.finalize(self, _let_go, self._copier, self._memory).atexit = False
 
     @staticmethod
     def why_not(parts: Sequence[Part], known: Known) -> str:
@@ -213,13 +213,19 @@ class LiveState:
         writer = ImageWriter(self.layout, parts, self._rank, self._world)
         if not writer.begin(slot, key, parts, self._document):
             return False
-        writer.wait()
+        clean = False
         try:
+            writer.wait()
             clean = self.is_clean()
-        except CudaError:
-            writer.conclude(drop=True)
-            raise
-        return not writer.conclude(drop=not clean)
+        finally:
+            torn = writer.conclude(drop=not clean)
+        return clean and not torn
+
+
+def _is_dense(source: torch.Tensor, device: Device | None) -> bool:
+    """Whether its elements are the bytes from its address on, in any order (``channels_last``)."""
+    dims = sorted(range(source.dim()), key=source.stride, reverse=True)
+    return addressable(source.permute(dims), device)
 
 
 def _let_go(copier: Copier, memory: np.ndarray[Any, Any]) -> None:

@@ -160,8 +160,12 @@ class ProcessGroups:
         if self._nccl_aborted or not (torch.cuda.is_available() and dist.is_nccl_available()):
             return
         self._nccl_aborted = bool(c10d._world.pg_map)
-        if self.before_abort is not None:
-            self.before_abort()
+        before = self.before_abort
+        if before is not None:
+            try:
+                before()
+            except Exception:
+                logger.exception("aborting all the same")
         for group in list(c10d._world.pg_map):
             with contextlib.suppress(RuntimeError):
                 backend: Any = group._get_backend(torch.device("cuda"))

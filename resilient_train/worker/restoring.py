@@ -207,6 +207,7 @@ class Restoring:
         """Fill the state: (the error, if there is one: the other ranks must hear of it before it is raised, which
         tensors were left to other ranks)."""
         source = next(source for source in self._sources() if source.name == place)
+        images: Images | None = None
         try:
             with source.open(state, self._rank) as images:
                 left = fill(self._state, images, self._rank, self._size, self._restore_threads(source))
@@ -214,6 +215,8 @@ class Restoring:
                 self._rates = images.rates
                 return None, left
         except Exception as error:
+            if images is not None and images.adrift:
+                raise
             # Whatever it is, memory that is not to be had for instance: the others wait to hear how it went.
             return error, {}
 

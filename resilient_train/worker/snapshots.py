@@ -210,8 +210,11 @@ class Snapshots:
         except CudaError as error:
             why_not = str(error)
         if why_not:
-            logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why_not)
-            self._keeps, self._live = False, None
+            self._keep_no_more(why_not)
+
+    def _keep_no_more(self, why: str) -> None:
+        logger.info("a loss costs the steps since the last snapshot, not only the unfinished one: %s", why)
+        self._keeps, self._live = False, None
 
     def _put_aside(self, writer: ImageWriter, frame: Frame, key: Key) -> str:
         """Why not, if so."""
@@ -247,27 +250,34 @@ class Snapshots:
 
     def _write_live(self, safe: Key | None, past: Mapping[int, int | None]) -> Key | None:
         live = self._live
-        if live is None or live.key is None:
+        if live is None or live.key is None or not live.is_clean():
             return None
         size = live.layout.total
         more = map(self._host.slots.one_more, [size])
         for slot in itertools.chain(self._host.slots.writable(size, safe, past), more):
-            if slot is None or not live.is_clean():
+            if slot is None:
                 break
             slot.key = None
-            if live.write(slot.memory):
-                slot.key = live.key
-                return live.key
+            try:
+                if live.write(slot.memory):
+                    slot.key = live.key
+                    return live.key
+            finally:
+                slot.memory.unlock()
+            if not live.is_clean():
+                break
         return None
 
     def _forget_live(self) -> None:
         live = self._live
         if live is not None and live.key is not None:
-            try:
-                self._copy_at_once(live.changed())
-            except CudaError as error:
-                self._without_device(str(error))
             live.forget()
+            try:
+                changed = live.changed()
+            except CudaError as error:
+                self._keep_no_more(str(error))
+            else:
+                self._copy_at_once(changed)
 
     def settle(self) -> OwnSlot | None:
         """Wait until no copy is running; the slot of the newest image, if it was published."""
@@ -305,8 +315,9 @@ class Snapshots:
         if running is not None and running.writer.on_device:
             running.abandoned = True
         self._aborted = True
-        if self._live is not None:
-            self._live.abandon()
+        live = self._live
+        if live is not None:
+            live.abandon()
 
     def close(self) -> None:
         """Finish what is running and let go of the state."""

@@ -33,7 +33,7 @@ from resilient_train.worker.images import Images, pool
 
 logger = logging.getLogger(__name__)
 
-AHEAD = 2
+AHEAD = 1
 """Rounds that are packed, and as many that are on their way, while those before them are unpacked."""
 _HANDS = 2
 """Threads that pack and unpack."""
@@ -66,6 +66,8 @@ class NodesImages(Images):
         super().__init__(images.held, images.reader, whole=True)
         self._exchange = exchange
         self._awaited = True
+        self._buffers: deque[torch.Tensor] = deque()
+        """Room for what arrives."""
 
     def give_up(self, error: ResilientError) -> None:
         if self._awaited:
@@ -113,7 +115,17 @@ class NodesImages(Images):
             wanted.setdefault(server, []).extend((image, run) for run in runs[image])
         for flow in wanted.values():
             flow.sort(key=lambda some: -length(some[1]))  # What is tried is to tell of the rest.
-        by_keepers, opening, by_group, rest = self._ordered(wanted)
+        parts = by_keepers, opening, by_group, rest = self._ordered(wanted)
+
+        def reserved() -> int:
+            # From here on an error would leave others in the middle of a transfer.
+            count = max(map(_most_at_once, parts))
+            pinned = self._exchange.fast.type == "cuda"
+            self._buffers.extend(torch.empty(MOST, dtype=torch.uint8, pin_memory=pinned) for _ in range(count))
+            self._exchange.reserve(2 * count * MOST)
+            return 0
+
+        self._exchange.greatest(reserved)
         slow = self._timed(by_keepers, self._fetching, readers)
         self._timed(opening, self._passed, readers)
         self.rates = slow, self._timed(by_group, self._passed, readers)
@@ -130,13 +142,19 @@ class NodesImages(Images):
             for receiver, data in enumerate(said)
             for server, count, size in np.frombuffer(data, "<i8").reshape(-1, 3).tolist()
         }
-        heard = {
-            flow.receiver: torch.empty(size, dtype=torch.uint8)
-            for flow, size in sizes.items()
-            if flow.server == rank and size
-        }
+        heard: dict[int, torch.Tensor] = {}
+
+        def prepared() -> int:
+            mine = [(flow.receiver, size) for flow, size in sizes.items() if flow.server == rank and size]
+            heard.update((receiver, torch.empty(size, dtype=torch.uint8)) for receiver, size in mine)
+            return 0
+
         sends = [(torch.frombuffer(bytearray(page), dtype=torch.uint8), to) for to, page in pages.items() if page]
+        self._exchange.greatest(prepared)
+        self._exchange.connect()
+        self.adrift = True
         self._exchange.swap(sends, [(page, of) for of, page in heard.items()])()
+        self.adrift = False
         orders: dict[int, list[Order]] = {}
 
         def understood() -> bytes:
@@ -163,9 +181,11 @@ class NodesImages(Images):
         return parts
 
     def _timed(self, part: Rounds, bring: Callable[[Rounds], list[Callable[[], None]]], readers: Executor) -> float:
+        began = time.monotonic()
+        tasks = bring(part)
+
         def attempt() -> bytes:
-            began = time.monotonic()
-            for done in [readers.submit(task) for task in bring(part)]:
+            for done in [readers.submit(task) for task in tasks]:
                 done.result()
             return _SAMPLE.pack(part.size, time.monotonic() - began)
 
@@ -178,20 +198,27 @@ class NodesImages(Images):
 
     def _passed(self, part: Rounds) -> list[Callable[[], None]]:
         """Hand the runs over, by all ranks; what brings those that did not arrive as they should be."""
-        passing = _Passing(self, self._exchange, part)
+        passing = _Passing(self, self._exchange, part, self._buffers)
+        self.adrift = True
         self.passed += passing.run()
+        self.adrift = False
         return passing.again
 
 
 class _Passing:
     """This rank's part in the handing over of runs. Used once."""
 
-    def __init__(self, images: Images, exchange: Exchange, part: Rounds) -> None:
+    def __init__(self, images: Images, exchange: Exchange, part: Rounds, buffers: deque[torch.Tensor]) -> None:
+        """Args:
+        images: what is handed over.
+        exchange: to the other ranks.
+        part: what is.
+        buffers: room for what arrives, for as much as `_most_at_once` says.
+        """
         self._images = images
         self._exchange = exchange
         self._part = part
-        self._pinned = exchange.fast.type == "cuda"
-        self._idle: deque[torch.Tensor] = deque()
+        self._idle = buffers
         self.again: list[Callable[[], None]] = []
         """What brings the runs that came damaged."""
 
@@ -224,12 +251,9 @@ class _Passing:
     def _begun(
         self, number: int, packed: list[tuple[Future[torch.Tensor], int]]
     ) -> tuple[Callable[[], None], list[tuple[int, int, Run, torch.Tensor]]]:
-        coming = [(*parcel, self._buffer()) for parcel in self._part.coming.get(number, [])]
+        coming = [(*parcel, self._idle.popleft()) for parcel in self._part.coming.get(number, [])]
         sends = [(parcel.result(), to) for parcel, to in packed]
         return self._exchange.swap(sends, [(buffer[: length(run)], of) for of, _, run, buffer in coming]), coming
-
-    def _buffer(self) -> torch.Tensor:
-        return self._idle.popleft() if self._idle else torch.empty(MOST, dtype=torch.uint8, pin_memory=self._pinned)
 
     def _packed(self, wanted: Order) -> torch.Tensor:
         try:
@@ -241,7 +265,12 @@ class _Passing:
 
     def _unpacked(self, of: int, image: int, run: Run, buffer: torch.Tensor) -> int:
         reader = self._images.reader(image)
-        sound = unpack(reader, run, buffer.numpy()[: length(run)])
+        try:
+            sound = unpack(reader, run, buffer.numpy()[: length(run)])
+        except Exception as error:
+            # Whatever it is: who waits for this rank's next round does not wait in vain.
+            logger.warning("cannot unpack blocks of rank %d's image: %r", image, error)
+            sound = False
         self._idle.append(buffer)
         if sound:
             return run.wanted
@@ -250,6 +279,13 @@ class _Passing:
         )
         self.again.append(functools.partial(reader.fetch, run))
         return 0
+
+
+def _most_at_once(part: Rounds) -> int:
+    """Runs that have arrived, or are to, and are not unpacked: see `_Passing.run`."""
+    rounds = sorted(part.coming.keys() | part.going.keys())
+    counts = [len(part.coming.get(number, ())) for number in rounds]
+    return max((sum(counts[at : at + 2 * AHEAD + 2]) for at in range(len(counts))), default=0)
 
 
 def failed(exchange: Exchange, error: ResilientError) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import random
-import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from placed import FSDP, PLACED, S1, R, check, made, values, zeros
 from test_state import KEY, written
 from worlds import world as world_of
 
-from resilient_train.errors import CheckpointDamaged, ResilientError
+from resilient_train.errors import CheckpointDamaged, ResilientError, StateMismatch
 from resilient_train.image.parcel import pack
 from resilient_train.image.reader import ImageReader, memory_reader
 from resilient_train.plan import transport as planned
@@ -29,7 +30,7 @@ from resilient_train.worker import transport
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.fill import fill
 from resilient_train.worker.images import Images
-from resilient_train.worker.transport import NodesImages
+from resilient_train.worker.sources import Candidate, MemorySource
 
 BEFORE, AFTER = 4, 3
 placed.SHAPES.update({"embed": (3001, 700), "up": (1600, 1200), "down": (1200, 1600)})
@@ -56,12 +57,35 @@ def gone(*_: Any) -> np.ndarray:
     raise CheckpointDamaged("the image is gone")
 
 
-def dies(*_: Any) -> np.ndarray:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
+FAULTS: dict[str, Callable[..., np.ndarray]] = {"lies": flipped, "has lost it": gone}
 
 
-FAULTS: dict[str, Callable[..., np.ndarray]] = {"lies": flipped, "has lost it": gone, "dies": dies}
+def breaking(swap: Any) -> Any:
+    """Fails in the middle of what others wait for."""
+    calls = iter(range(100))
+
+    def swapped(*messages: Any) -> Any:
+        if next(calls) == 3:
+            raise MemoryError("no room")
+        return swap(*messages)
+
+    return swapped
+
+
+def nothing() -> AbstractContextManager[Images]:
+    raise CheckpointDamaged("here is nothing")
+
+
+def differs(*_: Any, **__: Any) -> None:
+    raise StateMismatch("another model")
+
+
+class Staged(Exchange):
+    """Copies what it sends and receives, as to and from a device."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self.staged = True
 
 
 def images(rank: int, placements: PLACED) -> tuple[Images, list[int]]:
@@ -110,18 +134,24 @@ def restore(patch: pytest.MonkeyPatch, rank: int, case: str) -> None:
         patch.setattr(transport, "pack", FAULTS[fault[1]])
     there, count = images(rank, PLACEMENTS[kind])
     state = made(world_of({"data": AFTER}, rank), PLACEMENTS[kind], zeros)
-    together = NodesImages(there, Exchange(rank, AFTER))
+    exchange = (Staged if fault == ["staged"] else Exchange)(rank, AFTER)
+    if fault == [str(rank), "breaks off"]:
+        patch.setattr(exchange, "swap", breaking(exchange.swap))
+    source = MemorySource(SimpleNamespace(everywhere=lambda: None), exchange)  # type: ignore[arg-type]
+    bare = fault == [str(rank), "is bare"]
+    patch.setattr(MemorySource, "_opened", lambda *_: nothing() if bare else nullcontext(there))
+    if fault == [str(rank), "is another"]:
+        patch.setattr(state, "targets", differs)
     try:
-        if fault == [str(rank), "gives up"]:
-            together.give_up(CheckpointDamaged("here is nothing"))
-        fill(state, together, rank, AFTER, 4)
+        with source.open(Candidate(key=KEY), rank) as together:
+            fill(state, together, rank, AFTER, 4)
         check(state, PLACEMENTS[kind])
         say(f"{case} | {rank} | restored {together.brought} {together.moved} {together.passed} {count[0]}")
     except ResilientError as error:
         say(f"{case} | {rank} | {type(error).__name__}: {error}")
-    except Exception:
+    except Exception as error:
         logging.exception("restoring")
-        say(f"{case} | {rank} | lost the others")
+        say(f"{case} | {rank} | {'adrift' if together.adrift else 'told'}: {type(error).__name__}")
         os._exit(3)
 
 

@@ -264,9 +264,20 @@ def test_where_replicas_differ_each_node_writes_all_of_it_from_then_on(tmp_path:
                 assert bool(last.error) == (step == 1), last.error
     assert listing(tier) == ([Key(1, 2)], [])
     assert [(one.state, one.note) for one in survey(tier)] == [(COMMITTED, DIFFERED)]
+    assert not read_manifest(tier, Key(1, 2)).divided
     state = made(world_of({"data": 1}, 0), DDP, zeros)
     fill(state, Images.committed(tier, read_manifest(tier, Key(1, 2))), 0, 1)
     check(state, DDP)
+    # Another generation has restored one of them everywhere.
+    with jobs([states[0], states[0]], 1, Key(2, 3)) as nodes:
+        for job, keeper in zip(nodes, keepers, strict=True):
+            keeper.submit(dataclasses.replace(job, url=str(tmp_path)))
+        for told in outcomes:
+            while (last := told.get(timeout=60)).awaited:
+                pass
+            assert not last.error
+    assert read_manifest(tier, Key(2, 3)).divided
+    assert survey(tier)[-1].note == ""
 
 
 @pytest.mark.parametrize(("mesh", "how"), [({"data": 4}, DDP), ({"data": 2, "tensor": 2}, TP_FSDP)])

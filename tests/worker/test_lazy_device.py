@@ -26,6 +26,8 @@ from resilient_train.worker.state import State
 
 SLOW = 0.002
 """Seconds that a kernel, and a copy, takes here."""
+SLOWLY = 1.0
+"""Seconds of a copy that is to be under way still when the host has done a few things more."""
 
 
 addressable, place = snapshot.addressable, snapshot.place
@@ -289,7 +291,7 @@ def left(training: Training) -> Training:
         training.kept()
         training.forward()
         training.optim.step()
-    training.cuda.delay(0.05)
+    training.cuda.delay(SLOWLY)
     training.kept()
     training.forward()
     return training
@@ -313,6 +315,7 @@ def test_only_what_was_computed_before_an_abort_is_left_behind(
         assert training.snapshots._live is not None
         training.snapshots._live._copier.wait()
     training.snapshots.abandon()
+    cuda.delay(0)
     assert training.leave() == arrived
     training.close()
 
@@ -321,6 +324,7 @@ def test_nothing_that_comes_behind_an_abort_is_left_behind(cuda: Any, monkeypatc
     """The host reaches one more boundary before it hears."""
     training = left(Training(cuda, monkeypatch))
     training.snapshots.abandon()
+    cuda.delay(0)
     training.optim.step()
     training.kept()
     cuda.finish(training.stream)
@@ -362,6 +366,7 @@ def test_a_device_that_fails_at_the_end_leaves_it_to_torch(
 ) -> None:
     """Not enough of its memory is left, or a copy fails."""
     training = left(Training(cuda, monkeypatch))
+    cuda.delay(0)
     cuda.finish(training.stream)
     assert training.snapshots._live is not None
     training.snapshots._live._copier.wait()
@@ -387,6 +392,25 @@ def test_a_device_that_refuses_has_nothing_put_aside(
     training.boundary()
     training.check()
     assert training.published[-1] == training.step
+    training.close()
+
+
+def test_audits_without_room_on_the_device_end_the_keeping_alone(
+    cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Snapshots go on as they were, by the device."""
+    training = Training(cuda, monkeypatch)
+    training.run(FIRST_AUDITS + 1)
+    caplog.set_level("INFO")
+    training.kept()
+    training.forward()
+    cuda.fail("cuMemAlloc")
+    training.optim.step()
+    assert caplog.text.count("a loss costs the steps since the last snapshot") == 1
+    assert "wait for torch's copies" not in caplog.text
+    training.run(2)
+    assert training.published[-1] == training.step
+    assert devices._devices[0] is not None
     training.close()
 
 

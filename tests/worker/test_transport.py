@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 MIB = 1 << 20
 CASES = ["rows:group", "columns:group", "copies:group", "rows:keepers", "rows:measured", "rows:too little"]
 CASES += [f"{kind}:group:1:{what}" for kind in ("rows", "columns") for what in ("lies", "has lost it")]
-CASES += ["rows:group:2:gives up", "rows:group:1:dies"]
+CASES += ["rows:group:staged", "rows:group:2:is bare", "rows:group:1:is another", "rows:group:1:breaks off"]
 
 
 class Row(NamedTuple):
@@ -110,11 +110,24 @@ def test_what_comes_damaged_is_read_through_keepers(told: Told, kind: str, what:
     assert "cannot hand over blocks of rank 1's image: CheckpointDamaged('the image is gone')" in told.log
 
 
+def test_messages_by_way_of_a_device(told: Told) -> None:
+    """Copied there and back, here to other memory of the host: the same arrives."""
+    assert told.rows("rows:group:staged") == told.rows("rows:group")
+
+
 def test_a_rank_that_gives_up_is_heard_by_all(told: Told) -> None:
-    """Nobody waits for it."""
-    assert told.of("rows:group:2:gives up") == dict.fromkeys("012", "CheckpointDamaged: here is nothing")
+    """Nobody waits for one that lacks its images, or whose model is another."""
+    assert told.of("rows:group:2:is bare") == dict.fromkeys("012", "CheckpointDamaged: here is nothing")
+    said = told.of("rows:group:1:is another")
+    assert said.pop("1") == "StateMismatch: another model"
+    assert said == dict.fromkeys("02", "PeerFailed: rank 1 could not restore its part: another model")
 
 
-def test_a_rank_that_dies_meanwhile_keeps_nobody(told: Told) -> None:
-    """The others hear of it by their process group."""
-    assert told.of("rows:group:1:dies") == dict.fromkeys("02", "lost the others")
+def test_a_rank_that_breaks_off_ends_and_keeps_nobody(told: Told) -> None:
+    """An error in the middle of a transfer is raised at once; the others hear of it by their process group."""
+    said = told.of("rows:group:1:breaks off")
+    assert said.pop("1") == "adrift: MemoryError"
+    assert set(said) == {"0", "2"}
+    lost = [text.endswith(": RuntimeError") for text in said.values()]
+    assert any(lost), "somebody waited for it"
+    assert all(one or text.startswith("restored ") for one, text in zip(lost, said.values(), strict=True))
