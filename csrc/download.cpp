@@ -100,7 +100,8 @@ void Download::plan_groups(bool direct) {
 
 void Download::begin(unsigned char* image, StreamHandle compute, bool audit) {
   plan_groups(device_->locked(image + data_start_, table_start_ - data_start_));
-  if (!direct_ && ring_ == nullptr)
+  const bool empty = std::all_of(groups_.begin(), groups_.end(), [](const auto& parts) { return parts.empty(); });
+  if (!direct_ && !empty && ring_ == nullptr)
     ring_ = std::make_unique<PinnedMemory>(device_->context(), kChunks * kChunkBlocks * kBlock);
   image_ = image;
   audited_ = audit;
