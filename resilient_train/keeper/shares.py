@@ -121,5 +121,6 @@ def _column_sum(column: Column, rank: int, slot: Slot, layout: ImageLayout) -> C
     for name in column.names:
         start, size = starts[name]
         crc = engine.crc32c(slot.address + start, size, crc)
-    more = f" or {len(column.names) - 1} more" if len(column.names) > 1 else ""
-    return ColumnSum(crc=crc, rank=rank, tensors=f"{column.names[0]}{more}")
+    count = len(column.names)
+    some = f"values in one or more of {count} tensors from {column.names[0]} on" if count > 1 else column.names[0]
+    return ColumnSum(crc=crc, rank=rank, tensors=some)

@@ -24,7 +24,7 @@ from resilient_train.tools.clean import propose, remove
 from resilient_train.tools.export import export
 from resilient_train.tools.images import Progress
 from resilient_train.tools.inspect import Content, inspect
-from resilient_train.tools.location import Location, find, fits, parse
+from resilient_train.tools.location import find, fits, parse
 from resilient_train.tools.status import describe, jobs, the_job, wish
 from resilient_train.tools.survey import COMMITTED, Checkpoint, survey
 from resilient_train.tools.text import count, human, parse_size, table
@@ -34,8 +34,8 @@ _EPILOG = """
 URL is a path or any fsspec URL, as given to Checkpointer. URL@120 means the checkpoint of step 120, URL@120.g3 the one
 that lineage 3 computed; without a step, the newest. The folder of one checkpoint means that one.
 
-exit codes: 0 fine; 1 something is damaged, missing or could not be read or written; 2 a wrong command line; 130
-interrupted.
+exit codes: 0 fine; 1 something is damaged, missing or could not be read or written (ls only lists, and says it); 2 a
+wrong command line; 130 interrupted.
 """
 
 _WATCH_EVERY = 1.0
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     for sub in (ls, look, check):
         sub.add_argument("--json", action="store_true", help="print one JSON document")
     out = command("export", _export, "URL[@STEP]", "write a module as whole tensors, for Hugging Face")
-    out.add_argument("--to", metavar="DIR", required=True, type=Path, help="the folder to write to")
+    out.add_argument("--to", metavar="DIR", required=True, type=_path, help="the folder to write to")
     out.add_argument("--part", metavar="NAME", help="the module's name in State(NAME=...), if there are several")
     out.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="bytes in one file (default: 5GB)")
     out.add_argument("--force", action="store_true", help="replace the model in DIR; other files there stay")
@@ -91,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("nodes", metavar="N", type=int, help="the most nodes that may take part")
     return made
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,7 +163,7 @@ def _scale(args: argparse.Namespace) -> ExitCode:
 
 
 def _ls(args: argparse.Namespace) -> ExitCode:
-    location = _located(args.place)
+    location = parse(args.place, os.path.isdir)
     tier = _opened(location.url)
     # To ask a server about every file takes long.
     found = survey(tier, sizes=tier.local, wanted=lambda key: fits(key, location))
@@ -185,15 +191,10 @@ def _opened(place: str) -> Tier:
     """
     tier = open_tier(place)
     # fsspec knows how many ways there are to write a path.
-    if tier.local and not os.path.isdir(fsspec.core.url_to_fs(place)[1]):
-        raise StorageError(f"{place}: there is no such folder")
+    path = fsspec.core.url_to_fs(place)[1] if tier.local else ""
+    if path and not os.path.isdir(path):
+        raise StorageError(f"{place}: " + ("is no folder" if os.path.exists(path) else "there is no such folder"))
     return tier
-
-
-def _located(place: str) -> Location:
-    """A folder may be called anything."""
-    location = parse(place)
-    return Location(url=place) if "@" in place and location.step is not None and os.path.isdir(place) else location
 
 
 def _row(one: Checkpoint) -> tuple[str, ...]:
@@ -202,7 +203,7 @@ def _row(one: Checkpoint) -> tuple[str, ...]:
 
 
 def _inspect(args: argparse.Namespace) -> ExitCode:
-    location = _located(args.place)
+    location = parse(args.place, os.path.isdir)
     tier = open_tier(location.url)
     content = inspect(tier, find(tier, location))
     if args.json:
@@ -238,7 +239,7 @@ def _describe(url: str, content: Content) -> list[str]:
 
 
 def _verify(args: argparse.Namespace) -> ExitCode:
-    location = _located(args.place)
+    location = parse(args.place, os.path.isdir)
     tier = open_tier(location.url)
     if args.all and location.step is not None:
         raise ConfigError("--all means every checkpoint: leave the step out")
@@ -264,7 +265,7 @@ def _judge(verdict: Verdict) -> str:
 
 def _export(args: argparse.Namespace) -> ExitCode:
     limit = parse_size(args.max_shard_size)
-    location = _located(args.place)
+    location = parse(args.place, os.path.isdir)
     tier = open_tier(location.url)
     done = export(
         tier,
@@ -300,7 +301,7 @@ def _import(args: argparse.Namespace) -> ExitCode:
 def _clean(args: argparse.Namespace) -> ExitCode:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep must be at least 1, it is {args.keep}")
-    location = _located(args.place)
+    location = parse(args.place, os.path.isdir)
     if location.step is not None:
         raise ConfigError(f"clean looks at all checkpoints of a place: leave the step out, {location.url}")
     tier = _opened(args.place)
@@ -309,6 +310,8 @@ def _clean(args: argparse.Namespace) -> ExitCode:
         print(f"keep    {folder_of(one.key)}  {human(one.nbytes)}  {one.state}{f': {one.note}' if one.note else ''}")
     for one, reason in proposal.doomed:
         print(f"remove  {folder_of(one.key)}  {human(one.nbytes)}  {reason}")
+    if proposal.doomed and proposal.kept:
+        print(f"contents were not read: `rtctl verify {args.place}` tells whether what is kept is whole")
     if not proposal.doomed:
         print("nothing to remove")
     elif args.yes or _agreed(f"remove {count(len(proposal.doomed), 'folder')} of {args.place}? [y/N] "):

@@ -45,15 +45,15 @@ def read_manifest(tier: Tier, key: Key) -> Manifest:
     path = f"{folder_of(key)}/{MANIFEST}"
     manifest = _read_part(tier, path)
     if manifest.key != key or merge([manifest]) != manifest:
-        raise CheckpointDamaged(f"{tier.name}: {path}: does not describe this checkpoint")
+        raise CheckpointDamaged(f"{tier.name}/{path}: does not describe this checkpoint")
     return manifest
 
 
 def _read_part(tier: Tier, path: str) -> Manifest:
     size = tier.size(path)
     if size > MAX_MANIFEST:
-        raise CheckpointDamaged(f"{tier.name}: {path}: not a manifest, it has {size:,} bytes")
-    return decode_part(tier.read(path, 0, size), f"{tier.name}: {path}")
+        raise CheckpointDamaged(f"{tier.name}/{path}: not a manifest, it has {size:,} bytes")
+    return decode_part(tier.read(path, 0, size), f"{tier.name}/{path}")
 
 
 def commit(tier: Tier, part: Manifest) -> bool:

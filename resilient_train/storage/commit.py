@@ -147,7 +147,8 @@ def decode_part(data: bytes, path: str) -> Manifest:
             sums=sums,
         )
     except (FormatError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointDamaged(f"{path}: not a manifest: {error!r:.500}") from error
+        why = str(error) if isinstance(error, FormatError) else repr(error)
+        raise CheckpointDamaged(f"{path}: not a manifest: {why:.500}") from error
 
 
 def _file(item: Mapping[str, Any]) -> ImageFile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from resilient_train.errors import ConfigError, StorageError
@@ -27,8 +27,12 @@ class Location:
     """Computed by which generation; None if the step alone says it."""
 
 
-def parse(text: str) -> Location:
-    """Split a command line's argument; an ``@`` that no step follows belongs to the URL.
+def parse(text: str, exists: Callable[[str], bool] = lambda _: False) -> Location:
+    """Split a command line's argument; an ``@`` that no step follows belongs to the URL, and one in an existing name.
+
+    Args:
+        text: the argument.
+        exists: whether there is a folder of this name.
 
     Raises:
         ConfigError: if it is empty.
@@ -39,7 +43,7 @@ def parse(text: str) -> Location:
     if key := key_of(last):
         return Location(url=url or ("/" if text.startswith("/") else "."), step=key.step, lineage=key.lineage)
     match = _AT.fullmatch(text)
-    if match is None:
+    if match is None or exists(text):
         return Location(url=text)
     lineage = match["lineage"]
     return Location(url=match["url"], step=int(match["step"]), lineage=None if lineage is None else int(lineage))

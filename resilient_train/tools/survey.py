@@ -70,7 +70,13 @@ def _committed(tier: Tier, key: Key, names: set[str], sizes: bool) -> Checkpoint
     try:
         manifest = read_manifest(tier, key)
     except CheckpointDamaged as error:
-        return Checkpoint(key=key, state=DAMAGED, ranks=None, nbytes=None, note=str(error))
+        return Checkpoint(
+            key=key,
+            state=DAMAGED,
+            ranks=None,
+            nbytes=None,
+            note=str(error).removeprefix(f"{tier.name}/{folder_of(key)}/"),
+        )
     note = _note(tier, manifest, names, sizes)
     return Checkpoint(
         key=key,

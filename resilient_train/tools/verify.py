@@ -94,10 +94,7 @@ def verify(tier: Tier, key: Key, progress: Progress) -> Verdict:
 
 
 def _damage(tier: Tier, file: str, error: StorageError) -> Damage:
-    said = str(error)
-    for place in (f"{tier.name}/{file}: ", f"{tier.name}: {file}: "):
-        said = said.removeprefix(place)
-    return Damage(file=file, reason=said)
+    return Damage(file=file, reason=str(error).removeprefix(f"{tier.name}/{file}: "))
 
 
 def _read_all(image: VerifiedImage, report: Callable[[int], None]) -> None:

@@ -156,6 +156,9 @@ def test_which_checkpoint_is_meant() -> None:
     assert parse("s3://b/run/step-000000120.g3/") == Location(url="s3://b/run", step=120, lineage=3)
     assert parse("/step-000000120.g3") == Location(url="/", step=120, lineage=3)
     assert parse("step-000000120.g3") == Location(url=".", step=120, lineage=3)
+    assert parse("run@3/step-000000120.g3") == Location(url="run@3", step=120, lineage=3)
+    assert parse("run@3", lambda text: text == "run@3") == Location(url="run@3")
+    assert parse("run@3@4", lambda text: text == "run@3") == Location(url="run@3", step=4)
     assert parse("step-120.g3") == Location(url="step-120.g3")
     keys = [Key(1, 120), Key(1, 130), Key(2, 120)]
     assert choose(parse("run"), keys, []) == Key(2, 120)
@@ -193,6 +196,7 @@ def test_sizes() -> None:
         ["clean", "run", "--keep", "many"],
         ["clean", "run@3"],
         ["inspect", ""],
+        ["export", "run", "--to", ""],
     ],
     ids=" ".join,
 )
