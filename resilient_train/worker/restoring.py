@@ -144,7 +144,7 @@ class Restoring:
         if finished > 0:
             raise CheckpointDamaged(
                 f"no complete copy of the state is left in memory or at the location, and {finished} steps were"
-                " finished: more was lost than there were copies of (replicas=2 makes more of them, and a URL keeps states"
+                " finished: more was lost than there were copies of (replicas=2 makes more of them, a URL keeps states"
                 " that no loss ends); not starting over in silence; start the job again to do so"
             )
 
