@@ -15,6 +15,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --config-file benchmarks/mypy.ini benchmarks/
 
 # The native engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; its device half on a fake driver.
 DEVICE := csrc/context.cpp csrc/device.cpp csrc/download.cpp csrc/driver.cpp csrc/fingerprints.cpp csrc/upload.cpp

@@ -135,8 +135,8 @@ class Bare:
     """A process that sends so many bytes to another through a socket each time it is told to."""
 
     def __init__(self, size: int) -> None:
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._sender = subprocess.Popen([sys.executable, "-c", SEND, str(size)], **pipe)
+        command = [sys.executable, "-c", SEND, str(size)]
+        self._sender = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         port = self._sender.stdout.readline().strip()
         self._receiver = subprocess.Popen([sys.executable, "-c", RECEIVE, str(size), port])
 
@@ -307,8 +307,10 @@ def main() -> None:
         step += len(times)
         skipped += missed
         kept |= {key for node in nodes if (key := node.link.board.kept())}
-    for thing in (*nodes, *sockets):
-        thing.close()
+    for node in nodes:
+        node.close()
+    for bare in sockets:
+        bare.close()
     plain = statistics.median(taken[WAYS[0]])
     print(f"\nsteps on two nodes in one process, {args.mib // 4} MiB each, snapshot at every step, medians:")
     for way, times in taken.items():

@@ -38,7 +38,7 @@ import torch.multiprocessing as mp
 from bench_replication import RECEIVE
 from bench_restore import ranks
 
-from resilient_train.plan.division import copies_by_division
+from resilient_train.plan.division import LEAST, copies_by_division
 from resilient_train.plan.placement import place
 from resilient_train.plan.recovery import Copy, Holders, Want, copies_by_layout, prove
 from resilient_train.spec.shard import Entry
@@ -56,7 +56,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 def transformer(tensors: int, width: int) -> Shapes:
     """Shapes as a transformer has them: large matrices, and many small vectors."""
-    kinds = {"qkv": (3 * width, width), "proj": (width, width), "up": (4 * width, width), "down": (width, 4 * width)}
+    kinds: Shapes = {
+        "qkv": (3 * width, width),
+        "proj": (width, width),
+        "up": (4 * width, width),
+        "down": (width, 4 * width),
+    }
     kinds |= {"norm": (width,), "bias": (4 * width,)}
     return {f"{i // 6:05d}.{name}": shape for i in range(0, tensors, 6) for name, shape in kinds.items()}
 
@@ -84,7 +89,9 @@ def planned(
     there, wanted = entries(shapes, before, 0), wants(shapes, after, rank)
     held = Holders(world=world, ranks=range(world), near=(rank,))
     began = time.process_time()
-    copies = copies_by_division(wanted, there, world, {}) if divided else copies_by_layout(wanted, there, held, rank)
+    copies = (
+        copies_by_division(wanted, there, world, LEAST, {}) if divided else copies_by_layout(wanted, there, held, rank)
+    )
     prove(wanted, copies)
     return copies, time.process_time() - began
 
@@ -185,7 +192,7 @@ def through_a_socket(size: int) -> float:
     server = socket.create_server(("127.0.0.1", 0))
     other = subprocess.Popen([sys.executable, "-c", RECEIVE, str(size), str(server.getsockname()[1])])
     sock, _ = server.accept()
-    data = memoryview(np.ones(size, dtype=np.uint8))
+    data = np.ones(size, dtype=np.uint8).data
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -203,7 +210,7 @@ def exchange(rank: int, meeting: str, mib: int, rounds: int) -> None:
     """One of two processes: sends, or receives and says how long each way took."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     piece, count = torch.ones(8 << 20, dtype=torch.uint8), mib // 8
-    view, secret = memoryview(piece.numpy()), b"the job's"
+    view, secret = piece.numpy().data, b"the job's"
     if rank == 0:
         server = socket.create_server(("127.0.0.1", 0))
         dist.send(torch.tensor(server.getsockname()[1]), 1)

@@ -78,14 +78,14 @@ def limits(folder: Path, size: int) -> tuple[int, float, float, float]:
     def read(index: int) -> None:
         file, at = pieces[index]
         handle = os.open(file, os.O_RDONLY)
-        os.preadv(handle, [memoryview(target)[index * piece : (index + 1) * piece]], at)
+        os.preadv(handle, [target.data[index * piece : (index + 1) * piece]], at)
         os.close(handle)
 
     def copy(index: int) -> None:
         target[index * piece : (index + 1) * piece] = source[index * piece : (index + 1) * piece]
 
     with ThreadPoolExecutor(threads) as pool:
-        found = []
+        found: list[float] = []
         for action in (read, copy, copy):
             times = []
             for _ in range(4):
@@ -101,9 +101,10 @@ def limits(folder: Path, size: int) -> tuple[int, float, float, float]:
 def least(folder: Path, size: int) -> float:
     """Seconds of ``size`` new processes to read the files, two thirds to memory that they have never touched."""
     files = [str(file) for file in sorted((folder / "ours").rglob("*.safetensors"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     commands = [[sys.executable, "-c", LEAST, str(rank), str(size), *files] for rank in range(size)]
-    started = [subprocess.Popen(command, **pipes) for command in commands]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands
+    ]
     for process in started:
         process.stdout.readline()
     for process in started:

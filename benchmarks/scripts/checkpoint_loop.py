@@ -12,6 +12,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class Peer(Saver):
 
     def __init__(self, model: nn.Module, optim: torch.optim.Optimizer) -> None:
         self.model, self.optim = model, optim
-        self.pending = None
+        self.pending: Any = None
         self.stager = None
         self.count = 0
         # Its background thread's collectives must not mix with the training's.

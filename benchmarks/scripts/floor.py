@@ -6,8 +6,6 @@ or resharded.  Prints ``seen formed stepped`` in seconds after the kill, each th
 """
 
 import gc
-import os
-import signal
 import sys
 import threading
 import time
@@ -72,7 +70,7 @@ def main() -> None:
     barrier.wait()
     time.sleep(0.3)
     killed = time.monotonic()
-    os.kill(processes[2].pid, signal.SIGKILL)
+    processes[2].kill()
     for rank in (0, 1, 3):
         killing[rank].set()
     results = [queue.get() for _ in range(3)]

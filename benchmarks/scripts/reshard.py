@@ -61,7 +61,12 @@ def train(world: rt.World) -> None:
     first = ckpt.restore()
     seconds = time.perf_counter() - began
     dist.barrier()
-    row = {"generation": world.generation, "rank": world.rank, "size": world.size, "seconds": seconds}
+    row: dict[str, object] = {
+        "generation": world.generation,
+        "rank": world.rank,
+        "size": world.size,
+        "seconds": seconds,
+    }
     row |= {"moved": sent() - before, "step": first, "told": HEARD.text}
     with (FOLDER / str(os.getpid())).open("a") as file:
         file.write(json.dumps(row) + "\n")

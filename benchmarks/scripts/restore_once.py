@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def restore(model: nn.Module, optim: torch.optim.Optimizer) -> float:
         return seconds
     dist.barrier()
     began = time.perf_counter()
-    state = dict(zip(("model", "optim"), get_state_dict(model, optim), strict=True))
+    state: dict[str, Any] = dict(zip(("model", "optim"), get_state_dict(model, optim), strict=True))
     dcp.load(state, checkpoint_id=args.folder / "dcp")
     set_state_dict(model, optim, model_state_dict=state["model"], optim_state_dict=state["optim"])
     return time.perf_counter() - began
