@@ -185,11 +185,13 @@ def copies_by_division(
             box = whole.box.intersect(want.box)
             if box is None:
                 continue
-            writers: Iterable[tuple[int, Entry]] = [(next(holders(cuts, chunks, world)), whole)]
+            writers: Iterable[tuple[int, Entry]]
             if prod(cut.parts for cut in cuts) < world:
                 if (cuts, chunks) not in columns:
                     columns[cuts, chunks] = Column(by_cuts[cuts], cuts, chunks, world, least)
                 writers = columns[cuts, chunks].within(want.name, box)
+            else:
+                writers = [(next(holders(cuts, chunks, world)), whole)]
             for rank, part in writers:
                 shared = part.box.intersect(want.box)
                 if shared is not None:
