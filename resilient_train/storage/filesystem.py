@@ -16,7 +16,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
-from resilient_train.storage import s3
+from resilient_train.storage import multipart, s3
 from resilient_train.storage.commit import MANIFEST
 from resilient_train.storage.local import make_folder, read_into, write_file
 from resilient_train.storage.retrying import RetryingTier
@@ -24,8 +24,6 @@ from resilient_train.storage.tier import Chunk, Tier
 
 _SETTINGS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 """Errors of backends that do not go away by themselves."""
-_PART = 16 << 20
-"""Bytes held back for one part of a multipart upload."""
 
 
 class FilesystemTier:
@@ -40,7 +38,8 @@ class FilesystemTier:
         """
         self.name = url
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url, **s3.options(fsspec.utils.get_protocol(url)))
+            protocol = fsspec.utils.get_protocol(url)
+            self._fs, self._root = fsspec.core.url_to_fs(url, **s3.options(protocol))
         except ImportError as error:
             extra = " (pip install 'resilient-train[s3]')" if url.startswith("s3") else ""
             raise StorageError(f"{url}: {error}{extra}") from error
@@ -48,6 +47,7 @@ class FilesystemTier:
             raise StorageError(f"{url}: {error}") from error
         self._root = self._root.rstrip("/") or "/"
         self.local = isinstance(self._fs, LocalFileSystem)
+        self._in_parts = protocol in s3.PROTOCOLS
         if not self.local:
             # Listings must show what other processes just wrote.
             self._fs.use_listings_cache = False
@@ -76,7 +76,7 @@ class FilesystemTier:
             try:
                 entries = self._fs.ls(self._root, detail=True)
             except FileNotFoundError:
-                return {}  # Nothing was put yet.  fsspec's `exists` would take any error for this answer.
+                entries = []  # Nothing was put yet.  fsspec's `exists` would take any error for this answer.
             found: dict[str, set[str]] = {}
             for entry in entries:
                 if entry["type"] == "directory":
@@ -86,7 +86,17 @@ class FilesystemTier:
                         found[name] = {_last(file) for file in self._fs.ls(entry["name"], detail=False)}
                     except FileNotFoundError:
                         continue  # Another process's retention was faster.
+            for name in self._begun():
+                found.setdefault(name, set())
             return found
+
+    def _begun(self) -> set[str]:
+        """The folders of which something is being uploaded, or was when its writer died."""
+        if not self._in_parts:
+            return set()
+        _, key, _ = self._fs.split_path(self._root)
+        paths = [upload.key[len(key) :].strip("/") for upload in multipart.unfinished(self._fs, self._root)]
+        return {path.partition("/")[0] for path in paths if "/" in path}
 
     def size(self, path: str) -> int:
         with self._mapped(path, reading=True):
@@ -123,12 +133,14 @@ class FilesystemTier:
         with self._mapped(path):
             if self.local:
                 return write_file(target, chunks)
+            if self._in_parts:
+                return multipart.put(self._fs, target, chunks)
             return self._put_object(target, chunks)
 
     def _put_object(self, target: str, chunks: Iterable[Chunk]) -> int:
         # What fsspec's transactions do, file by file: a transaction belongs to all threads that share a file system.
         # Without it, closing a file after an error would publish what was written of it.
-        file: Any = self._fs._open(target, mode="wb", block_size=_PART, autocommit=False)
+        file: Any = self._fs._open(target, mode="wb", block_size=multipart.PART, autocommit=False)
         written, complete = 0, False
         try:
             with file:
@@ -157,6 +169,8 @@ class FilesystemTier:
                 self._fs.rm(self._path(folder), recursive=True)
             except FileNotFoundError:
                 pass
+            if self._in_parts:
+                multipart.abort(self._fs, self._path(folder))
 
     def check_writable(self) -> None:
         probe = f".probe-{uuid.uuid4().hex}"

@@ -12,13 +12,14 @@ from typing import Any
 
 import fsspec
 
+PROTOCOLS = ("s3", "s3a")
 REQUEST_SECONDS = 120.0
 """The longest that one request may take: a part of an upload has 16 MiB."""
 
 
 def options(protocol: str) -> dict[str, Any]:
     """Keyword arguments for the file system of ``protocol``; none for all but S3."""
-    if protocol not in ("s3", "s3a"):
+    if protocol not in PROTOCOLS:
         return {}
     try:
         session = _bounded_session()
