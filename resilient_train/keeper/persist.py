@@ -20,7 +20,7 @@ from resilient_train.plan.division import Part
 from resilient_train.plan.retention import superseded
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, parse_header, plan_image
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import commit, complete, listing, put_part, read_manifest, sorted_keys
+from resilient_train.storage.catalogue import commit, complete, put_part, read_manifest, sorted_keys, with_begun
 from resilient_train.storage.commit import ImageFile, Manifest, folder_of, image_name
 from resilient_train.storage.tier import Tier
 
@@ -169,7 +169,7 @@ def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
 def _remove_superseded(tier: Tier, part: Manifest, keep_last: int, word: Word) -> None:
     """What cannot be removed costs room; what was just written is durable all the same."""
     try:
-        for key in superseded(*listing(tier), keep_last, part.past):
+        for key in superseded(*sorted_keys(with_begun(tier)), keep_last, part.past):
             if not word.holds():
                 # Another world may have resumed from it; whoever is current removes it later.
                 return

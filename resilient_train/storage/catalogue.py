@@ -25,6 +25,13 @@ def listing(tier: Tier) -> tuple[list[Key], list[Key]]:
     return sorted_keys(tier.folders())
 
 
+def with_begun(tier: Tier) -> dict[str, set[str]]:
+    """What a tier's `folders` tells, and what its `begun` tells besides: folders without any file."""
+    # In this order, so that nothing that is completed in between is missed.
+    begun = tier.begun()
+    return {**{folder: set[str]() for folder in begun}, **tier.folders()}
+
+
 def sorted_keys(folders: Mapping[str, Collection[str]]) -> tuple[list[Key], list[Key]]:
     """The same of what a tier's `folders` has told."""
     committed: list[Key] = []

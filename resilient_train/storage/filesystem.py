@@ -76,7 +76,7 @@ class FilesystemTier:
             try:
                 entries = self._fs.ls(self._root, detail=True)
             except FileNotFoundError:
-                entries = []  # Nothing was put yet.  fsspec's `exists` would take any error for this answer.
+                return {}  # Nothing was put yet.  fsspec's `exists` would take any error for this answer.
             found: dict[str, set[str]] = {}
             for entry in entries:
                 if entry["type"] == "directory":
@@ -86,12 +86,9 @@ class FilesystemTier:
                         found[name] = {_last(file) for file in self._fs.ls(entry["name"], detail=False)}
                     except FileNotFoundError:
                         continue  # Another process's retention was faster.
-            for name in self._begun():
-                found.setdefault(name, set())
             return found
 
-    def _begun(self) -> set[str]:
-        """The folders of which something is being uploaded, or was when its writer died."""
+    def begun(self) -> set[str]:
         if not self._in_parts:
             return set()
         _, key, _ = self._fs.split_path(self._root)

@@ -37,6 +37,9 @@ class RetryingTier:
     def folders(self) -> dict[str, set[str]]:
         return self._again(self._tier.folders)
 
+    def begun(self) -> set[str]:
+        return self._again(self._tier.begun)
+
     def size(self, path: str) -> int:
         return self._again(lambda: self._tier.size(path))
 

@@ -24,6 +24,13 @@ class Tier(Protocol):
         """The names of all folders, with the names of the files in each."""
         ...
 
+    def begun(self) -> set[str]:
+        """The names of folders of which something is being uploaded, or was when its writer died.
+
+        As far as storage tells; what `folders` tells of need not be among them.
+        """
+        ...
+
     def size(self, path: str) -> int:
         """Length of a file in bytes."""
         ...

@@ -101,3 +101,4 @@ class TierConformance(ABC):
         tier = self.tier()
         tier.check_writable()
         assert tier.folders() == {}
+        assert tier.begun() == set()

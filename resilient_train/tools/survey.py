@@ -8,7 +8,7 @@ from typing import Any
 
 from resilient_train.errors import CheckpointDamaged
 from resilient_train.spec.world import Key
-from resilient_train.storage.catalogue import read_manifest
+from resilient_train.storage.catalogue import read_manifest, with_begun
 from resilient_train.storage.commit import MANIFEST, Manifest, folder_of, key_of, world_of
 from resilient_train.storage.tier import Tier
 
@@ -55,13 +55,13 @@ def survey(tier: Tier, *, sizes: bool = False, wanted: Callable[[Key], bool] = l
         StorageError: if the place cannot be read.
     """
     found = []
-    for folder, names in tier.folders().items():
+    for folder, names in with_begun(tier).items():
         key = key_of(folder)
         if key is not None and wanted(key):
             found.append(_committed(tier, key, names, sizes) if MANIFEST in names else _unfinished(tier, key, names))
     if any(one.state == DAMAGED for one in found):
         # What a running job removed meanwhile only looks damaged.
-        left = tier.folders()
+        left = with_begun(tier)
         found = [one for one in found if folder_of(one.key) in left]
     return sorted(found, key=lambda one: one.key)
 

@@ -13,6 +13,7 @@ from resilient_train.keeper.persist import Job, look, persist
 from resilient_train.keeper.word import Word
 from resilient_train.spec.world import Key
 from resilient_train.storage.catalogue import listing, read_manifest
+from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import FilesystemTier
 
 KEY = Key(1, 7)
@@ -155,3 +156,22 @@ def test_the_last_state_is_committed_without_the_stores_word_and_removes_nothing
     word.last = True
     assert persist(tier, replace(make([0, 1], keep_last=1), word=word)).committed
     assert listing(tier) == ([Key(1, 3), KEY], [])
+
+
+def test_what_a_killed_keeper_has_left_of_an_upload_goes_with_the_next_commit(
+    make: Callable[..., Job], tmp_path: Path
+) -> None:
+    """No listing shows it, storage tells of it, and it costs room until somebody gives it up."""
+    given_up = []
+
+    class WithUploads(FilesystemTier):
+        """Some uploads were begun."""
+
+        def begun(self) -> set[str]:
+            return {folder_of(Key(1, step)) for step in (1, KEY.step, KEY.step + 1)}
+
+        def delete(self, folder: str) -> None:
+            given_up.append(folder)
+
+    assert persist(WithUploads(str(tmp_path)), make([0, 1])).committed
+    assert given_up == [folder_of(Key(1, 1))]

@@ -17,9 +17,10 @@ import pytest
 
 from resilient_train.errors import StorageError
 from resilient_train.storage import multipart
-from resilient_train.storage.catalogue import listing
+from resilient_train.storage.catalogue import listing, with_begun
 from resilient_train.storage.filesystem import FilesystemTier
 from resilient_train.testing.job import Job
+from resilient_train.tools.survey import UNFINISHED, survey
 from resilient_train.tools.verify import verify
 
 from .faulty_server import FaultyServer
@@ -135,12 +136,14 @@ def test_what_is_left_of_uploads_is_listed_and_goes_with_its_folder(server: Faul
     """A folder of which nothing but parts is there is removed like any other; one whose name is longer stays."""
     for folder in ("step-000000001.g1", "step-000000001.g10"):
         interrupted(server, tier, f"{folder}/x")
-    assert tier.folders() == {"step-000000001.g1": set(), "step-000000001.g10": set()}
+    assert tier.begun() == {"step-000000001.g1", "step-000000001.g10"}
     tier.put("step-000000001.g1/y", [b"1"])
+    assert with_begun(tier) == {"step-000000001.g1": {"y"}, "step-000000001.g10": set()}
+    assert [(one.key.lineage, one.state) for one in survey(tier)] == [(1, UNFINISHED), (10, UNFINISHED)]
     tier.delete("step-000000001.g1")
-    assert tier.folders() == {"step-000000001.g10": set()}
+    assert with_begun(tier) == {"step-000000001.g10": set()}
     tier.delete("step-000000001.g10")
-    assert tier.folders() == {}
+    assert with_begun(tier) == {}
 
 
 def test_bytes_that_cannot_be_had_leave_nothing(server: FaultyServer, tier: FilesystemTier) -> None:
@@ -152,7 +155,7 @@ def test_bytes_that_cannot_be_had_leave_nothing(server: FaultyServer, tier: File
 
     with pytest.raises(StorageError, match="the source failed"):
         tier.put("a/x", chunks())
-    assert tier.folders() == {}
+    assert with_begun(tier) == {}
     assert multipart._held._value == multipart._MOST_HELD, "all room is given back"
 
 
@@ -165,7 +168,7 @@ def test_a_server_that_does_not_tell_of_uploads_is_good_enough(
     told = re.compile(rf"[?&]{request_}\b")
     server.break_with(lambda method, target: "501 Not Implemented" if method == "GET" and told.search(target) else None)
     assert tier.put("a/x", [DATA]) == len(DATA)
-    assert tier.folders()["a"] == {"x"}
+    assert with_begun(tier)["a"] == {"x"}
     assert tier.read("a/x", 0, len(DATA)) == DATA
     assert server.hurt > 0
     tier.delete("a")
