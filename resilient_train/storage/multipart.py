@@ -7,12 +7,13 @@ uploads costs just that: each attempt begins a new one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,8 +50,6 @@ class _Upload:
     """The checksum that the server wants to hear again at the end, if it does."""
     there: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the server has told of each part that it had from the beginning."""
-    failed: threading.Event = field(default_factory=threading.Event)
-    """A part could not be sent."""
 
     def told(self, number: int, answer: dict[str, Any]) -> dict[str, Any]:
         """What the server wants to hear of a part, of what it has said of it."""
@@ -74,21 +73,16 @@ def put(fs: Any, path: str, chunks: Iterable[Chunk]) -> int:
     if len(first) < PART:
         fs.call_s3("put_object", Bucket=bucket, Key=key, Body=first)
         return len(first)
-    upload = _upload(fs, bucket, key)
-    sent: list[Future[dict[str, Any]]] = []
-    written = 0
-    try:
-        with ThreadPoolExecutor(_MOST_HELD, "part") as pool:
-            for number, piece in enumerate(_held_back(upload, itertools.chain([first], pieces)), 1):
-                sent.append(pool.submit(_send, fs, upload, number, piece))
-                written += len(piece)
-    except BaseException:
-        # What is to be written cannot be had.
-        fs.call_s3("abort_multipart_upload", **upload.place)
-        raise
-    parts = [future.result() for future in sent]
+    upload, source = _upload(fs, bucket, key), _Source(itertools.chain([first], pieces))
+    del first  # Its bytes are held as long as they are sent.
+    with ThreadPoolExecutor(_MOST_HELD, "part") as pool:
+        senders = [pool.submit(_send, fs, upload, source) for _ in range(_MOST_HELD)]
+    if source.broken:
+        with contextlib.suppress(Exception):  # The error to be told is the other.
+            fs.call_s3("abort_multipart_upload", **upload.place)
+    parts = sorted((part for sender in senders for part in sender.result()), key=lambda part: part["PartNumber"])
     fs.call_s3("complete_multipart_upload", **upload.place, MultipartUpload={"Parts": parts})
-    return written
+    return source.given
 
 
 def unfinished(fs: Any, path: str) -> list[Unfinished]:
@@ -152,39 +146,61 @@ def _known(fs: Any, place: dict[str, str]) -> _Upload:
         after = {"PartNumberMarker": answer["NextPartNumberMarker"]}
 
 
-def _held_back(upload: _Upload, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces, each as soon as there is room for it, until one could not be sent."""
-    while not upload.failed.is_set():
-        _held.acquire()
-        piece = b""
-        try:
-            piece = next(pieces, b"")
-        except BaseException:
-            upload.failed.set()
-            raise
-        finally:
+class _Source:
+    """The parts of an object, for several threads."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._lock = threading.Lock()
+        self._pieces = enumerate(pieces, 1)
+        self.broken = False
+        """Whether what is to be written cannot be had."""
+        self.over = False
+        """Whether there are no further ones, or they are of no use any more."""
+        self.given = 0
+        """Bytes that were handed out."""
+
+    def next(self) -> tuple[int, bytes]:
+        """The next part: its number, its bytes; nothing when it is over."""
+        with self._lock:
+            if self.over:
+                return 0, b""
+            try:
+                number, piece = next(self._pieces, (0, b""))
+            except BaseException:
+                self.broken = self.over = True
+                raise
+            self.over = not piece
+            self.given += len(piece)
+            return number, piece
+
+
+def _send(fs: Any, upload: _Upload, source: _Source) -> list[dict[str, Any]]:
+    """Send parts until there are no more, or one fails; what the server wants to hear of each at the end."""
+    sent: list[dict[str, Any]] = []
+    while True:
+        with _held:
+            number, piece = source.next()
             if not piece:
-                _held.release()
-        if not piece:
-            return
-        yield piece
+                return sent
+            try:
+                sent.append(upload.told(number, _there(upload, number, piece) or _sent(fs, upload, number, piece)))
+            except BaseException:
+                source.over = True
+                raise
 
 
-def _send(fs: Any, upload: _Upload, number: int, piece: bytes) -> dict[str, Any]:
-    """Send a part, unless the server has it; what it wants to hear of it at the end."""
-    try:
-        if upload.failed.is_set():
-            return {}
-        there = upload.there.get(number, {})
-        md5 = hashlib.md5(piece, usedforsecurity=False).hexdigest() if there else ""
-        if there and there.get("Size") == len(piece) and there.get("ETag", "").strip('"') == md5:
-            return upload.told(number, there)
-        return upload.told(number, fs.call_s3("upload_part", **upload.place, PartNumber=number, Body=piece))
-    except BaseException:
-        upload.failed.set()
-        raise
-    finally:
-        _held.release()
+def _there(upload: _Upload, number: int, piece: bytes) -> dict[str, Any] | None:
+    """What the server told of a part at the beginning, if it had this very one."""
+    there = upload.there.get(number)
+    if there is None or there.get("Size") != len(piece):
+        return None
+    md5 = hashlib.md5(piece, usedforsecurity=False).hexdigest()
+    return there if there.get("ETag", "").strip('"') == md5 else None
+
+
+def _sent(fs: Any, upload: _Upload, number: int, piece: bytes) -> dict[str, Any]:
+    answer: dict[str, Any] = fs.call_s3("upload_part", **upload.place, PartNumber=number, Body=piece)
+    return answer
 
 
 def _pieces(chunks: Iterable[Chunk]) -> Iterator[bytes]:
