@@ -24,6 +24,8 @@ from resilient_train.storage.tier import Chunk, Tier
 
 _SETTINGS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 """Errors of backends that do not go away by themselves."""
+_PART = 16 << 20
+"""Bytes held back for one part of a multipart upload, where this is left to fsspec."""
 
 
 class FilesystemTier:
@@ -137,7 +139,7 @@ class FilesystemTier:
     def _put_object(self, target: str, chunks: Iterable[Chunk]) -> int:
         # What fsspec's transactions do, file by file: a transaction belongs to all threads that share a file system.
         # Without it, closing a file after an error would publish what was written of it.
-        file: Any = self._fs._open(target, mode="wb", block_size=multipart.PART, autocommit=False)
+        file: Any = self._fs._open(target, mode="wb", block_size=_PART, autocommit=False)
         written, complete = 0, False
         try:
             with file:

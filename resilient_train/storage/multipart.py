@@ -21,10 +21,10 @@ from resilient_train.storage.tier import Chunk
 
 logger = logging.getLogger(__name__)
 
-PART = 16 << 20
-"""Bytes of a part; the same for all versions that go on with each other's uploads."""
-_GROWS = 1000
-"""Parts of one size, those behind them being longer: S3 takes no more than 10,000, here of 859 GiB together."""
+PART = 8 << 20
+"""Bytes of a part, four times of which a request may hold; the same wherever uploads are gone on with."""
+_GROWS = 500
+"""Parts of one length, those behind them being longer: S3 takes no more than 10,000, here of 820 GiB together."""
 _MOST_HELD = 8
 """Parts on their way at once, of all files together."""
 

@@ -14,7 +14,7 @@ import fsspec
 
 PROTOCOLS = ("s3", "s3a")
 REQUEST_SECONDS = 120.0
-"""The longest that one request may take: a part of an upload has 16 MiB."""
+"""The longest that one request may take: a part of an upload has 8 MiB, or more if the file is very long."""
 
 
 def options(protocol: str) -> dict[str, Any]:

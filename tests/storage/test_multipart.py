@@ -227,7 +227,7 @@ def test_long_lists_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(part.keys() == {"PartNumber", "ETag", "ChecksumSHA256"} for part in fs.parts)
 
 
-def test_parts_grow_behind_the_first_thousand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_grow_behind_the_first_few_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that 10,000 of them, which is all that S3 takes, hold any image; their lengths follow from their numbers."""
     monkeypatch.setattr(multipart, "PART", 2)
     monkeypatch.setattr(multipart, "_GROWS", 3)
