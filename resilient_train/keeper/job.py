@@ -11,7 +11,6 @@ from resilient_train.clock import Clock
 from resilient_train.errors import LinkLost, ResilientError
 from resilient_train.image.arena import Board
 from resilient_train.keeper.conduct import Conductor
-from resilient_train.keeper.last import Last, last_state
 from resilient_train.keeper.parities import Parities
 from resilient_train.keeper.rebuilding import rebuild, remains
 from resilient_train.keeper.replicas import Replicas
@@ -19,6 +18,7 @@ from resilient_train.keeper.replicate import Replicator, alone
 from resilient_train.keeper.serve import PeerServer
 from resilient_train.keeper.shelf import Shelf, is_parity, source_of
 from resilient_train.keeper.survey import Finding, Survey
+from resilient_train.plan.last import Kept, KeptParities, Last, last_state
 from resilient_train.spec.messages import Peers, Serving
 from resilient_train.spec.world import Key, node_of
 
@@ -217,7 +217,11 @@ class JobWide:
 
     def _decide(self, finding: Finding, decided: Callable[[Last], None]) -> None:
         assert self._server is not None
-        last = self._last = last_state(self._shelf, finding, self._server.endpoint)
+        own = self._server.endpoint
+        chosen = [key for key in finding.chosen.values() if key is not None and key.lineage]
+        last = self._last = last_state(
+            _kept(self._shelf, finding, own), _parities(self._shelf, finding, own), chosen, own
+        )
         self._deadline = self._clock.now() + _DECISION
         if last.key is None or not last.rebuild:
             decided(last)
@@ -263,3 +267,29 @@ class JobWide:
             timer.start()
         else:
             self._loop.settled(mine)
+
+
+def _kept(shelf: Shelf, finding: Finding, own: str) -> list[Kept]:
+    """Every image in any keeper's memory."""
+    found = [
+        Kept(
+            place=own,
+            slot=image.slot,
+            key=image.stamp.key,
+            rank=image.stamp.rank,
+            world=image.stamp.world,
+            copied=bool(source_of(image.owner)),
+        )
+        for image in shelf.images()
+    ]
+    return found + [
+        Kept(place=place, slot=i.slot, key=i.key, rank=i.rank, world=i.world, copied=i.replica)
+        for place, images in finding.images.items()
+        for i in images
+    ]
+
+
+def _parities(shelf: Shelf, finding: Finding, own: str) -> KeptParities:
+    """Every parity in any keeper's memory."""
+    everywhere = {**finding.parities, own: shelf.parities()}
+    return {place: [(one.key, one.parity) for one in held] for place, held in everywhere.items()}

@@ -19,10 +19,10 @@ from resilient_train.ipc.channel import Listener
 from resilient_train.keeper.backing import Backed, Backing
 from resilient_train.keeper.clients import Client
 from resilient_train.keeper.job import JobWide
-from resilient_train.keeper.last import Last
 from resilient_train.keeper.saving import Saving
 from resilient_train.keeper.shelf import Shelf, is_parity, source_of
 from resilient_train.keeper.word import Word
+from resilient_train.plan.last import Last
 from resilient_train.plan.recovery import Found, complete_keys
 from resilient_train.spec.messages import (
     Adopt,
