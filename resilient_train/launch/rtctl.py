@@ -244,15 +244,22 @@ def _verify(args: argparse.Namespace) -> ExitCode:
     if args.all and location.step is not None:
         raise ConfigError("--all means every checkpoint: leave the step out")
     newest = find(tier, location)
+    keys, unfinished = listing(tier) if args.all else ([newest], [])
     verdicts = []
-    for key in listing(tier)[0] if args.all else [newest]:
+    for key in keys:
         verdict = verify(tier, key, _progress(f"verifying {folder_of(key)}"))
         verdicts.append(verdict)
         if not args.json:
             print(_judge(verdict), flush=True)
     whole = not any(verdict.damage for verdict in verdicts)
     if args.json:
-        _print_json({"url": location.url, "whole": whole, "checkpoints": [one.to_json() for one in verdicts]})
+        left = [{"step": key.step, "lineage": key.lineage} for key in unfinished]
+        found = {"checkpoints": [one.to_json() for one in verdicts], "unfinished": left}
+        _print_json({"url": location.url, "whole": whole, **found})
+    else:
+        print(
+            "".join(f"{folder_of(key)}: unfinished, without a manifest to verify it by\n" for key in unfinished), end=""
+        )
     return ExitCode.SUCCESS if whole else ExitCode.USER_ERROR
 
 

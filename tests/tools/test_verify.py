@@ -70,6 +70,20 @@ def test_every_damage_is_found_and_named(
     assert name in text
 
 
+def test_what_is_unfinished_is_said_and_harms_nothing(
+    tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no manifest to be verified by."""
+    make(tmp_path, 3)
+    (tmp_path / "step-000000004.g1").mkdir()
+    assert run(["verify", str(tmp_path), "--all"]) is ExitCode.SUCCESS
+    assert "step-000000004.g1: unfinished" in capsys.readouterr().out
+    assert run(["verify", str(tmp_path), "--all", "--json"]) is ExitCode.SUCCESS
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [{"step": 4, "lineage": 1}]
+    assert run(["verify", str(tmp_path)]) is ExitCode.SUCCESS
+    assert "unfinished" not in capsys.readouterr().out
+
+
 def test_all_damaged_files_are_named(tmp_path: Path, make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     """Not only the first."""
     make(tmp_path, 3)
