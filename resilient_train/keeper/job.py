@@ -218,10 +218,9 @@ class JobWide:
     def _decide(self, finding: Finding, decided: Callable[[Last], None]) -> None:
         assert self._server is not None
         own = self._server.endpoint
+        images, parities = _kept(self._shelf, finding, own), _parities(self._shelf, finding, own)
         chosen = [key for key in finding.chosen.values() if key is not None and key.lineage]
-        last = self._last = last_state(
-            _kept(self._shelf, finding, own), _parities(self._shelf, finding, own), chosen, own
-        )
+        last = self._last = last_state(images, parities, chosen, own)
         self._deadline = self._clock.now() + _DECISION
         if last.key is None or not last.rebuild:
             decided(last)

@@ -256,10 +256,9 @@ def _verify(args: argparse.Namespace) -> ExitCode:
         left = [{"step": key.step, "lineage": key.lineage} for key in unfinished]
         found = {"checkpoints": [one.to_json() for one in verdicts], "unfinished": left}
         _print_json({"url": location.url, "whole": whole, **found})
-    else:
-        print(
-            "".join(f"{folder_of(key)}: unfinished, without a manifest to verify it by\n" for key in unfinished), end=""
-        )
+        return ExitCode.SUCCESS if whole else ExitCode.USER_ERROR
+    for key in unfinished:
+        print(f"{folder_of(key)}: unfinished, without a manifest to verify it by")
     return ExitCode.SUCCESS if whole else ExitCode.USER_ERROR
 
 
