@@ -9,7 +9,7 @@ other keeper to know its part, and a reader knows whose image holds what without
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -173,6 +173,8 @@ def copies_by_division(
     held |= {name: [entry for _, entry in places] for name, places in others.items()}
     check_fit(wants, held, set(held))
     by_cuts, columns = _by_cuts(common), dict[tuple[Cuts, tuple[int, ...]], Column]()
+    # A model's layers repeat each other: what is wanted of tensors of one shape is planned once.
+    planned: dict[tuple[tuple[int, ...], Cuts, Box], list[_Chunk]] = {}
     copies: list[Copy] = []
     for want in wants:
         if want.name not in named:
@@ -180,23 +182,35 @@ def copies_by_division(
             continue
         entry = named[want.name]
         cuts = entry.cuts or ()
-        for chunks in chunks_within(entry.global_shape, cuts, want.box):
-            whole = _held(entry, cuts, chunks)
-            box = whole.box.intersect(want.box)
-            if box is None:
+        place = entry.global_shape, cuts, want.box
+        if place not in planned:
+            planned[place] = [*_chunks(*place, world)]
+        for chunks, box, wanted, alone in planned[place]:
+            if alone is not None:
+                whole = replace(entry, offset=box.offset, shape=box.shape)
+                copies.append(Copy(name=want.name, rank=alone, entry=whole, box=wanted))
                 continue
-            writers: Iterable[tuple[int, Entry]]
-            if prod(cut.parts for cut in cuts) < world:
-                if (cuts, chunks) not in columns:
-                    columns[cuts, chunks] = Column(by_cuts[cuts], cuts, chunks, world, least)
-                writers = columns[cuts, chunks].within(want.name, box)
-            else:
-                writers = [(next(holders(cuts, chunks, world)), whole)]
-            for rank, part in writers:
+            if (cuts, chunks) not in columns:
+                columns[cuts, chunks] = Column(by_cuts[cuts], cuts, chunks, world, least)
+            for rank, part in columns[cuts, chunks].within(want.name, wanted):
                 shared = part.box.intersect(want.box)
                 if shared is not None:
                     copies.append(Copy(name=want.name, rank=rank, entry=part, box=shared))
     return copies
+
+
+_Chunk = tuple[tuple[int, ...], Box, Box, int | None]
+"""A chunk's numbers, its box, what is wanted of it, and the rank that holds it if there is only one."""
+
+
+def _chunks(shape: Sequence[int], cuts: Cuts, wanted: Box, world: int) -> Iterator[_Chunk]:
+    """The chunks of which something is wanted."""
+    single = prod(cut.parts for cut in cuts) == world
+    for chunks in chunks_within(shape, cuts, wanted):
+        box = box_of(shape, cuts, chunks)
+        common = box.intersect(wanted)
+        if common is not None:
+            yield chunks, box, common, next(holders(cuts, chunks, world)) if single else None
 
 
 def _places(want: Want, known: Sequence[tuple[int, Entry]], world: int) -> Iterator[tuple[int, Entry]]:

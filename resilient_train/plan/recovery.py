@@ -12,7 +12,7 @@ images are needed, and every rank's image has to be there, because what only a l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from resilient_train.errors import CheckpointDamaged, StateMismatch
@@ -149,20 +149,37 @@ def copies_by_layout(
     check_fit(wants, {name: [entry] for name, entry in by_name.items()}, set(by_name))
     ranks = frozenset(held.ranks)
     alone = [rank] if own and rank in ranks else [min(ranks)]
+    # A model's layers repeat each other: what is wanted of tensors of one shape is planned once.
+    planned: dict[tuple[tuple[int, ...], Cuts, Box, bool], list[tuple[int, Box, Box]]] = {}
     copies = []
     for want in wants:
-        entry = by_name[want.name]
+        entry, differs = by_name[want.name], want.name in differing
         assert entry.cuts is not None
-        near = alone if want.name in differing else held.near
-        for chunks in chunks_within(entry.global_shape, entry.cuts, want.box):
-            source = _nearest(entry.cuts, chunks, held.world, near, ranks, rank)
-            box = box_of(entry.global_shape, entry.cuts, chunks)
-            common = box.intersect(want.box)
-            if source is None or common is None:
-                raise CheckpointDamaged(f"nobody who is left holds {box} of {want.name}")
+        place = entry.global_shape, entry.cuts, want.box, differs
+        if place not in planned:
+            near = alone if differs else held.near
+            planned[place] = list(_sources(want, entry.cuts, held.world, near, ranks, rank))
+        for source, box, common in planned[place]:
             part = replace(entry, offset=box.offset, shape=box.shape)
             copies.append(Copy(name=want.name, rank=source, entry=part, box=common))
     return copies
+
+
+def _sources(
+    want: Want, cuts: Cuts, world: int, near: Sequence[int], ranks: frozenset[int], rank: int
+) -> Iterator[tuple[int, Box, Box]]:
+    """(whose image, the box that it holds, what is wanted of that) of everything in a wanted box.
+
+    Raises:
+        CheckpointDamaged: if nobody is left who has some of it.
+    """
+    for chunks in chunks_within(want.global_shape, cuts, want.box):
+        source = _nearest(cuts, chunks, world, near, ranks, rank)
+        box = box_of(want.global_shape, cuts, chunks)
+        common = box.intersect(want.box)
+        if source is None or common is None:
+            raise CheckpointDamaged(f"nobody who is left holds {box} of {want.name}")
+        yield source, box, common
 
 
 def _nearest(
@@ -249,18 +266,28 @@ def prove(wants: Sequence[Want], copies: Sequence[Copy]) -> None:
     by_name: dict[str, list[Copy]] = {}
     for copy in copies:
         by_name.setdefault(copy.name, []).append(copy)
+    proven: set[tuple[Box, tuple[tuple[Box, Box], ...]]] = set()
     for want in wants:
-        mine = by_name.pop(want.name, [])
-        for copy in mine:
-            if copy.box.intersect(want.box) != copy.box or copy.box.intersect(copy.entry.box) != copy.box:
-                raise CheckpointDamaged(f"{want.name}: {copy.box} would be copied from where it is not")
-        twice = _overlap([copy.box for copy in mine])
-        if twice is not None:
-            raise CheckpointDamaged(f"{want.name}: {twice} would be filled twice")
-        if sum(copy.box.size for copy in mine) != want.box.size:
-            raise CheckpointDamaged(f"{want.name}: {uncovered(want.box, [copy.box for copy in mine])[0]} has no source")
+        mine = tuple((copy.box, copy.entry.box) for copy in by_name.pop(want.name, []))
+        # What holds for one tensor holds for another with the very same boxes.
+        if (want.box, mine) not in proven:
+            _prove_one(want, mine)
+            proven.add((want.box, mine))
     if by_name:
         raise CheckpointDamaged(f"{min(by_name)} would be filled, and nobody wants it")
+
+
+def _prove_one(want: Want, mine: Sequence[tuple[Box, Box]]) -> None:
+    """The same of one wanted box: (box that is filled, box that it is taken from) of each copy."""
+    filled = [box for box, _ in mine]
+    for box, source in mine:
+        if box.intersect(want.box) != box or box.intersect(source) != box:
+            raise CheckpointDamaged(f"{want.name}: {box} would be copied from where it is not")
+    twice = _overlap(filled)
+    if twice is not None:
+        raise CheckpointDamaged(f"{want.name}: {twice} would be filled twice")
+    if sum(box.size for box in filled) != want.box.size:
+        raise CheckpointDamaged(f"{want.name}: {uncovered(want.box, filled)[0]} has no source")
 
 
 def _overlap(boxes: list[Box]) -> Box | None:
