@@ -80,12 +80,19 @@ def box_here(name: str, shape: Sequence[int], mesh: DeviceMesh, placements: Sequ
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise UnsupportedState(f"{name}: its mesh does not contain this rank")
-    # Numbered as if the mesh were all there is: a selection of ranks may have no regular numbers of its own.
-    strides = [prod(mesh.shape[i + 1 :]) for i in range(mesh.ndim)]
-    here = sum(at * stride for at, stride in zip(coordinate, strides, strict=True))
-    return held_box(shape, cuts_of(name, placements, mesh.shape, strides), here)
+    # A model's layers repeat each other.  The meshes of two generations may be equal, and this rank's place another.
+    known, layout = _boxes.setdefault(mesh, {}), (tuple(shape), tuple(placements), tuple(coordinate))
+    if layout not in known:
+        # Numbered as if the mesh were all there is: a selection of ranks may have no regular numbers of its own.
+        sizes = tuple(mesh.shape)
+        strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+        here = sum(at * stride for at, stride in zip(coordinate, strides, strict=True))
+        known[layout] = held_box(shape, cuts_of(name, placements, sizes, strides), here)
+    return known[layout]
 
 
+_boxes: weakref.WeakKeyDictionary[DeviceMesh, dict[tuple[Any, ...], Box]] = weakref.WeakKeyDictionary()
+"""Of each mesh, what a rank at some coordinate holds of tensors of a shape that are placed alike."""
 _strides: weakref.WeakKeyDictionary[DeviceMesh, tuple[int, ...] | None] = weakref.WeakKeyDictionary()
 
 

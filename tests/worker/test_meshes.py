@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from placed import FSDP, PLACED, TP_FSDP, R, check, made, meshes, values, zeros
 from test_state import images_of, saved
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
 from worlds import world as world_of
 
 from resilient_train.errors import CheckpointDamaged, StateMismatch, UnsupportedState
@@ -26,6 +27,7 @@ from resilient_train.plan.recovery import Holders, not_covered
 from resilient_train.worker.fill import fill
 from resilient_train.worker.sources import Images
 from resilient_train.worker.state import State
+from resilient_train.worker.tensors import box_here
 
 
 def of_a_peer(reader: ImageReader) -> ImageReader:
@@ -158,3 +160,28 @@ def test_a_stage_whose_image_is_gone_is_missed() -> None:
     held = Holders(world=2, ranks=(0,))
     with pytest.raises(CheckpointDamaged, match="do not cover"):
         fill(stage(("0", "1"), zeros)[0], Images(held, readers.__getitem__, whole=True), 0, 1)
+
+
+def test_this_rank_may_stand_elsewhere_in_an_equal_mesh() -> None:
+    """As in the next generation, while something still holds the mesh of the one before: what it holds is another."""
+
+    class Mesh:
+        """As much of one as is asked for; all are equal."""
+
+        shape = (4,)
+
+        def __init__(self, at: int) -> None:
+            self._at = at
+
+        def get_coordinate(self) -> list[int]:
+            return [self._at]
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Mesh)
+
+        def __hash__(self) -> int:
+            return 0
+
+    meshes = [Mesh(at) for at in (0, 3, 0, 2)]
+    boxes = [box_here("t", (6, 2), cast(DeviceMesh, mesh), [Shard(0)]) for mesh in meshes]
+    assert [(box.offset[0], box.shape[0]) for box in boxes] == [(0, 2), (6, 0), (0, 2), (4, 2)]
