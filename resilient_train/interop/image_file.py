@@ -119,7 +119,7 @@ class ImageSource:
             StorageError: if it could not be written.
             UnsupportedState: if a tensor was changed meanwhile; nothing is visible then.
         """
-        tier.put(self._path, self)
+        tier.put(self._path, self, self.file.size)
         return self.file
 
     def __iter__(self) -> Iterator[memoryview]:

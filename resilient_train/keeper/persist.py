@@ -107,7 +107,8 @@ def persist(tier: Tier, job: Job, *, divide: bool = True) -> Written:
     try:
         with ThreadPoolExecutor(_AT_ONCE, "persist") as pool:
             paths = [f"{folder_of(job.key)}/{image.file.name}" for image in left]
-            list(pool.map(tier.put, paths, [job.progress.paced(image.chunks) for image in left]))
+            chunks = [job.progress.paced(image.chunks) for image in left]
+            list(pool.map(tier.put, paths, chunks, [image.file.size for image in left]))
     except BaseException:
         # Without this node's part it will never be complete; what is there only takes the room of the next one.  Where
         # other nodes may have written to the folder it is left to the next checkpoint that is complete.
@@ -169,13 +170,18 @@ def _is_there(tier: Tier, key: Key, file: ImageFile) -> bool:
 def _remove_superseded(tier: Tier, part: Manifest, keep_last: int, word: Word) -> None:
     """What cannot be removed costs room; what was just written is durable all the same."""
     try:
-        for key in superseded(*sorted_keys(with_begun(tier)), keep_last, part.past):
-            if not word.holds():
-                # Another world may have resumed from it; whoever is current removes it later.
-                return
-            tier.delete(folder_of(key))
+        gone = superseded(*sorted_keys(with_begun(tier)), keep_last, part.past)
     except OutsideError as error:
         logger.warning("superseded checkpoints are left behind: %s", error)
+        return
+    for key in gone:
+        if not word.holds():
+            # Another world may have resumed from it; whoever is current removes it later.
+            return
+        try:
+            tier.delete(folder_of(key))
+        except OutsideError as error:
+            logger.warning("a superseded checkpoint is left behind: %s", error)
 
 
 def _check_same(tier: Tier, key: Key, files: Sequence[ImageFile]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from resilient_train.errors import ConfigError, ExitCode, ResilientError, StorageError
-from resilient_train.storage.catalogue import listing
+from resilient_train.storage.catalogue import sorted_keys, with_begun
 from resilient_train.storage.commit import folder_of
 from resilient_train.storage.filesystem import open_tier
 from resilient_train.storage.tier import Tier
@@ -244,7 +244,7 @@ def _verify(args: argparse.Namespace) -> ExitCode:
     if args.all and location.step is not None:
         raise ConfigError("--all means every checkpoint: leave the step out")
     newest = find(tier, location)
-    keys, unfinished = listing(tier) if args.all else ([newest], [])
+    keys, unfinished = sorted_keys(with_begun(tier)) if args.all else ([newest], [])
     verdicts = []
     for key in keys:
         verdict = verify(tier, key, _progress(f"verifying {folder_of(key)}"))

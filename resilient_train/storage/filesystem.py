@@ -52,7 +52,8 @@ class FilesystemTier:
         self._in_parts = protocol in s3.PROTOCOLS
         if not self.local:
             # Listings must show what other processes just wrote.
-            self._fs.use_listings_cache = False
+            self._fs.dircache.use_listings_cache = False
+            self._fs.dircache.clear()
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
@@ -93,9 +94,10 @@ class FilesystemTier:
     def begun(self) -> set[str]:
         if not self._in_parts:
             return set()
-        _, key, _ = self._fs.split_path(self._root)
-        paths = [upload.key[len(key) :].strip("/") for upload in multipart.unfinished(self._fs, self._root)]
-        return {path.partition("/")[0] for path in paths if "/" in path}
+        with self._mapped("cannot list uploads"):
+            _, key, _ = self._fs.split_path(self._root)
+            paths = [upload.key[len(key) :].strip("/") for upload in multipart.unfinished(self._fs, self._root)]
+            return {path.partition("/")[0] for path in paths if "/" in path}
 
     def size(self, path: str) -> int:
         with self._mapped(path, reading=True):
@@ -127,13 +129,13 @@ class FilesystemTier:
             length = read_into(self._path(path), offset, buffers)
         self._check_length(path, offset, sum(map(len, buffers)), length)
 
-    def put(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         target = self._path(path)
         with self._mapped(path):
             if self.local:
                 return write_file(target, chunks)
             if self._in_parts:
-                return multipart.put(self._fs, target, chunks)
+                return multipart.put(self._fs, target, chunks, size)
             return self._put_object(target, chunks)
 
     def _put_object(self, target: str, chunks: Iterable[Chunk]) -> int:

@@ -2,18 +2,21 @@
 
 A part that the server has already is recognised by its MD5, which S3 gives as its ETag (where keys of a key service
 encrypt it, it gives something else, and the part is sent again).  A server or a policy that does not tell of unfinished
-uploads costs just that: each attempt begins a new one.
+uploads costs just that: each attempt begins a new one.  All parts of a file but the last are of one length, as some
+servers ask for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import itertools
 import logging
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,9 +25,10 @@ from resilient_train.storage.tier import Chunk
 logger = logging.getLogger(__name__)
 
 PART = 8 << 20
-"""Bytes of a part, four times of which a request may hold; the same wherever uploads are gone on with."""
-_GROWS = 500
-"""Parts of one length, those behind them being longer: S3 takes no more than 10,000, here of 820 GiB together."""
+"""Bytes of a part, unless there would be too many; a request may hold four times as much."""
+_MOST_PARTS = 10_000
+_LENGTHS = 1 << 20
+"""What the length of longer parts is a multiple of."""
 _MOST_HELD = 8
 """Parts on their way at once, of all files together."""
 
@@ -50,6 +54,8 @@ class _Upload:
     """The checksum that the server wants to hear again at the end, if it does."""
     there: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What the server has told of each part that it had from the beginning."""
+    resumed: bool = False
+    """Whether somebody else has begun it."""
 
     def told(self, number: int, answer: dict[str, Any]) -> dict[str, Any]:
         """What the server wants to hear of a part, of what it has said of it."""
@@ -57,7 +63,7 @@ class _Upload:
         return {"PartNumber": number} | {name: answer[name] for name in names if name in answer}
 
 
-def put(fs: Any, path: str, chunks: Iterable[Chunk]) -> int:
+def put(fs: Any, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
     """Write an object that becomes visible whole or not at all; its length.
 
     After an error of the server its parts stay, for whoever puts it again; after one of ``chunks`` nothing does.
@@ -65,24 +71,45 @@ def put(fs: Any, path: str, chunks: Iterable[Chunk]) -> int:
     Args:
         fs: of s3fs.
         path: bucket/key.
-        chunks: its bytes, which must not change until this returns.
+        chunks: its bytes, which must not change until this returns; taken by several threads in turns.
+        size: how many they are, if that is known; of what is longer than 78 GiB it has to be.
     """
     bucket, key, _ = fs.split_path(path)
-    pieces = _pieces(chunks)
+    length = _part_length(size)
+    pieces = _pieces(chunks, length)
     first = next(pieces, b"")
-    if len(first) < PART:
+    if len(first) < length:
         fs.call_s3("put_object", Bucket=bucket, Key=key, Body=first)
         return len(first)
     upload, source = _upload(fs, bucket, key), _Source(itertools.chain([first], pieces))
     del first  # Its bytes are held as long as they are sent.
-    with ThreadPoolExecutor(_MOST_HELD, "part") as pool:
-        senders = [pool.submit(_send, fs, upload, source) for _ in range(_MOST_HELD)]
-    if source.broken:
-        with contextlib.suppress(Exception):  # The error to be told is the other.
-            fs.call_s3("abort_multipart_upload", **upload.place)
-    parts = sorted((part for sender in senders for part in sender.result()), key=lambda part: part["PartNumber"])
-    fs.call_s3("complete_multipart_upload", **upload.place, MultipartUpload={"Parts": parts})
+    try:
+        parts = _all_sent(fs, upload, source)
+        fs.call_s3("complete_multipart_upload", **upload.place, MultipartUpload={"Parts": parts})
+    except BaseException as error:
+        # What was begun in another way, or is not there as it was told, would fail again and again.
+        gone = isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
+        if source.broken or (upload.resumed and gone):
+            with contextlib.suppress(Exception):  # The error to be told is the other.
+                fs.call_s3("abort_multipart_upload", **upload.place)
+        raise
     return source.given
+
+
+def _part_length(size: int) -> int:
+    """Bytes of each part of so many; the same for all that put the same file."""
+    return max(PART, -(-size // (_MOST_PARTS * _LENGTHS)) * _LENGTHS)
+
+
+def _all_sent(fs: Any, upload: _Upload, source: _Source) -> list[dict[str, Any]]:
+    """Send what the server lacks; what it wants to hear of each part at the end."""
+    with ThreadPoolExecutor(_MOST_HELD, "part") as pool:
+        try:
+            senders = [pool.submit(_send, fs, upload, source) for _ in range(_MOST_HELD)]
+            wait(senders)
+        finally:
+            source.over = True  # Of an interrupted upload only what is on its way is waited for.
+    return sorted((part for sender in senders for part in sender.result()), key=lambda part: part["PartNumber"])
 
 
 def unfinished(fs: Any, path: str) -> list[Unfinished]:
@@ -94,30 +121,46 @@ def unfinished(fs: Any, path: str) -> list[Unfinished]:
     """
     bucket, beginning, _ = fs.split_path(path)
     found: list[tuple[Any, Unfinished]] = []
-    after: dict[str, str] = {}
     try:
-        while True:
-            answer = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=beginning, **after)
-            for one in answer.get("Uploads", []):
+        markers, place = ("KeyMarker", "UploadIdMarker"), {"Bucket": bucket, "Prefix": beginning}
+        for page in _pages(fs, "list_multipart_uploads", *markers, **place):
+            for one in page.get("Uploads", []):
                 if not beginning or f"{one['Key']}/".startswith(f"{beginning}/"):
                     found.append((one["Initiated"], Unfinished(one["Key"], one["UploadId"])))
-            if not answer.get("IsTruncated"):
-                break
-            after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
-    except Exception as error:  # It is not told to everybody, and not by every server.
-        logger.debug("no unfinished uploads of %s are told: %s", path, error)
+    except OSError as error:
+        _check_not_told(error)
+        _mention(f"s3://{bucket} does not tell of unfinished uploads, so each attempt begins anew: {error}")
         return []
     return [upload for _, upload in sorted(found, key=lambda of: (of[0], of[1]))]
 
 
 def abort(fs: Any, path: str) -> None:
-    """Give up the uploads that `unfinished` tells of."""
+    """Give up the uploads that `unfinished` tells of; one that must not be is said, and costs room only."""
     bucket, _, _ = fs.split_path(path)
     for upload in unfinished(fs, path):
         try:
             fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload.key, UploadId=upload.id)
         except FileNotFoundError:
             continue  # Somebody was faster.
+        except OSError as error:
+            _check_not_told(error)
+            _mention(f"s3://{bucket} keeps what was left of uploads, which costs room: {error}")
+
+
+def _check_not_told(error: OSError) -> None:
+    """Go on only where a server or a policy does not do such things.
+
+    Raises:
+        OSError: anything else, which may be another time.
+    """
+    if not isinstance(error, (PermissionError, FileNotFoundError)) and error.errno not in (errno.ENOSYS, errno.EINVAL):
+        raise error
+
+
+@functools.cache
+def _mention(text: str) -> None:
+    """Say it once."""
+    logger.warning("%s", text)
 
 
 def _upload(fs: Any, bucket: str, key: str) -> _Upload:
@@ -127,23 +170,33 @@ def _upload(fs: Any, bucket: str, key: str) -> _Upload:
             continue
         try:
             return _known(fs, {"Bucket": bucket, "Key": key, "UploadId": begun.id})
-        except Exception as error:  # As above; or it is complete by now, or given up.
-            logger.debug("the parts of an unfinished upload of %s/%s are not told: %s", bucket, key, error)
+        except FileNotFoundError:
+            continue  # It is complete by now, or given up.
+        except OSError as error:
+            _check_not_told(error)
+            _mention(f"s3://{bucket} does not tell of the parts of uploads, so each attempt begins anew: {error}")
     answer = fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
     place = {"Bucket": bucket, "Key": key, "UploadId": answer["UploadId"]}
     return _Upload(place=place, algorithm=answer.get("ChecksumAlgorithm", ""))
 
 
 def _known(fs: Any, place: dict[str, str]) -> _Upload:
-    upload = _Upload(place=place)
-    after: dict[str, int] = {}
-    while True:
-        answer = fs.call_s3("list_parts", **place, **after)
-        upload.there |= {part["PartNumber"]: part for part in answer.get("Parts", [])}
-        upload.algorithm = answer.get("ChecksumAlgorithm", "")
-        if not answer.get("IsTruncated"):
-            return upload
-        after = {"PartNumberMarker": answer["NextPartNumberMarker"]}
+    upload = _Upload(place=place, resumed=True)
+    for page in _pages(fs, "list_parts", "PartNumberMarker", **place):
+        upload.there |= {part["PartNumber"]: part for part in page.get("Parts", [])}
+        upload.algorithm = page.get("ChecksumAlgorithm", "")
+    return upload
+
+
+def _pages(fs: Any, method: str, *markers: str, **place: str) -> Iterator[dict[str, Any]]:
+    """The pages of a list; no more where a server names no next one."""
+    before, after = None, dict[str, Any]()
+    while after != before:
+        page = fs.call_s3(method, **place, **after)
+        yield page
+        before = after
+        if page.get("IsTruncated"):
+            after = {marker: page[f"Next{marker}"] for marker in markers if page.get(f"Next{marker}")}
 
 
 class _Source:
@@ -203,19 +256,18 @@ def _sent(fs: Any, upload: _Upload, number: int, piece: bytes) -> dict[str, Any]
     return answer
 
 
-def _pieces(chunks: Iterable[Chunk]) -> Iterator[bytes]:
-    """The same bytes in parts, whose lengths depend on nothing but their numbers; only the last is shorter."""
+def _pieces(chunks: Iterable[Chunk], length: int) -> Iterator[bytes]:
+    """The same bytes in pieces of one length; only the last is shorter."""
     held: list[memoryview] = []
-    size, number = 0, 0
+    size = 0
     for chunk in chunks:
         left = memoryview(chunk).cast("B")
         while len(left):
-            wanted = PART * (1 + number // _GROWS) - size
-            held.append(left[:wanted])
-            size, left = size + len(held[-1]), left[wanted:]
-            if len(held[-1]) == wanted:
+            held.append(left[: length - size])
+            size, left = size + len(held[-1]), left[length - size :]
+            if size == length:
                 yield b"".join(held)
                 held.clear()
-                size, number = 0, number + 1
+                size = 0
     if size:
         yield b"".join(held)

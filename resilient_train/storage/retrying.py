@@ -49,10 +49,10 @@ class RetryingTier:
     def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
         self._again(lambda: self._tier.read_into(path, offset, buffers))
 
-    def put(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         if iter(chunks) is chunks:
-            return self._tier.put(path, chunks)
-        return self._again(lambda: self._tier.put(path, chunks))
+            return self._tier.put(path, chunks, size)
+        return self._again(lambda: self._tier.put(path, chunks, size))
 
     def delete(self, folder: str) -> None:
         self._again(lambda: self._tier.delete(folder))

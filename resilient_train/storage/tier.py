@@ -43,10 +43,15 @@ class Tier(Protocol):
         """Fill the buffers, one after the other, with the bytes of a file from ``offset`` on; fewer is an error."""
         ...
 
-    def put(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         """Write a file that becomes visible whole or not at all, durable when this returns; its length.
 
-        What is in the chunks must not change until then.
+        What is in the chunks must not change until then.  Several threads may ask for them, in turns.
+
+        Args:
+            path: where.
+            chunks: its bytes.
+            size: how many they are, if that is known; some storage takes no very long files otherwise.
         """
         ...
 

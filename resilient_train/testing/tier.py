@@ -63,6 +63,16 @@ class TierConformance(ABC):
         assert self.tier().put("a/x", chunks) == len(whole)
         assert self.tier().read("a/x", 0, len(whole)) == whole
 
+    def test_a_listing_is_not_remembered(self) -> None:
+        """What was written after one is there, and as long as it is."""
+        tier = self.tier()
+        tier.put("a/x", [b"1"])
+        assert tier.folders() == {"a": {"x"}}
+        tier.put("a/y", [b"12"])
+        tier.put("a/x", [b"123"])
+        assert (tier.size("a/x"), tier.size("a/y")) == (3, 2)
+        assert tier.folders() == {"a": {"x", "y"}}
+
     def test_reading_beyond_the_end_names_the_file(self) -> None:
         """Fewer bytes than asked for are damage, not data."""
         tier = self.tier()

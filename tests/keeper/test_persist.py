@@ -112,8 +112,8 @@ def test_a_keeper_that_fails_late_leaves_what_another_has_committed(make: Callab
     class Overtaken(FilesystemTier):
         """Another keeper commits, and then the place does not answer."""
 
-        def put(self, path: str, chunks: Iterable[bytes | memoryview]) -> int:
-            written = super().put(path, chunks)
+        def put(self, path: str, chunks: Iterable[bytes | memoryview], size: int = 0) -> int:
+            written = super().put(path, chunks, size)
             if "part-" in path:
                 persist(FilesystemTier(str(tmp_path)), other)
                 self.dead = True

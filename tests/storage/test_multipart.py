@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from .faulty_server import FaultyServer
 
 SCRIPT = Path(__file__).parent.parent / "multiprocess" / "scripts" / "train.py"
 PART = 5 << 20  # S3 takes no shorter ones.
-DATA = os.urandom(1 << 20) * 6 * 5 + b"the end"
+DATA = b"".join(os.urandom(1 << 20) * 5 for _ in range(6)) + b"the end"
 PARTS = 7
+REFUSED = "403 Access Denied"
 
 
 class Parts:
@@ -87,9 +89,9 @@ def environment(url: str) -> dict[str, str]:
 
 def interrupted(server: FaultyServer, tier: FilesystemTier, path: str, data: bytes = DATA) -> list[int]:
     """Put a file while the server takes three parts; which these were."""
-    fault = Parts(3, "403 Access Denied")
+    fault = Parts(3, REFUSED)
     server.break_with(fault)
-    with pytest.raises(StorageError, match=f"{path}: PermissionError: 403 Access Denied"):
+    with pytest.raises(StorageError, match=f"{path}: PermissionError: {REFUSED}"):
         tier.put(path, [data])
     assert len(fault.passed) == 3
     server.heal()
@@ -128,8 +130,9 @@ def test_parts_with_other_bytes_are_sent_again(server: FaultyServer, tier: Files
     other = bytearray(DATA)
     other[(before[0] - 1) * PART + 5] ^= 1
     assert before[0] in put(server, tier, "a/x", bytes(other))
-    interrupted(server, tier, "a/y")
-    assert put(server, tier, "a/y", DATA[: PART + 3]) in ([], [1], [2], [1, 2]), "one that is shorter by now"
+    before = interrupted(server, tier, "a/y")
+    shorter = put(server, tier, "a/y", DATA[: PART + 3])
+    assert shorter == sorted({1, 2} - ({1} & {*before})), "its last part is another"
 
 
 def test_what_is_left_of_uploads_is_listed_and_goes_with_its_folder(server: FaultyServer, tier: FilesystemTier) -> None:
@@ -165,13 +168,64 @@ def test_a_server_that_does_not_tell_of_uploads_is_good_enough(
 ) -> None:
     """Not implemented, or not allowed: each attempt begins a new upload."""
     interrupted(server, tier, "a/x")
-    told = re.compile(rf"[?&]{request_}\b")
+    told, hurt = re.compile(rf"[?&]{request_}\b"), server.hurt
     server.break_with(lambda method, target: "501 Not Implemented" if method == "GET" and told.search(target) else None)
     assert tier.put("a/x", [DATA]) == len(DATA)
     assert with_begun(tier)["a"] == {"x"}
     assert tier.read("a/x", 0, len(DATA)) == DATA
-    assert server.hurt > 0
+    assert server.hurt > hurt
     tier.delete("a")
+
+
+def test_a_server_that_only_cannot_tell_now_is_asked_again(server: FaultyServer, tier: FilesystemTier) -> None:
+    """What has arrived is not given up for one 503."""
+    interrupted(server, tier, "a/x")
+    server.break_with(lambda method, target: "503 Service Unavailable" if "uploads" in target else None)
+    for action in (lambda: tier.put("a/x", [DATA]), tier.begun, lambda: tier.delete("a")):
+        with pytest.raises(StorageError, match="503"):
+            action()
+    server.heal()
+    assert tier.begun() == {"a"}
+
+
+def test_an_upload_that_cannot_be_gone_on_with_is_given_up(server: FaultyServer, tier: FilesystemTier) -> None:
+    """Begun with another key, for instance: the next attempt begins a new one."""
+    interrupted(server, tier, "a/x")
+    server.break_with(lambda method, target: "400 Invalid Argument" if "partNumber" in target else None)
+    with pytest.raises(StorageError, match="400 Invalid Argument"):
+        tier.put("a/x", [DATA])
+    assert tier.begun() == set()
+    server.heal()
+    assert put(server, tier, "a/x", DATA) == [*range(1, PARTS + 1)]
+
+
+def test_uploads_that_must_not_be_given_up_do_not_stop_a_removal(server: FaultyServer, tier: FilesystemTier) -> None:
+    """They cost room, which is for the bucket's owner to see to; checkpoints are removed all the same."""
+    interrupted(server, tier, "a/x")
+    tier.put("a/y", [b"1"])
+    server.break_with(lambda method, target: REFUSED if method == "DELETE" and "uploadId" in target else None)
+    tier.delete("a")
+    server.heal()
+    assert with_begun(tier) == {"a": set()}
+
+
+def test_an_interrupt_waits_for_what_is_on_its_way_and_no_more(tier: FilesystemTier) -> None:
+    """Once it is raised nobody reads the bytes any more."""
+    given: list[int] = []
+
+    def chunks() -> Iterator[bytes]:
+        for number in range(100):
+            given.append(number)
+            if number == 2:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            yield DATA[:PART]
+
+    with pytest.raises(KeyboardInterrupt):
+        tier.put("a/x", chunks())
+    before = len(given)
+    assert before < 100
+    time.sleep(0.5)  # Threads that went on would ask for more.
+    assert len(given) == before
 
 
 class Pages:
@@ -227,17 +281,20 @@ def test_long_lists_come_in_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(part.keys() == {"PartNumber", "ETag", "ChecksumSHA256"} for part in fs.parts)
 
 
-def test_parts_grow_behind_the_first_few_hundred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that 10,000 of them, which is all that S3 takes, hold any image; their lengths follow from their numbers."""
-    monkeypatch.setattr(multipart, "PART", 2)
-    monkeypatch.setattr(multipart, "_GROWS", 3)
+def test_all_parts_but_the_last_are_of_one_length() -> None:
+    """As R2 asks for; of a length of which 10,000 are enough, that depends on nothing but how long the file is."""
     data = bytes(range(100))
     for size in (1, 3, 7, 100):
         chunks = [memoryview(data)[at : at + size] for at in range(0, 100, size)]
-        pieces = list(multipart._pieces(chunks))
-        assert [len(piece) for piece in pieces] == [2] * 3 + [4] * 3 + [6] * 3 + [8] * 3 + [10] * 3 + [10]
+        pieces = list(multipart._pieces(chunks, 8))
+        assert [len(piece) for piece in pieces] == [8] * 12 + [4]
         assert b"".join(pieces) == data
-    assert list(multipart._pieces([])) == list(multipart._pieces([b""])) == []
+    assert list(multipart._pieces([], 8)) == list(multipart._pieces([b""], 8)) == []
+    for size in (0, 1, 1 << 30, 78 << 30, 79 << 30, 300 << 30, (5 << 40) - 1, 5 << 40):
+        length = multipart._part_length(size)
+        assert length >= multipart.PART
+        assert -(-size // length) <= 10_000
+        assert length == multipart.PART or (length - (1 << 20)) * 10_000 < size, "no longer than it has to be"
 
 
 def test_a_killed_keeper_s_upload_is_gone_on_with(tmp_path: Path, server: FaultyServer, tier: FilesystemTier) -> None:

@@ -35,9 +35,9 @@ class Flaky(FilesystemTier):
         self._refuse()
         return super().read(path, offset, length)
 
-    def put(self, path: str, chunks: Iterable[Chunk]) -> int:
+    def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         self._refuse()
-        return super().put(path, chunks)
+        return super().put(path, chunks, size)
 
 
 class TestRetryingTier(TierConformance):
