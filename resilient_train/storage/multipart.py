@@ -84,8 +84,7 @@ def put(fs: Any, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
     upload, source = _upload(fs, bucket, key), _Source(itertools.chain([first], pieces))
     del first  # Its bytes are held as long as they are sent.
     try:
-        parts = _all_sent(fs, upload, source)
-        fs.call_s3("complete_multipart_upload", **upload.place, MultipartUpload={"Parts": parts})
+        _complete(fs, upload, _all_sent(fs, upload, source))
     except BaseException as error:
         # What was begun in another way, or is not there as it was told, would fail again and again.
         gone = isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
@@ -110,6 +109,27 @@ def _all_sent(fs: Any, upload: _Upload, source: _Source) -> list[dict[str, Any]]
         finally:
             source.over = True  # Of an interrupted upload only what is on its way is waited for.
     return sorted((part for sender in senders for part in sender.result()), key=lambda part: part["PartNumber"])
+
+
+def _complete(fs: Any, upload: _Upload, parts: list[dict[str, Any]]) -> None:
+    """Make one object of the parts."""
+    try:
+        fs.call_s3("complete_multipart_upload", **upload.place, MultipartUpload={"Parts": parts})
+    except FileNotFoundError:
+        # It was told before, and the answer was lost; or another keeper was faster.  Then it is of these very parts.
+        if not _is_made_of(fs, upload, parts):
+            raise
+
+
+def _is_made_of(fs: Any, upload: _Upload, parts: list[dict[str, Any]]) -> bool:
+    """Whether the object that is there was made of these parts, by the ETag that S3 gives such objects."""
+    try:
+        sums = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
+    except ValueError:
+        return False
+    there = fs.call_s3("head_object", Bucket=upload.place["Bucket"], Key=upload.place["Key"])
+    expected = f"{hashlib.md5(sums, usedforsecurity=False).hexdigest()}-{len(parts)}"
+    return bool(there["ETag"].strip('"') == expected)
 
 
 def unfinished(fs: Any, path: str) -> list[Unfinished]:
