@@ -125,9 +125,9 @@ def _is_made_of(fs: Any, upload: _Upload, parts: list[dict[str, Any]]) -> bool:
     """Whether the object that is there was made of these parts, by the ETag that S3 gives such objects."""
     try:
         sums = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts)
-    except ValueError:
+        there = fs.call_s3("head_object", Bucket=upload.place["Bucket"], Key=upload.place["Key"])
+    except (ValueError, OSError):  # The error to be told is the other.
         return False
-    there = fs.call_s3("head_object", Bucket=upload.place["Bucket"], Key=upload.place["Key"])
     expected = f"{hashlib.md5(sums, usedforsecurity=False).hexdigest()}-{len(parts)}"
     return bool(there["ETag"].strip('"') == expected)
 
