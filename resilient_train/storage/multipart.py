@@ -147,6 +147,8 @@ def unfinished(fs: Any, path: str) -> list[Unfinished]:
             for one in page.get("Uploads", []):
                 if not beginning or f"{one['Key']}/".startswith(f"{beginning}/"):
                     found.append((one["Initiated"], Unfinished(one["Key"], one["UploadId"])))
+    except FileNotFoundError:
+        return []  # No bucket, which whoever writes to it will say.
     except OSError as error:
         _check_not_told(error)
         _mention(f"s3://{bucket} does not tell of unfinished uploads, so each attempt begins anew: {error}")
@@ -242,7 +244,8 @@ class _Source:
             except BaseException:
                 self.broken = self.over = True
                 raise
-            self.over = not piece
+            if not piece:  # Not taken back where others have ended it meanwhile.
+                self.over = True
             self.given += len(piece)
             return number, piece
 

@@ -83,9 +83,11 @@ def chance() -> random.Random:
 
 
 def mixed(cuda: Any, chance: random.Random, size: int = 24_000_000) -> Plan:
-    """Pieces of all sizes on both sides, lazy or not."""
+    """Pieces of all sizes on both sides, lazy or not; at least two that a driver copies in one batch."""
     plan = Plan(cuda)
     data = chance.randbytes(3_000_000)
+    for _ in range(2):
+        plan.add(data[:70_000])
     while len(plan.expected) < size:
         length = chance.choice([0, 1, 5, 16, 4096, 40_000, 65_536, 70_000, 1_500_000, 2_900_000])
         begin = chance.randrange(len(data) - length)
