@@ -23,8 +23,8 @@ SANITIZE = $(CXX) -std=c++20 -O1 -g -Wall -Wextra -Werror -Wno-error=tsan -fno-o
 sanitize:
 	mkdir -p build
 	for kind in address,undefined thread; do \
-	  $(SANITIZE) -fsanitize=$$kind csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/gather.cpp csrc/parity.cpp csrc/publish.cpp \
-	    csrc/scatter.cpp $(DEVICE) -ldl -o build/sanitize && \
+	  $(SANITIZE) -fsanitize=$$kind csrc/tests/sanitize.cpp csrc/copier.cpp csrc/crc32c.cpp csrc/file.cpp csrc/gather.cpp csrc/parity.cpp \
+	    csrc/publish.cpp csrc/scatter.cpp $(DEVICE) -ldl -o build/sanitize && \
 	  $(SANITIZE) -fsanitize=$$kind -shared -fPIC tests/image/fake_cuda.cpp -o build/libcuda_fake.so && \
 	  $(SANITIZE) -fsanitize=$$kind csrc/tests/sanitize_cuda.cpp csrc/copier.cpp csrc/crc32c.cpp $(DEVICE) \
 	    build/libcuda_fake.so -Wl,-rpath,$(CURDIR)/build -ldl -o build/sanitize_cuda && \

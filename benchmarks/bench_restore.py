@@ -90,7 +90,7 @@ def limits(folder: Path, size: int) -> tuple[int, float, float, float]:
             times = []
             for _ in range(4):
                 if len(found) == 2:
-                    target = np.empty_like(source)
+                    target = torch.empty(len(source), dtype=torch.uint8).numpy()  # As tensors have it.
                 began = time.perf_counter()
                 list(pool.map(action, range(len(pieces))))
                 times.append(time.perf_counter() - began)

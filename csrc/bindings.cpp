@@ -4,13 +4,16 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cerrno>
 #include <cstdint>
+#include <exception>
 #include <tuple>
 #include <vector>
 
 #include "bindings.hpp"
 #include "copier.hpp"
 #include "crc32c.hpp"
+#include "file.hpp"
 #include "gather.hpp"
 #include "gloo_waits.hpp"
 #include "parity.hpp"
@@ -52,6 +55,47 @@ std::vector<rt::Rows> rows_of(const std::vector<PlacedTuple>& tuples) {
   for (const auto& [at, size, stride, count, target, spread] : tuples)
     rows.push_back({at, size, stride, count, target, spread});
   return rows;
+}
+
+std::vector<rt::Segment> segments_of(const std::vector<std::tuple<std::uint64_t, std::uint64_t>>& tuples) {
+  std::vector<rt::Segment> segments;
+  segments.reserve(tuples.size());
+  for (const auto& [target, size] : tuples) segments.push_back({target, size});
+  return segments;
+}
+
+void bind_file(nb::module_& m) {
+  nb::register_exception_translator(
+      [](const std::exception_ptr& thrown, void*) {
+        try {
+          std::rethrow_exception(thrown);
+        } catch (const rt::FileError& error) {
+          errno = error.code;
+          PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+        } catch (const rt::EndOfFile& error) {
+          PyErr_SetString(PyExc_EOFError, error.what());
+        }
+      });
+  m.def(
+      "scatter_file",
+      [](int handle, std::uint64_t offset, const std::vector<std::tuple<std::uint64_t, std::uint64_t>>& tuples,
+         const std::vector<std::uint32_t>& sums) {
+        const std::vector<rt::Segment> segments = segments_of(tuples);
+        nb::gil_scoped_release unlocked;
+        return rt::scatter_file(handle, offset, segments, sums);
+      },
+      nb::arg("handle"), nb::arg("offset"), nb::arg("segments"), nb::arg("sums"),
+      "Read consecutive blocks of an image to where they belong; the first that fails its checksum, or -1.");
+  m.def(
+      "place_file_rows",
+      [](int handle, std::uint64_t offset, std::uint64_t total, const std::vector<PlacedTuple>& tuples,
+         const std::vector<std::uint32_t>& sums) {
+        const std::vector<rt::Rows> rows = rows_of(tuples);
+        nb::gil_scoped_release unlocked;
+        return rt::place_file_rows(handle, offset, total, rows, sums);
+      },
+      nb::arg("handle"), nb::arg("offset"), nb::arg("total"), nb::arg("rows"), nb::arg("sums"),
+      "Read rows of blocks to where they belong; the first block that fails its checksum, or -1.");
 }
 
 void bind_gather(nb::module_& m) {
@@ -157,9 +201,7 @@ NB_MODULE(_native, m) {
       "scatter",
       [](std::uintptr_t source, const std::vector<std::tuple<std::uint64_t, std::uint64_t>>& segments,
          const std::vector<std::uint32_t>& sums) {
-        std::vector<rt::Segment> copied;
-        copied.reserve(segments.size());
-        for (const auto& [target, size] : segments) copied.push_back({target, size});
+        const std::vector<rt::Segment> copied = segments_of(segments);
         nb::gil_scoped_release unlocked;
         return rt::scatter(reinterpret_cast<const unsigned char*>(source), copied, sums);
       },
@@ -169,6 +211,7 @@ NB_MODULE(_native, m) {
         "Keep a list of all waits for gloo's transfers; False where torch has no gloo that is known here.");
   m.def("end_gloo_waits", &rt::end_gloo_waits, nb::call_guard<nb::gil_scoped_release>(),
         "Make all waits in the list fail; their number.");
+  bind_file(m);
   bind_gather(m);
   bind_device(m);
   bind_copier(m);

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "crc32c.hpp"
+#include "file.hpp"
 #include "piece.hpp"
 
 namespace resilient_train {
@@ -47,6 +48,29 @@ void walk(std::uint64_t total, const std::vector<Rows>& rows, Gap gap, Row row, 
     }
   }
   until(total, gap);
+}
+
+// `bytes(at)` gives the address of byte `at` of the blocks, of which those up to the end of its block stand there; it is
+// asked in order, and first for the beginning of each block.
+template <class Bytes>
+std::ptrdiff_t placed(Bytes bytes, std::uint64_t total, const std::vector<Rows>& rows,
+                      const std::vector<std::uint32_t>& sums) {
+  check(rows, total, true);
+  if (sums.size() != (total + kBlock - 1) / kBlock)
+    throw std::invalid_argument("the checksums are not those of the blocks");
+  std::ptrdiff_t bad = -1;
+  std::uint32_t crc = 0;
+  walk(
+      total, rows, [&](std::uint64_t at, std::uint64_t n) { crc = crc32c(crc, bytes(at), n); },
+      [&](std::uint64_t target, std::uint64_t at, std::uint64_t n) {
+        crc = row_crc32c(crc, reinterpret_cast<unsigned char*>(target), bytes(at), n);
+      },
+      [&](std::uint64_t block) {
+        if (bad < 0 && crc != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
+        crc = 0;
+      });
+  rows_done();
+  return bad;
 }
 
 }  // namespace
@@ -95,22 +119,17 @@ std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, co
 
 std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                           const std::vector<std::uint32_t>& sums) {
-  check(rows, total, true);
-  if (sums.size() != (total + kBlock - 1) / kBlock)
-    throw std::invalid_argument("the checksums are not those of the blocks");
-  std::ptrdiff_t bad = -1;
-  std::uint32_t crc = 0;
-  walk(
-      total, rows, [&](std::uint64_t at, std::uint64_t n) { crc = crc32c(crc, source + at, n); },
-      [&](std::uint64_t target, std::uint64_t at, std::uint64_t n) {
-        crc = row_crc32c(crc, reinterpret_cast<unsigned char*>(target), source + at, n);
-      },
-      [&](std::uint64_t block) {
-        if (bad < 0 && crc != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
-        crc = 0;
-      });
-  rows_done();
-  return bad;
+  return placed([source](std::uint64_t at) { return source + at; }, total, rows, sums);
+}
+
+std::ptrdiff_t place_file_rows(int handle, std::uint64_t offset, std::uint64_t total, const std::vector<Rows>& rows,
+                               const std::vector<std::uint32_t>& sums) {
+  unsigned char* block = scratch();
+  const auto bytes = [&](std::uint64_t at) {
+    if (at % kBlock == 0) read_file(handle, offset + at, block, std::min<std::uint64_t>(kBlock, total - at));
+    return block + at % kBlock;
+  };
+  return placed(bytes, total, rows, sums);
 }
 
 }  // namespace resilient_train

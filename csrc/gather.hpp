@@ -43,4 +43,8 @@ std::ptrdiff_t scatter_rows(const unsigned char* source, std::uint64_t total, co
 std::ptrdiff_t place_rows(const unsigned char* source, std::uint64_t total, const std::vector<Rows>& rows,
                           const std::vector<std::uint32_t>& sums);
 
+// The same of blocks that stand in a file, from byte `offset` on.  Throws FileError and EndOfFile, too.
+std::ptrdiff_t place_file_rows(int handle, std::uint64_t offset, std::uint64_t total, const std::vector<Rows>& rows,
+                               const std::vector<std::uint32_t>& sums);
+
 }  // namespace resilient_train

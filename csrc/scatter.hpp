@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "file.hpp"
+
 namespace resilient_train {
 
 // The next `size` bytes of the image, and where they belong.
@@ -20,5 +22,10 @@ struct Segment {
 // differs, or -1.  Throws std::invalid_argument if there are not as many checksums as the segments have blocks.
 std::ptrdiff_t scatter(const unsigned char* source, const std::vector<Segment>& segments,
                        const std::vector<std::uint32_t>& sums);
+
+// The same of blocks that stand in a file, from byte `offset` on: they are read to their targets, and checked while they
+// are in the caches.  Throws FileError and EndOfFile, too.
+std::ptrdiff_t scatter_file(int handle, std::uint64_t offset, const std::vector<Segment>& segments,
+                            const std::vector<std::uint32_t>& sums);
 
 }  // namespace resilient_train

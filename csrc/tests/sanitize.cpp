@@ -61,6 +61,13 @@ void copies(std::mt19937& chance) {
   check(copier.changed().empty(), "nothing changed");
 }
 
+std::FILE* written(const std::vector<unsigned char>& bytes) {
+  std::FILE* file = std::tmpfile();
+  check(file != nullptr && std::fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size() && std::fflush(file) == 0,
+        "a file to read from");
+  return file;
+}
+
 void scatters(std::mt19937& chance) {
   std::vector<unsigned char> image((2u << 20) + chance() % 100000);
   for (auto& byte : image) byte = static_cast<unsigned char>(chance());
@@ -76,6 +83,18 @@ void scatters(std::mt19937& chance) {
   }
   check(rt::scatter(image.data(), segments, sums) == -1 && target == image, "every segment stands in its place");
   check(rt::scatter(nullptr, segments, sums) == -1, "and is checked there");
+  std::fill(target.begin(), target.end(), 0);
+  std::FILE* file = written(image);
+  check(rt::scatter_file(fileno(file), 0, segments, sums) == -1 && target == image, "every segment is read to its place");
+  bool ended = false;
+  try {
+    rt::scatter_file(fileno(file), 1, segments, sums);
+  } catch (const rt::EndOfFile&) {
+    ended = true;
+  }
+  check(ended, "a file that ends too early is named");
+  std::fclose(file);
+  std::copy(image.begin(), image.end(), target.begin());
   target[rt::kBlock] ^= 1;
   check(rt::scatter(nullptr, segments, sums) == 1, "the damaged block is named");
 }
@@ -106,6 +125,10 @@ void gathers(std::mt19937& chance) {
   check(rt::scatter_rows(travelled.data(), total, rows, gaps, sums) == -1 && target == expected, "rows in their places");
   std::fill(target.begin(), target.end(), 0);
   check(rt::place_rows(image.data(), total, rows, sums) == -1 && target == expected, "rows of blocks in their places");
+  std::fill(target.begin(), target.end(), 0);
+  std::FILE* file = written(image);
+  check(rt::place_file_rows(fileno(file), 0, total, rows, sums) == -1 && target == expected, "rows of a file's blocks");
+  std::fclose(file);
   image[total - 1] ^= 1;
   const std::vector<std::uint32_t> other = rt::gather_rows(image.data(), total, rows, travelled.data());
   check(rt::scatter_rows(travelled.data(), total, rows, other, sums) == 1, "the block with a damaged gap is named");

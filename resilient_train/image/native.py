@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -128,6 +129,25 @@ class Engine(Protocol):
         """
         ...
 
+    def scatter_file(self, handle: int, offset: int, segments: Sequence[tuple[int, int]], sums: Sequence[int]) -> int:
+        """Read consecutive blocks of an image from an open file to where they belong, and verify them.
+
+        Args:
+            handle: of the file.
+            offset: where in it the blocks begin, in bytes.
+            segments: (address or 0 for what nobody wants, size) one after the other.
+            sums: the CRC32C of every block.
+
+        Returns:
+            Index of the first block that fails its checksum, or -1.
+
+        Raises:
+            ValueError: if there are not as many checksums as the segments have blocks.
+            EOFError: if the file ends before the blocks do.
+            OSError: as the system says it.
+        """
+        ...
+
     def gather_rows(self, source: int, total: int, rows: Sequence[Rows], target: int) -> list[int]:
         """Copy rows of consecutive blocks one behind the other.
 
@@ -179,6 +199,18 @@ class Engine(Protocol):
 
         Raises:
             ValueError: if the rows are not in order within the blocks, or there are not as many numbers as blocks.
+        """
+        ...
+
+    def place_file_rows(
+        self, handle: int, offset: int, total: int, rows: Sequence[PlacedRows], sums: Sequence[int]
+    ) -> int:
+        """The same of blocks that stand in an open file, from byte ``offset`` on.
+
+        Raises:
+            ValueError: as above.
+            EOFError: if the file ends before the blocks do.
+            OSError: as the system says it.
         """
         ...
 
@@ -246,6 +278,16 @@ def _bytes_at(address: int, size: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memoryview((ctypes.c_ubyte * size).from_address(address)), dtype=np.uint8)
 
 
+def _read(handle: int, offset: int, size: int) -> npt.NDArray[np.uint8]:
+    data, done = np.empty(size, dtype=np.uint8), 0
+    while done < size:
+        count = os.preadv(handle, [data[done:].data], offset + done)
+        if count == 0:
+            raise EOFError(f"{size - done} bytes asked for at its end, byte {offset + done}")
+        done += count
+    return data
+
+
 def _blocks(data: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     return [data[at : at + BLOCK] for at in range(0, len(data), BLOCK)]
 
@@ -302,6 +344,10 @@ class PythonEngine:
                 at += n
         return next((i for i, (found, known) in enumerate(zip(crcs, sums, strict=True)) if found != known), -1)
 
+    def scatter_file(self, handle: int, offset: int, segments: Sequence[tuple[int, int]], sums: Sequence[int]) -> int:
+        blocks = _read(handle, offset, sum(size for _, size in segments))
+        return self.scatter(blocks.ctypes.data, segments, sums)
+
     def gather_rows(self, source: int, total: int, rows: Sequence[Rows], target: int) -> list[int]:
         blocks = _bytes_at(source, total).copy()
         for part in _each(rows, total):
@@ -335,6 +381,12 @@ class PythonEngine:
             _bytes_at(target, part.stop - part.start)[:] = blocks[part]
         found = map(crc32c_numpy, _blocks(blocks))
         return next((i for i, pair in enumerate(zip(found, sums, strict=True)) if pair[0] != pair[1]), -1)
+
+    def place_file_rows(
+        self, handle: int, offset: int, total: int, rows: Sequence[PlacedRows], sums: Sequence[int]
+    ) -> int:
+        blocks = _read(handle, offset, total)
+        return self.place_rows(blocks.ctypes.data, total, rows, sums)
 
     def xor_into(self, target: int, source: int, size: int) -> None:
         to = _bytes_at(target, size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ ReadRange = Callable[[int, int], "memoryview | bytes"]
 """(offset, length) -> exactly those bytes of the file, or an error."""
 ReadInto = Callable[[int, Sequence[memoryview]], None]
 """(offset, buffers): fills the buffers with the bytes from ``offset`` on, or an error."""
+Handle = Callable[[], "AbstractContextManager[int | None]"]
+"""Opens the file, if it is one of this machine's; errors of what is done with the handle are its place's."""
 Row = tuple[int, int, int, int]
 """(first byte from an offset on, size, stride, count): see `resilient_train.image.fetch.Rows`."""
 Gather = Callable[[int, int, Sequence[Row], memoryview], "list[int]"]
@@ -42,6 +45,7 @@ class VerifiedImage:
         read: ReadRange,
         *,
         read_into: ReadInto | None = None,
+        handle: Handle = nullcontext,
         gather: Gather | None = None,
         address: int = 0,
         elsewhere: Elsewhere = lambda: False,
@@ -54,6 +58,7 @@ class VerifiedImage:
             size: length of the image in bytes.
             read: how to get byte ranges.
             read_into: the same, straight into buffers; default: by way of ``read``.
+            handle: opens the file, which is then read straight to where its bytes belong.
             gather: how to get no more than rows of blocks, if that can be had and spares something.
             address: where the bytes stand, if they are mapped; two reads of a range then give the same bytes, so that
                 one check of a block is enough.
@@ -66,6 +71,7 @@ class VerifiedImage:
         self.name = name
         self._read = read
         self._read_into = read_into or self._copied
+        self._handle = handle
         self._gather = gather
         self._address = address
         self._elsewhere = elsewhere
@@ -92,6 +98,7 @@ class VerifiedImage:
 
         self._read = gone
         self._read_into = self._copied
+        self._handle = nullcontext
         self._gather = None
         self._elsewhere = lambda: False
         self._address = 0
@@ -101,7 +108,7 @@ class VerifiedImage:
         if other.layout != self.layout or not np.array_equal(other._sums, self._sums):
             return False
         self._read, self._read_into, self._gather = other._read, other._read_into, other._gather
-        self._elsewhere = other._elsewhere
+        self._handle, self._elsewhere = other._handle, other._elsewhere
         self._address = 0
         return True
 
@@ -196,6 +203,14 @@ class VerifiedImage:
             return self._placed(self._address + begin, run, sums)
         if self._gather is not None and run.sparse:
             return self._gathered(self._gather, run, begin, sums)
+        with self._handle() as handle:
+            if handle is not None and run.segments:
+                return engine.scatter_file(handle, begin, run.segments, sums)
+            if handle is not None:
+                return engine.place_file_rows(handle, begin, run.size, _places(run), sums)
+        return self._brought(run, begin, sums)
+
+    def _brought(self, run: Run, begin: int, sums: list[int]) -> int:
         if not run.segments:
             with _SCRATCH.lend(run.size) as blocks:
                 self._read_into(begin, [blocks.data])

@@ -7,8 +7,9 @@ Object stores show an object only when its upload is complete, which is the same
 from __future__ import annotations
 
 import contextlib
+import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
 from resilient_train.storage import multipart, s3
 from resilient_train.storage.commit import MANIFEST
-from resilient_train.storage.local import make_folder, read_into, write_file
+from resilient_train.storage.local import make_folder, write_file
 from resilient_train.storage.retrying import RetryingTier
 from resilient_train.storage.tier import Chunk, Tier
 
@@ -66,6 +67,8 @@ class FilesystemTier:
             if reading:
                 raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
             raise StorageError(f"{self.name}: {what}: there is no such place: {error}") from error
+        except EOFError as error:
+            raise CheckpointDamaged(f"{self.name}: {what}: truncated, {error}") from error
         except (FileExistsError, NotADirectoryError) as error:
             raise StorageError(f"{self.name}: {what}: {error.filename} is not a folder") from error
         except Exception as error:  # Every backend raises its own errors; this is the edge where they become ours.
@@ -106,28 +109,27 @@ class FilesystemTier:
     def read(self, path: str, offset: int, length: int) -> bytes:
         with self._mapped(path, reading=True):
             data: Any = self._fs.cat_file(self._path(path), start=offset, end=offset + length) if length else b""
-        self._check_length(path, offset, length, len(data))
+        if len(data) > length:
+            raise StorageUnusable(
+                f"{self.name}: {path}: {length} bytes asked for, {len(data)} came: the server gives no parts of files"
+            )
+        if len(data) < length:
+            raise CheckpointDamaged(
+                f"{self.name}: {path}: truncated, {length} bytes asked for at byte {offset}, {len(data)} are there"
+            )
         return bytes(data)
 
-    def _check_length(self, path: str, offset: int, wanted: int, length: int) -> None:
-        if length > wanted:
-            raise StorageUnusable(
-                f"{self.name}: {path}: {wanted} bytes asked for, {length} came: the server gives no parts of files"
-            )
-        if length < wanted:
-            raise CheckpointDamaged(
-                f"{self.name}: {path}: truncated, {wanted} bytes asked for at byte {offset}, {length} are there"
-            )
-
-    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    @contextmanager
+    def handle(self, path: str) -> Iterator[int | None]:
         if not self.local:
-            data = memoryview(self.read(path, offset, sum(map(len, buffers))))
-            for buffer in buffers:
-                buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+            yield None
             return
         with self._mapped(path, reading=True):
-            length = read_into(self._path(path), offset, buffers)
-        self._check_length(path, offset, sum(map(len, buffers)), length)
+            handle = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield handle
+            finally:
+                os.close(handle)
 
     def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         target = self._path(path)

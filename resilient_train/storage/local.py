@@ -1,4 +1,4 @@
-"""Files on this machine's disks, written past the page cache and read straight into their place.
+"""Files on this machine's disks, written past the page cache.
 
 A checkpoint's bytes are read by nobody soon.  Written through the page cache they cost a copy and push out what the
 training's data loaders need; written directly they cost the processor next to nothing.
@@ -14,7 +14,7 @@ import itertools
 import mmap
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -28,8 +28,6 @@ _BOUNCE = 8 << 20
 """Bytes that are gathered before they are written where a chunk's memory is not aligned."""
 _AT_ONCE = 4
 """Writes of one file that are on their way at the same time."""
-_MAX_BUFFERS = 1000
-"""Buffers that the kernel fills in one call (IOV_MAX is 1024)."""
 
 
 def write_file(target: str, chunks: Iterable[Chunk]) -> int:
@@ -83,30 +81,6 @@ def _sync(folder: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def read_into(path: str, offset: int, buffers: Sequence[memoryview]) -> int:
-    """Fill the buffers with the bytes of a file from ``offset`` on; how many there were.
-
-    Raises:
-        OSError: as the system says it.
-    """
-    waiting = [buffer for buffer in buffers if len(buffer)]
-    done = 0
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        while waiting:
-            count = os.preadv(handle, waiting[:_MAX_BUFFERS], offset + done)
-            if count == 0:
-                break
-            done += count
-            while waiting and count >= len(waiting[0]):
-                count -= len(waiting.pop(0))
-            if count:
-                waiting[0] = waiting[0][count:]
-    finally:
-        os.close(handle)
-    return done
 
 
 class _DirectFile:

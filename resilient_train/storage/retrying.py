@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from resilient_train.errors import CheckpointDamaged, StorageError, StorageUnusable
@@ -46,8 +47,8 @@ class RetryingTier:
     def read(self, path: str, offset: int, length: int) -> bytes:
         return self._again(lambda: self._tier.read(path, offset, length))
 
-    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        self._again(lambda: self._tier.read_into(path, offset, buffers))
+    def handle(self, path: str) -> AbstractContextManager[int | None]:
+        return self._tier.handle(path)
 
     def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         if iter(chunks) is chunks:

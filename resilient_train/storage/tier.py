@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 Chunk = bytes | memoryview
@@ -39,8 +40,11 @@ class Tier(Protocol):
         """Exactly these bytes of a file; fewer is an error."""
         ...
 
-    def read_into(self, path: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers, one after the other, with the bytes of a file from ``offset`` on; fewer is an error."""
+    def handle(self, path: str) -> AbstractContextManager[int | None]:
+        """A handle for reading a file that is on a disk of this machine, closed at the end; None of any other file.
+
+        Errors of the system from reading it, and ``EOFError``, become the tier's own.
+        """
         ...
 
     def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -42,18 +44,23 @@ class TierConformance(ABC):
         assert other.read("a/x", 11, 0) == b""
         assert other.folders() == {"a": {"x"}}
 
-    def test_bytes_are_read_into_their_places(self) -> None:
-        """One range of a file into buffers of any length, empty ones among them."""
-        data = bytes(range(256)) * 20
-        self.tier().put("a/x", [data])
-        held = bytearray(4000)
-        view, sizes = memoryview(held), (1, 0, 2500, 7, 1492)
-        buffers, at = [], 0
-        for size in sizes:
-            buffers.append(view[at : at + size])
-            at += size
-        self.tier().read_into("a/x", 1000, buffers)
-        assert bytes(held) == data[1000:5000]
+    def test_a_file_of_this_machine_has_a_handle(self) -> None:
+        """And no other; what goes wrong with it, the file missing or at its end, is the tier's error."""
+        tier = self.tier()
+        tier.put("a/x", [b"hello world"])
+        with tier.handle("a/x") as handle:
+            assert (handle is not None) == tier.local
+            assert handle is None or os.pread(handle, 3, 6) == b"wor"
+        if handle is None:
+            return
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.pread(handle, 1, 0)
+        with pytest.raises(CheckpointDamaged, match=r"a/y.*missing"), tier.handle("a/y"):
+            pass
+        with pytest.raises(CheckpointDamaged, match=r"a/x.*truncated"), tier.handle("a/x"):
+            raise EOFError
+        with pytest.raises(StorageError, match=r"a/x.*Input/output"), tier.handle("a/x"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def test_large_chunks_of_any_alignment_arrive(self) -> None:
         """Whatever is written directly, gathered first or split: the file is the chunks one after the other."""
@@ -79,8 +86,6 @@ class TierConformance(ABC):
         tier.put("a/x", [b"123"])
         with pytest.raises(CheckpointDamaged, match="a/x"):
             tier.read("a/x", 1, 3)
-        with pytest.raises(CheckpointDamaged, match="a/x"):
-            tier.read_into("a/x", 1, [memoryview(bytearray(3))])
         with pytest.raises(CheckpointDamaged, match="a/y"):
             tier.size("a/y")
 

@@ -11,7 +11,6 @@ that a rank opens no more files than it reads.
 
 from __future__ import annotations
 
-import functools
 import logging
 import struct
 from collections import deque
@@ -25,7 +24,6 @@ import torch
 from resilient_train.errors import CheckpointDamaged, ResilientError
 from resilient_train.image.fetch import RUN, Range, Run, bounds, plan_runs, split, wanted_blocks
 from resilient_train.image.reader import ImageReader
-from resilient_train.image.verified import ReadInto
 from resilient_train.plan.fanout import Piece, Span, shared_pieces
 from resilient_train.plan.partition import PRIVATE
 from resilient_train.plan.recovery import Holders
@@ -164,7 +162,7 @@ class SharedImages(Images):
         prefix = known.load(0, min(size, _PREFIX))
         if len(prefix) < header_size(prefix) <= size:
             known.keep(0, prefix + bytes(known.read(len(prefix), header_size(prefix) - len(prefix))))
-        reader = read_image(self._tier, self._manifest, file, known.read, self._straight(path))
+        reader = read_image(self._tier, self._manifest, file, known.read)
         layout = reader.layout
         # Who reads another rank's image for all reads what that rank will want of it along.
         for_its_rank = self._manifest.world == self._exchange.size and file.rank in (
@@ -189,14 +187,10 @@ class SharedImages(Images):
         for offset, data in parts:
             known.keep(offset, data)
         try:
-            return read_image(self._tier, self._manifest, file, known.read, self._straight(path))
+            return read_image(self._tier, self._manifest, file, known.read)
         except CheckpointDamaged as error:
             logger.warning("%s, as rank %d has passed it on; reading it", error, teller)
             return open_image(self._tier, self._manifest, file)
-
-    def _straight(self, path: str) -> ReadInto | None:
-        """How to read into buffers, where nothing that is passed on is spared by that."""
-        return None if self._passing else functools.partial(self._tier.read_into, path)
 
     def give_up(self, error: ResilientError) -> None:
         if not self._awaited:

@@ -68,7 +68,8 @@ def fill(state: State, images: Images, rank: int, world: int, threads: int = 1) 
     everything = _entries(images, first, own, common)
     there = {entry.name: entry for of_rank in everything.values() for entry in of_rank}
     try:
-        targets = state.targets(document, there, partial=partial)
+        with torch.no_grad():
+            targets = state.targets(document, there, partial=partial)
         # Another library's state dict, which became a checkpoint of ours, says nothing of generators.
         without = own is None or document.get("rng", ...) is None
         setters = [] if own is None or without else rng_setters(document.get("rng"), _generators(own, rank))

@@ -11,7 +11,7 @@ from typing import Any
 from resilient_train.errors import CheckpointDamaged, ResilientError
 from resilient_train.image.fetch import Range
 from resilient_train.image.reader import ImageReader
-from resilient_train.image.verified import ReadInto, ReadRange
+from resilient_train.image.verified import ReadRange
 from resilient_train.plan.recovery import Holders
 from resilient_train.storage.commit import ImageFile, Manifest, folder_of
 from resilient_train.storage.tier import Tier
@@ -141,16 +141,14 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
     size = tier.size(path)
     if size != file.size:
         raise CheckpointDamaged(f"{tier.name}/{path}: has {size} bytes, the manifest says {file.size}")
-    read_into = functools.partial(tier.read_into, path)
-    return read_image(tier, manifest, file, functools.partial(tier.read, path), read_into)
+    return read_image(tier, manifest, file, functools.partial(tier.read, path))
 
 
-def read_image(
-    tier: Tier, manifest: Manifest, file: ImageFile, read: ReadRange, read_into: ReadInto | None = None
-) -> ImageReader:
-    """The same of a file whose length is known to be right, by a function that reads it."""
-    name = f"{tier.name}/{folder_of(manifest.key)}/{file.name}"
-    reader = ImageReader(name, file.size, read, read_into=read_into, header_crc=file.header_crc)
+def read_image(tier: Tier, manifest: Manifest, file: ImageFile, read: ReadRange) -> ImageReader:
+    """The same of a file whose length is known to be right, by a function that reads it if it is behind a network."""
+    path = f"{folder_of(manifest.key)}/{file.name}"
+    handle = functools.partial(tier.handle, path)
+    reader = ImageReader(f"{tier.name}/{path}", file.size, read, handle=handle, header_crc=file.header_crc)
     reader.check(
         key=manifest.key, rank=file.rank, world=manifest.world, header_crc=file.header_crc, table_crc=file.table_crc
     )

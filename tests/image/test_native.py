@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
@@ -123,7 +125,7 @@ def test_the_extension_is_used_where_it_is_built() -> None:
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
 def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
     """Every segment stands at its target, what nobody wants nowhere, and a flipped bit is found in its block: from a
-    source, and where the bytes stand at their targets already."""
+    source, from a file, and where the bytes stand at their targets already."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
     chance = random.Random(seed)
@@ -141,6 +143,21 @@ def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
     for at, size, wanted in places:
         there = target[at + 7 : at + 7 + size]
         assert np.array_equal(there, image[at : at + size]) if wanted else not there.any()
+    with TemporaryFile() as file:
+        file.write(b"before" + image.tobytes())
+        file.flush()
+        target[:] = 0
+        assert engine.scatter_file(file.fileno(), 6, segments, sums) == -1
+        for at, size, wanted in places:
+            there = target[at + 7 : at + 7 + size]
+            assert np.array_equal(there, image[at : at + size]) if wanted else not there.any()
+        assert engine.scatter_file(file.fileno(), 5, segments, sums) == 0
+        with pytest.raises(EOFError, match=f"byte {len(image) + 6}"):
+            engine.scatter_file(file.fileno(), 7, segments, sums)
+        with pytest.raises(ValueError, match="do not fill"):
+            engine.scatter_file(file.fileno(), 6, segments, sums[:-1])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        engine.scatter_file(-1, 6, segments, sums)
     everything = [(image.ctypes.data + at, size) for at, size, _ in places]
     assert engine.scatter(0, everything, sums) == -1
     image[BLOCK + 12_345] ^= 4
@@ -226,8 +243,8 @@ def test_gathered_rows_are_placed_and_their_blocks_verified(sender: Engine, rece
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
-@pytest.mark.parametrize("travel", [True, False], ids=["gathered", "in place"])
-def test_rows_stand_as_far_apart_as_is_wanted(engine: Engine, travel: bool) -> None:
+@pytest.mark.parametrize("way", ["gathered", "in place", "file"])
+def test_rows_stand_as_far_apart_as_is_wanted(engine: Engine, way: str, tmp_path: Path) -> None:
     """At their targets they may stand closer or wider than in the image; nothing between them is written."""
     seed = random.randrange(1 << 30)
     print("seed", seed)
@@ -248,8 +265,12 @@ def test_rows_stand_as_far_apart_as_is_wanted(engine: Engine, travel: bool) -> N
     assert places
 
     def bad() -> int:
-        if not travel:
+        if way == "in place":
             return engine.place_rows(image.ctypes.data, total, places, sums)
+        if way == "file":
+            (tmp_path / "image").write_bytes(b"before" + image.tobytes())
+            with open(tmp_path / "image", "rb") as file:
+                return engine.place_file_rows(file.fileno(), 6, total, places, sums)
         rows = [place[:4] for place in places]
         travelled = np.empty(sum(row[1] * row[3] for row in rows), dtype=np.uint8)
         gaps = engine.gather_rows(image.ctypes.data, total, rows, travelled.ctypes.data)
@@ -260,6 +281,9 @@ def test_rows_stand_as_far_apart_as_is_wanted(engine: Engine, travel: bool) -> N
     where = chance.randrange(total)
     image[where] ^= 2
     assert bad() == where // BLOCK
+    if way == "file":
+        with open(tmp_path / "image", "rb") as file, pytest.raises(EOFError, match=f"byte {total + 6}"):
+            engine.place_file_rows(file.fileno(), 7, total, places, sums)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["python", "native"])
