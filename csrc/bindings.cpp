@@ -4,7 +4,6 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cerrno>
 #include <cstdint>
 #include <exception>
 #include <tuple>
@@ -70,8 +69,7 @@ void bind_file(nb::module_& m) {
         try {
           std::rethrow_exception(thrown);
         } catch (const rt::FileError& error) {
-          errno = error.code;
-          PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+          PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code, error.what()).ptr());
         } catch (const rt::EndOfFile& error) {
           PyErr_SetString(PyExc_EOFError, error.what());
         }

@@ -18,8 +18,8 @@
 namespace resilient_train {
 namespace {
 
-constexpr std::size_t kWorthIt = 64 << 10;
-constexpr std::size_t kPagesAtOnce = 512;
+constexpr std::size_t kWorthIt = 64 << 10;  // bytes, below which the calls cost as much as the traps
+constexpr std::size_t kPagesAtOnce = 512;   // of which is asked in one call: those of 2 MiB
 
 }  // namespace
 

@@ -4,12 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
+#include <system_error>
 
 namespace resilient_train {
 
 // A call on a file failed.
 struct FileError : std::runtime_error {
-  FileError(const char* call, int code) : std::runtime_error(call), code(code) {}
+  FileError(const std::string& call, int code)
+      : std::runtime_error(call + ": " + std::generic_category().message(code)), code(code) {}
   int code;  // errno
 };
 
@@ -24,7 +27,7 @@ void read_file(int handle, std::uint64_t at, unsigned char* target, std::size_t 
 // As many bytes as a block has, which nobody but the calling thread uses and nothing stays in.
 unsigned char* scratch();
 
-// Has the system find pages at once for what is about to be written of `size` bytes at `target` and has none: memory
+// Has the system find pages at once for those of `size` bytes at `target`, about to be written, that have none: memory
 // that was never touched costs a trap into the kernel for each page otherwise. A hint: what fails costs those traps.
 void populate(unsigned char* target, std::size_t size) noexcept;
 

@@ -50,6 +50,11 @@ void walk(std::uint64_t total, const std::vector<Rows>& rows, Gap gap, Row row, 
   until(total, gap);
 }
 
+// Makes rows visible to other threads, however its scope is left.
+struct RowsDone {
+  ~RowsDone() { rows_done(); }
+};
+
 // `bytes(at)` gives the address of byte `at` of the blocks, of which those up to the end of its block stand there; it is
 // asked in order, and first for the beginning of each block.
 template <class Bytes>
@@ -58,6 +63,7 @@ std::ptrdiff_t placed(Bytes bytes, std::uint64_t total, const std::vector<Rows>&
   check(rows, total, true);
   if (sums.size() != (total + kBlock - 1) / kBlock)
     throw std::invalid_argument("the checksums are not those of the blocks");
+  const RowsDone done;
   std::ptrdiff_t bad = -1;
   std::uint32_t crc = 0;
   walk(
@@ -69,7 +75,6 @@ std::ptrdiff_t placed(Bytes bytes, std::uint64_t total, const std::vector<Rows>&
         if (bad < 0 && crc != sums[block]) bad = static_cast<std::ptrdiff_t>(block);
         crc = 0;
       });
-  rows_done();
   return bad;
 }
 

@@ -17,9 +17,10 @@ struct Segment {
 
 // Checks consecutive blocks of an image, the first of which begins with the first segment, against `sums`.
 //
-// With a `source`, the image's bytes stand there and are copied to the targets in the same pass; without one (null),
-// they stand at the targets already, all of which must be given.  Returns the index of the first block whose checksum
-// differs, or -1.  Throws std::invalid_argument if there are not as many checksums as the segments have blocks.
+// With a `source`, the image's bytes stand there and are copied to the targets in the same pass, for which pages that are
+// missing are asked for at once; without one (null), they stand at the targets already, all of which must be given.
+// Returns the index of the first block whose checksum differs, or -1.  Throws std::invalid_argument if there are not as
+// many checksums as the segments have blocks.
 std::ptrdiff_t scatter(const unsigned char* source, const std::vector<Segment>& segments,
                        const std::vector<std::uint32_t>& sums);
 

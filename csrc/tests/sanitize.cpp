@@ -1,4 +1,7 @@
 // Exercises the native engine under sanitizers (`make sanitize`): every copy is checked against a plain one.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -9,10 +12,15 @@
 
 #include "../copier.hpp"
 #include "../crc32c.hpp"
+#include "../file.hpp"
 #include "../gather.hpp"
 #include "../parity.hpp"
 #include "../publish.hpp"
 #include "../scatter.hpp"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 namespace rt = resilient_train;
 
@@ -68,6 +76,25 @@ std::FILE* written(const std::vector<unsigned char>& bytes) {
   return file;
 }
 
+// Memory that was never touched, the pages around it that nobody may write, and a place between two pages.
+void populates(std::mt19937& chance) {
+  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), pages = 700;
+  void* mapped = mmap(nullptr, (pages + 2) * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  check(mapped != MAP_FAILED, "mapped memory");
+  auto* begin = static_cast<unsigned char*>(mapped);
+  check(mprotect(begin, page, PROT_NONE) == 0 && mprotect(begin + (pages + 1) * page, page, PROT_NONE) == 0, "guards");
+  unsigned char* target = begin + page + chance() % page;
+  const std::size_t size = begin + (pages + 1) * page - target - chance() % 100;
+  target[size / 2] = 7;
+  rt::populate(target, size);
+  std::vector<unsigned char> there(pages);
+  check(mincore(begin + page, pages * page, there.data()) == 0, "which pages are there");
+  const bool supported = madvise(begin + page, page, MADV_POPULATE_WRITE) == 0;
+  for (const unsigned char state : there) check((state & 1) != 0 || !supported, "every page is there");
+  for (std::size_t i = 0; i < size; ++i) check(target[i] == (i == size / 2 ? 7 : 0), "nothing is written");
+  munmap(mapped, (pages + 2) * page);
+}
+
 void scatters(std::mt19937& chance) {
   std::vector<unsigned char> image((2u << 20) + chance() % 100000);
   for (auto& byte : image) byte = static_cast<unsigned char>(chance());
@@ -95,6 +122,7 @@ void scatters(std::mt19937& chance) {
   check(ended, "a file that ends too early is named");
   std::fclose(file);
   std::copy(image.begin(), image.end(), target.begin());
+  populates(chance);
   target[rt::kBlock] ^= 1;
   check(rt::scatter(nullptr, segments, sums) == 1, "the damaged block is named");
 }

@@ -67,8 +67,6 @@ class FilesystemTier:
             if reading:
                 raise CheckpointDamaged(f"{self.name}: {what}: the file is missing") from error
             raise StorageError(f"{self.name}: {what}: there is no such place: {error}") from error
-        except EOFError as error:
-            raise CheckpointDamaged(f"{self.name}: {what}: truncated, {error}") from error
         except (FileExistsError, NotADirectoryError) as error:
             raise StorageError(f"{self.name}: {what}: {error.filename} is not a folder") from error
         except Exception as error:  # Every backend raises its own errors; this is the edge where they become ours.
@@ -124,12 +122,17 @@ class FilesystemTier:
         if not self.local:
             yield None
             return
-        with self._mapped(path, reading=True):
+        try:
             handle = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 yield handle
             finally:
                 os.close(handle)
+        except EOFError as error:
+            raise CheckpointDamaged(f"{self.name}: {path}: truncated, {error}") from error
+        except OSError:
+            with self._mapped(path, reading=True):
+                raise
 
     def put(self, path: str, chunks: Iterable[Chunk], size: int = 0) -> int:
         target = self._path(path)

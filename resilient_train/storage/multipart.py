@@ -175,7 +175,7 @@ def _check_not_told(error: OSError) -> None:
     Raises:
         OSError: anything else, which may be another time.
     """
-    if not isinstance(error, (PermissionError, FileNotFoundError)) and error.errno not in (errno.ENOSYS, errno.EINVAL):
+    if not isinstance(error, PermissionError) and error.errno not in (errno.ENOSYS, errno.EINVAL):
         raise error
 
 

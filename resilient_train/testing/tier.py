@@ -61,6 +61,8 @@ class TierConformance(ABC):
             raise EOFError
         with pytest.raises(StorageError, match=r"a/x.*Input/output"), tier.handle("a/x"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+        with pytest.raises(ValueError, match="mine"), tier.handle("a/x"):
+            raise ValueError("mine")
 
     def test_large_chunks_of_any_alignment_arrive(self) -> None:
         """Whatever is written directly, gathered first or split: the file is the chunks one after the other."""

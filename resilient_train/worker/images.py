@@ -145,7 +145,10 @@ def open_image(tier: Tier, manifest: Manifest, file: ImageFile) -> ImageReader:
 
 
 def read_image(tier: Tier, manifest: Manifest, file: ImageFile, read: ReadRange) -> ImageReader:
-    """The same of a file whose length is known to be right, by a function that reads it if it is behind a network."""
+    """The same of a file whose length is known to be right.
+
+    Header, table and document are read by ``read``, and so are blocks of a file that is behind a network.
+    """
     path = f"{folder_of(manifest.key)}/{file.name}"
     handle = functools.partial(tier.handle, path)
     reader = ImageReader(f"{tier.name}/{path}", file.size, read, handle=handle, header_crc=file.header_crc)

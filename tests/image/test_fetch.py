@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from resilient_train.spec.peers import Range as Follows
 from resilient_train.spec.shard import BLOCK, Entry, ImageLayout, Stamp, plan_image
 from resilient_train.spec.sharding import Cut, held_box
 from resilient_train.spec.world import Key
+from resilient_train.storage.filesystem import FilesystemTier
 
 
 def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -206,6 +210,43 @@ def test_rows_arrive_as_far_apart_as_they_are_wanted(how: str) -> None:
     again = VerifiedImage("memory", len(memory.data), memory.read, gather=gather, address=address)
     with pytest.raises(CheckpointDamaged, match=f"block {(damaged - memory.layout.data_start) // BLOCK} "):
         again.fetching(ranges)[0]()
+
+
+def test_blocks_of_a_file_of_this_machine_come_by_its_handle(tmp_path: Path) -> None:
+    """Straight to where they belong, in one piece or in rows; a flipped bit names its block, an early end the file."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    memory = Memory(20_000_000, random.Random(seed))
+    layout, file, tier = memory.layout, tmp_path / "image", FilesystemTier(str(tmp_path))
+    file.write_bytes(memory.data.tobytes())
+
+    def read(offset: int, length: int) -> bytes:
+        assert offset < layout.data_start or offset >= layout.crc_start, "blocks are not read by way of other memory"
+        return bytes(memory.read(offset, length))
+
+    image = VerifiedImage("image", len(memory.data), read, handle=partial(tier.handle, "image"))
+    target = np.zeros(9_000_000, dtype=np.uint8)
+    at, to = layout.data_start + 5 * BLOCK + 3, target.ctypes.data
+    whole = [Range(at, 3_000_000, to + 1), Range(at + 4_000_000, 100, to + 3_000_001)]
+    rows = [Range(at, 4_999_000, to + 4_000_000, 1000, 3000, 1500)]
+    for fetch in image.fetching(whole) + image.fetching(rows):
+        fetch()
+    expected = np.zeros_like(target)
+    expected[1:3_000_001] = memory.data[at:][:3_000_000]
+    expected[3_000_001:3_000_101] = memory.data[at + 4_000_000 :][:100]
+    for index in range(1667):
+        expected[4_000_000 + 1500 * index :][:1000] = memory.data[at + 3000 * index :][:1000]
+    assert np.array_equal(target, expected)
+    with open(file, "r+b") as damaged:
+        damaged.seek(at + BLOCK)
+        damaged.write(bytes([memory.data[at + BLOCK] ^ 1]))
+    for ranges in (whole, rows):
+        with pytest.raises(CheckpointDamaged, match="image: block 6 "):
+            image.fetching(ranges)[0]()
+    os.truncate(file, at)
+    for ranges in (whole, rows):
+        with pytest.raises(CheckpointDamaged, match=r"image: truncated, .* byte"):
+            image.fetching(ranges)[0]()
 
 
 def test_blocks_between_rows_are_not_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import random
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -156,8 +157,9 @@ def test_blocks_are_scattered_and_verified(engine: Engine) -> None:
             engine.scatter_file(file.fileno(), 7, segments, sums)
         with pytest.raises(ValueError, match="do not fill"):
             engine.scatter_file(file.fileno(), 6, segments, sums[:-1])
-    with pytest.raises(OSError, match="Bad file descriptor"):
+    with pytest.raises(OSError, match="Bad file descriptor") as raised:
         engine.scatter_file(-1, 6, segments, sums)
+    assert raised.value.errno == errno.EBADF
     everything = [(image.ctypes.data + at, size) for at, size, _ in places]
     assert engine.scatter(0, everything, sums) == -1
     image[BLOCK + 12_345] ^= 4
