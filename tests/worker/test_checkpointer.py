@@ -63,6 +63,28 @@ def test_a_script_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert "nothing left" not in second.stderr
 
 
+COUNTED = """
+from resilient_train.storage.filesystem import FilesystemTier
+read, by_way = FilesystemTier.read, [0]
+def counted(self, path, offset, length):
+    by_way[0] += length
+    return read(self, path, offset, length)
+FilesystemTier.read = counted
+"""
+
+
+def test_tensors_are_read_straight_from_the_files_of_a_disk(tmp_path: Path) -> None:
+    """Of the 20 MB of a state only the blocks with headers, tables and documents come by way of other memory."""
+    script = COUNTED + SCRIPT + "print('by way', by_way[0])"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    for steps in (1, 2):
+        done = subprocess.run([*command, str(steps), "1300"], capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "resumes" in done.stderr
+    assert "step 0\n" not in done.stdout
+    assert 100 < int(done.stdout.split()[-1]) < 4_000_000
+
+
 def damage(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
