@@ -25,6 +25,8 @@ SLOTS = 3
 is persisted, and for each that is being copied, or is copied, to other nodes, as long as there is memory for it.
 """
 
+_MEMORY = "the container's memory limit"
+
 
 def create_memory(name: str, size: int) -> int:
     """A new anonymous shared file of ``size`` bytes, fully backed; returns its descriptor.
@@ -45,15 +47,14 @@ def create_memory(name: str, size: int) -> int:
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        raise MemoryRefused(_refusal(name, size, errno.errorcode.get(error.errno or 0, "?"))) from error
+        why = errno.errorcode.get(error.errno or 0, "?")
+        limit = "the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else _MEMORY
+        raise MemoryRefused(_refusal(name, size, why, limit)) from error
     return fd
 
 
-def _refusal(name: str, size: int, why: str) -> str:
-    return (
-        f"no shared memory for {name}: {size:,} bytes refused ({why});"
-        " raise the container's memory limit, or snapshot less state"
-    )
+def _refusal(name: str, size: int, why: str, limit: str = _MEMORY) -> str:
+    return f"no shared memory for {name}: {size:,} bytes refused ({why}); raise {limit}, or snapshot less state"
 
 
 def _available() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ class FilesystemTier:
             StorageError: if the URL's backend is unknown or not installed.
         """
         self.name = url
+        if re.match(r"(file|local)://[^/.~]", url):
+            # fsspec would take it for a path that begins in the current folder.
+            raise StorageError(f"{url} names a host; a place on this machine is file:///{url.partition('://')[2]}")
         try:
             protocol = fsspec.utils.get_protocol(url)
             self._fs, self._root = fsspec.core.url_to_fs(url, **s3.options(protocol))
@@ -58,6 +62,17 @@ class FilesystemTier:
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}"
+
+    def _file(self, path: str) -> str:
+        """The same of what is about to be read: on a disk no folder, and no pipe that would never end.
+
+        Raises:
+            CheckpointDamaged: if it is one.
+        """
+        place = self._path(path)
+        if self.local and os.path.exists(place) and not os.path.isfile(place):
+            raise CheckpointDamaged(f"{self.name}: {path}: is no file, but a folder, a pipe or a device")
+        return place
 
     @contextmanager
     def _mapped(self, what: str, *, reading: bool = False) -> Iterator[None]:
@@ -101,12 +116,14 @@ class FilesystemTier:
             return {path.partition("/")[0] for path in paths if "/" in path}
 
     def size(self, path: str) -> int:
+        place = self._file(path)
         with self._mapped(path, reading=True):
-            return int(self._fs.size(self._path(path)))
+            return int(self._fs.size(place))
 
     def read(self, path: str, offset: int, length: int) -> bytes:
+        place = self._file(path)
         with self._mapped(path, reading=True):
-            data: Any = self._fs.cat_file(self._path(path), start=offset, end=offset + length) if length else b""
+            data: Any = self._fs.cat_file(place, start=offset, end=offset + length) if length else b""
         if len(data) > length:
             raise StorageUnusable(
                 f"{self.name}: {path}: {length} bytes asked for, {len(data)} came: the server gives no parts of files"
@@ -122,8 +139,9 @@ class FilesystemTier:
         if not self.local:
             yield None
             return
+        place = self._file(path)
         try:
-            handle = os.open(self._path(path), os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 yield handle
             finally:

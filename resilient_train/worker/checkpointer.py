@@ -110,6 +110,8 @@ class Checkpointer:
             url = os.fspath(url)
         if url is not None and (not isinstance(url, str) or not url or re.match(r"[a-z0-9]{2,}:/[^/]", url)):
             raise ConfigError(f"url must be a path or a URL such as s3://bucket/run, it is {url!r}")
+        if url is not None and url.startswith("memory:"):
+            raise ConfigError(f"url {url!r} lasts no longer than one process; without a url states are kept in memory")
         if world is not None and not isinstance(world, World):
             raise ConfigError(f"world must be the World that the elastic function got, it is {world!r}")
         try:

@@ -17,9 +17,17 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from resilient_train.errors import CheckpointDamaged, ConfigError, PeerFailed, ResilientError, StateMismatch
+from resilient_train.errors import (
+    CheckpointDamaged,
+    ConfigError,
+    PeerFailed,
+    ResilientError,
+    StateMismatch,
+    StorageError,
+)
 from resilient_train.image.native import checksum
 from resilient_train.spec.world import Key, ancestry
+from resilient_train.storage.commit import folder_of
 from resilient_train.storage.tier import Tier
 from resilient_train.worker.exchange import Exchange
 from resilient_train.worker.fill import fill
@@ -128,6 +136,9 @@ class Restoring:
                 return Restored(key=key, place=choice["place"], lineage=choice["lineage"], alike=self._alike, cost=cost)
             assert key is not None
             if well == 2 and problem is not None and not isinstance(problem, CheckpointDamaged):
+                if isinstance(problem, StorageError):
+                    folder = f"{choice['place']}/{folder_of(key)}"
+                    logger.error("%s cannot be read now; once it is moved away, the state before it is taken", folder)
                 raise problem
             if well == 2:
                 raise PeerFailed(f"{key} from {choice['place']}: another rank could not restore it, and says why")

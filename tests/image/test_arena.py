@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
 
-from resilient_train.image.arena import _groups, _left
+from resilient_train.errors import MemoryRefused
+from resilient_train.image.arena import _groups, _left, create_memory
 
 
 def group(folder: Path, limit: str, used: int, version: int) -> None:
@@ -40,3 +42,14 @@ def test_a_container_whose_group_stands_at_the_root(tmp_path: Path) -> None:
     (tmp_path / "own").write_text("0::/../outside\n")
     left = [_left(found) for found in _groups(tmp_path / "own", tmp_path / "cgroup")]
     assert 4030 in left
+
+
+def test_a_limit_on_files_is_named_as_such() -> None:
+    """Shared memory is a file to the system; who was told of a memory limit would look in vain."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(MemoryRefused, match=r"EFBIG.*ulimit -f"):
+            create_memory("an image", 1 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

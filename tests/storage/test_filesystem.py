@@ -72,6 +72,30 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
         FilesystemTier("nonsense://bucket")
 
 
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """A pipe would have its reader wait for ever; a folder is not missing."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    tier = FilesystemTier(str(tmp_path))
+    for name in ("pipe", "folder"):
+        with pytest.raises(CheckpointDamaged, match=f"{name}: is no file"):
+            tier.size(name)
+        with pytest.raises(CheckpointDamaged, match=f"{name}: is no file"):
+            tier.read(name, 0, 10)
+        with pytest.raises(CheckpointDamaged, match=f"{name}: is no file"), tier.handle(name):
+            pass
+
+
+def test_a_url_with_a_slash_too_few_is_no_path_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec takes the host of file://host/path for a folder of the current one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="file:///tmp/run"):
+        FilesystemTier("file://tmp/run")
+    FilesystemTier("file://./run").check_writable()
+    assert (tmp_path / "run").is_dir()
+
+
 def files(ranks: list[int]) -> list[ImageFile]:
     return [ImageFile(name=f"r{rank}", rank=rank, size=1, header_crc=2, table_crc=3) for rank in ranks]
 

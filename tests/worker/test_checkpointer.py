@@ -135,6 +135,13 @@ def test_a_number_of_copies_that_is_none_is_refused(wrong: object) -> None:
         rt.Checkpointer(rt.State(model=torch.nn.Linear(2, 2)), replicas=wrong)  # type: ignore[arg-type]
 
 
+def test_a_url_that_lasts_no_longer_than_a_process_is_refused() -> None:
+    """fsspec's memory:// is the keeper's own, and ends with it."""
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="lasts no longer"):
+        rt.Checkpointer(rt.State(model=model), "memory://run")
+
+
 @pytest.mark.parametrize("wrong", ["", "xor", "xor:1", "xor:65", "raid:4", 4])
 def test_a_redundancy_that_is_none_is_refused(wrong: object) -> None:
     """Before anything is begun; so is one beside copies."""
