@@ -69,7 +69,7 @@ def rng_setters(document: Any, tensors: Mapping[str, torch.Tensor]) -> list[Call
         if "cuda" in states and torch.cuda.is_available():
             torch.Generator("cuda").set_state(states["cuda"])
             setters.append(partial(torch.cuda.set_rng_state, states["cuda"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:  # numpy takes an element of no words.
         raise FormatError(f"malformed states of random generators: {error!r:.500}") from error
     return [*setters, partial(random.setstate, python), partial(np.random.set_state, numpy)]
 
