@@ -130,19 +130,10 @@ class Engine(Protocol):
         ...
 
     def scatter_file(self, handle: int, offset: int, segments: Sequence[tuple[int, int]], sums: Sequence[int]) -> int:
-        """Read consecutive blocks of an image from an open file to where they belong, and verify them.
-
-        Args:
-            handle: of the file.
-            offset: where in it the blocks begin, in bytes.
-            segments: (address or 0 for what nobody wants, size) one after the other.
-            sums: the CRC32C of every block.
-
-        Returns:
-            Index of the first block that fails its checksum, or -1.
+        """The same of blocks that stand in an open file, from byte ``offset`` on.
 
         Raises:
-            ValueError: if there are not as many checksums as the segments have blocks.
+            ValueError: as above.
             EOFError: if the file ends before the blocks do.
             OSError: as the system says it.
         """

@@ -63,6 +63,22 @@ def test_a_script_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert "nothing left" not in second.stderr
 
 
+def test_a_state_that_cannot_be_read_now_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    """It may be there again in a moment; who knows better is told what to move away, and the one before is taken."""
+    url = tmp_path / "run"
+    assert run(url, 25).returncode == 0
+    (image,) = (url / "step-000000025.g1").glob("rank-*")
+    image.unlink()
+    image.symlink_to(image.name)
+    refused = run(url, 26)
+    assert refused.returncode != 0
+    assert f"{url}/step-000000025.g1 cannot be read now; once it is moved away" in refused.stderr
+    shutil.move(url / "step-000000025.g1", tmp_path / "away")
+    again = run(url, 26)
+    assert again.returncode == 0, again.stderr
+    assert "step 20\n" in again.stdout
+
+
 COUNTED = """
 from resilient_train.storage.filesystem import FilesystemTier
 read, by_way = FilesystemTier.read, [0]
